@@ -1,0 +1,1 @@
+"""The frozen models, each loaded by name: image-text (CLIP), SAM and the encoder to be aligned."""

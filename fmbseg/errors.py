@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each says what was given, what is accepted and what to do."""
+
+
+class FmbsegError(Exception):
+    """Base of all errors that are the input's fault and not the program's."""
+
+
+class ImageError(FmbsegError):
+    """A picture or a mask cannot be used."""
+
+
+class ParameterError(FmbsegError):
+    """A parameter is unknown, of the wrong type or out of range."""
+
+
+class WeightsError(FmbsegError):
+    """Weights are missing, damaged or cannot be fetched."""
+
+
+class DataError(FmbsegError):
+    """A data set, a folder or a record is missing or not in the expected layout."""

@@ -1,0 +1,71 @@
+"""High-resolution features (Sec. 3.2): the picture in overlapping crops, each through CLIP on its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fmbseg import images, windows
+from fmbseg.backbones.clip import ImageText
+from fmbseg.params import FeatureParams
+from fmbseg.windows import Window
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """The CLIP side of one picture.
+
+    size: its own (height, width) in pixels; map: (D, h, w), dense features put back in place;
+    tokens: (C, D), one class token a crop; crops: where the C crops lie, in positions of the map.
+    Neither is of unit norm.
+    """
+
+    size: tuple[int, int]
+    map: torch.Tensor
+    tokens: torch.Tensor
+    crops: tuple[Window, ...]
+
+    def centre(self, row: int, column: int) -> tuple[float, float]:
+        """Centre of a position of the map as (x, y) in pixels of the picture."""
+        height, width = self.map.shape[1:]
+        return (column + 0.5) / width * self.size[1], (row + 0.5) / height * self.size[0]
+
+    def crop_box(self, crop: Window) -> tuple[float, float, float, float]:
+        """(x, y, width, height) of a crop in pixels of the picture."""
+        vertical, horizontal = self.size[0] / self.map.shape[1], self.size[1] / self.map.shape[2]
+        return crop.left * horizontal, crop.top * vertical, crop.width * horizontal, crop.height * vertical
+
+
+def crop_grid(clip: ImageText, params: FeatureParams) -> tuple[int, int, int]:
+    """(pixels of the resized picture for one position, crop size and crop stride in positions)."""
+    side = (params.crop_input or clip.image_size) // clip.stride  # positions along one crop
+    cell = params.crop_size // side
+    return cell, side, max(params.crop_stride // cell, 1)
+
+
+def extract(image: np.ndarray, clip: ImageText, params: FeatureParams) -> ImageFeatures:
+    """Dense features and crop tokens of a (height, width, 3) RGB ``uint8`` picture.
+
+    The picture is scaled so that its short side is ``params.short_side`` and both sides hold whole positions;
+    every crop is enlarged or reduced to what the tower takes.
+    """
+    images.check_image(image)
+    cell, size, stride = crop_grid(clip, params)
+    scaled = images.resize(image, images.target_size(*image.shape[:2], params.short_side, params.long_limit, cell))
+    height, width = scaled.shape[0] // cell, scaled.shape[1] // cell
+    if min(height, width) < size:  # a long, thin picture: one crop must fit
+        scale = size / min(height, width)
+        height, width = (max(size, round(side * scale)) for side in (height, width))
+        scaled = images.resize(image, (height * cell, width * cell))
+    crops = windows.windows(height, width, size, stride)
+    tiles, tokens = [], []
+    for start in range(0, len(crops), params.crop_batch):
+        batch = crops[start : start + params.crop_batch]
+        pixels = [scaled[c.top * cell : (c.top + size) * cell, c.left * cell : (c.left + size) * cell] for c in batch]
+        side = size * clip.stride
+        out = clip.encode_crops(torch.from_numpy(np.stack([images.resize(p, (side, side)) for p in pixels])), params.path, params.residual)
+        tokens.append(out.tokens.cpu())
+        tiles += zip(batch, out.maps.cpu())
+    return ImageFeatures(image.shape[:2], windows.stitch(tiles, height, width), torch.cat(tokens), tuple(crops))

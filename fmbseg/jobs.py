@@ -1,0 +1,81 @@
+"""One loop over many pictures: progress, several processes, shards, and failures that stop nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from fmbseg.errors import FmbsegError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item whose work failed, and why, in one sentence."""
+
+    item: str
+    reason: str
+
+
+def shard(items: Sequence[T], index: int, count: int) -> list[T]:
+    """Every ``count``-th item from ``index``: the shards of 0..count-1 hold each item once."""
+    return list(items[index::count])
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """``limit`` items evenly spread over all of them, in order; all of them when there are no more."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+@dataclass(frozen=True)
+class Done:
+    """results: (item, what the function returned) in the order of the items; failures: the others."""
+
+    results: list[tuple[Any, Any]]
+    failures: list[Failure]
+
+
+def each(function: Callable[[T], Any], items: Sequence[T], title: str, workers: int = 1) -> Done:
+    """``function`` on every item.
+
+    With several workers, each is a process of one thread (two of one thread beat one of two on a CPU), so the
+    function and its items must be importable and picklable. Plain tqdm: the notebook kind freezes under papermill.
+    An item that raises one of our own errors, or MemoryError, is a failure; any other error is a bug and stops the run.
+    """
+    outcomes: list[Any] = [None] * len(items)
+    with tqdm(total=len(items), desc=title, unit="image", mininterval=2.0) as progress:
+        if workers == 1 or len(items) < 2:
+            for i, item in enumerate(items):
+                outcomes[i] = _guarded(function, item)
+                progress.update()
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_one_thread) as pool:
+                futures = {pool.submit(_guarded, function, item): i for i, item in enumerate(items)}
+                for future in as_completed(futures):
+                    outcomes[futures[future]] = future.result()
+                    progress.update()
+    failures = [o for o in outcomes if isinstance(o, Failure)]
+    for failure in failures:
+        tqdm.write(f"left out {failure.item}: {failure.reason}")
+    return Done([(i, o) for i, o in zip(items, outcomes) if not isinstance(o, Failure)], failures)
+
+
+def _guarded(function: Callable[[T], Any], item: T) -> Any:
+    try:
+        return function(item)
+    except (FmbsegError, MemoryError) as error:
+        return Failure(str(item), str(error) or type(error).__name__)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,280 @@
+"""One strict schema a step: what may be set, its default, and whether the paper or we chose it.
+
+Defaults are the paper's profile; ``params/<profile>/`` holds what another profile sets differently. An unknown key,
+a wrong type or a value out of range is refused by one sentence that names the key.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fmbseg import storage
+from fmbseg.errors import ParameterError
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 leaves ``1e-4`` (no dot) a string: read such strings as the numbers they are."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Params(BaseModel):
+    """Base of all schemas: strict types, no unknown keys, read-only once made."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+    def part(self, schema: type[Params]) -> dict[str, Any]:
+        """Only the fields of one inherited schema: what a cache key of its step has to cover."""
+        return {name: getattr(self, name) for name in schema.model_fields}
+
+    def table(self) -> pd.DataFrame:
+        """One row a parameter: its value, the schema's default and what it means."""
+        fields = type(self).model_fields
+        rows = {k: (getattr(self, k), f.default, f.description) for k, f in fields.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"])
+
+
+class RunParams(Params):
+    profile: str = Field("paper", description="folder of params/ and results/ this run belongs to")
+    seed: int = Field(0, ge=0, description="of everything random")
+    device: str = Field("cpu", description="where models run: cpu, cuda, cuda:1, mps")
+    workers: Count = Field(1, description="processes of one thread each for work that goes image by image (CPU)")
+    results_dir: str = Field("results", description="where records, tables and figures go; relative to the project's root")
+    data_root: str = Field("", description="folder of the benchmarks in their official layouts; empty: embedded data only")
+
+
+class FeatureParams(Params):
+    """High-resolution features (Sec. 3.1, 3.2)."""
+
+    clip: str = Field("clip_vitl14", description="image-text model")
+    short_side: Count = Field(448, description="ours: the picture's short side in pixels before it is cropped")
+    long_limit: Count = Field(2048, description="ours: its long side at most")
+    crop_size: Count = Field(224, description="ours: side of a crop in pixels of the scaled picture")
+    crop_stride: Count = Field(112, description="ours: pixels from one crop to the next")
+    crop_input: int | None = Field(None, ge=32, description="ours: side to which a crop is scaled for the tower; none: its own")
+    path: Literal["value", "plain"] = Field("value", description="dense features by the last block's values, or its plain tokens")
+    residual: bool = Field(False, description="ours: keep the last block's residual and MLP after the values")
+    crop_batch: Count = Field(16, description="crops through the tower at once")
+
+
+class DetectParams(Params):
+    """Which classes are present (Sec. 3.2)."""
+
+    min_votes: int = Field(1, ge=0, description="ours: a class is present when MORE crops than this vote for it")
+    min_vote_share: Share = Field(0.0, description="ours: ... and more than this share of the crops")
+    templates: Literal["one", "plain", "seven", "eighty"] = Field("one", description="prompt templates whose features are averaged")
+
+
+class QueryParams(Params):
+    """Stage 1.1 (Sec. 3.2)."""
+
+    sam: str = Field("sam_vith", description="ours: the paper does not name its SAM")
+    points: Count = Field(5, description="query points a class")
+    keep_embeddings: bool = Field(False, description="keep SAM's picture embeddings on disk (2 MB each), so that it sees each picture once")
+    separate_points: bool = Field(False, description="ours: one query a point, masks joined, instead of one joint query")
+
+
+class MaskParams(Params):
+    """Automatic masks of Stage 1.2 (Sec. 3.2); defaults are the SAM package's own."""
+
+    points_per_side: Count = Field(32, description="the SAM package's grid of points")
+    points_per_batch: Count = Field(64, description="points decoded at once")
+    predicted_iou: Share = Field(0.88, description="masks under it are dropped")
+    stability: Share = Field(0.95, description="masks under it are dropped")
+    box_nms: Share = Field(0.7, description="duplicates over this box IoU are dropped")
+    min_area: Share = Field(0.001, description="ours: masks under this share of the image are dropped")
+
+
+class CombineParams(Params):
+    """Pseudo labels of the whole picture (Sec. 3.2, 3.3)."""
+
+    stages: Literal["both", "1.1", "1.2"] = Field("both", description="which stage's masks are painted")
+    overlap: Literal["similarity", "query", "agree"] = Field(
+        "similarity", description="ours: where both stages label a pixel: the more similar class, Stage 1.1, or only if they agree"
+    )
+    min_similarity_margin: Float = Field(0.0, ge=0, description="ours: a mask is labelled only if its best class leads the next by this")
+
+
+class PatchParams(Params):
+    """Encoder patches and their labels (Sec. 3.3)."""
+
+    encoder: str = Field("dinov2_vitl14", description="frozen encoder to be aligned")
+    image_size: Count = Field(448, description="ours: side of the encoder's square input in training")
+    min_labelled: Share = Field(0.5, description="ours: a patch with a smaller labelled share stays out of the loss")
+
+
+class ModuleParams(Params):
+    """Alignment module M (Sec. 3.3, Table 2 left)."""
+
+    module: Literal["transformer", "mlp", "linear"] = Field("transformer", description="alignment module")
+    heads: int | None = Field(None, ge=1, description="ours: attention heads; none: the encoder's width / 64")
+    mlp_ratio: Float = Field(4.0, gt=0, description="ours: hidden width of the block's MLP over its width")
+
+
+class LossParams(Params):
+    """The loss (Eq. 1-4, Table 2 right)."""
+
+    loss: Literal["tsupcon", "prototype", "supcon"] = Field("tsupcon", description="Eq. 1, Eq. 2 alone, or SupCon alone")
+    temperature: Float = Field(1.0, gt=0, description="dot products are divided by it; 1 is Eq. 3 and 4 as written")
+    text_weight: Float | None = Field(None, ge=0, description="weight of the mean of l_t over the classes present; none: as Eq. 1, K/(BN+K)")
+    image_weight: Float | None = Field(None, ge=0, description="weight of the mean of l_im over the patches; none: as Eq. 1, BN/(BN+K)")
+
+
+class OptimiserParams(Params):
+    """Training (Sec. 4.1)."""
+
+    optimiser: Literal["sgd", "adamw"] = Field("sgd", description="the paper: SGD")
+    learning_rate: Float = Field(0.05, gt=0, description="ours")
+    momentum: Share = Field(0.9, description="ours; SGD only")
+    weight_decay: Float = Field(1e-4, ge=0, description="ours")
+    epochs: Count = Field(10, description="the paper's")
+    images_per_batch: Count = Field(5, description="the paper's")
+
+
+class SegmentParams(Params):
+    """Deployment (Sec. 3.3) and the evaluation protocol."""
+
+    segment_short_side: Count = Field(448, description="the picture's short side, unless the long one would pass the limit")
+    segment_long_limit: Count = Field(2048, description="the picture's long side at most")
+    window: Count = Field(448, description="side of the sliding window in pixels")
+    window_stride: Count = Field(224, description="pixels from one window to the next")
+    background_words: Literal["stuff", "name"] = Field(
+        "stuff", description="ours: class 0 of the columns with background: the stuff words of VOC-21, or the word itself"
+    )
+
+
+class CollectionParams(Params):
+    """Unlabelled photographs and the words looked for in them."""
+
+    photographs: str = Field("coco_stuff_train", description="a collection's name or a folder of photographs")
+    limit: int | None = Field(None, ge=1, description="how many of them, evenly spread; none: all")
+    vocabulary: str = Field("coco_stuff171", description="a label space's name, several joined by +, or a text file with a word a line")
+
+
+class LabelParams(CollectionParams, FeatureParams, DetectParams, QueryParams, MaskParams, CombineParams):
+    """Everything Stage 1 depends on."""
+
+
+class AlignParams(PatchParams, ModuleParams, LossParams, OptimiserParams):
+    """Everything the training depends on, given pseudo labels."""
+
+
+class FeaturesNotebook(RunParams, CollectionParams, FeatureParams, DetectParams):
+    examples: Count = Field(3, description="photographs shown")
+
+
+class StageNotebook(RunParams, LabelParams):
+    examples: Count = Field(3, description="photographs shown")
+
+
+class TrainNotebook(RunParams, LabelParams, AlignParams):
+    examples: Count = Field(3, description="photographs shown")
+
+
+class EvaluateParams(LabelParams, AlignParams, SegmentParams):
+    """Everything a number of Table 1 depends on."""
+
+    eval_limit: int | None = Field(None, ge=1, description="how many images a benchmark, evenly spread; none: all")
+    dense_enlarge: Float = Field(1.0, gt=0, description="ours: windows are enlarged by this for the dense baseline of a convolutional tower")
+
+
+class EvaluateNotebook(RunParams, EvaluateParams):
+    benchmarks: list[str] = Field(["voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"], description="columns")
+    methods: list[str] = Field(["dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"], description="rows")
+    examples: Count = Field(2, description="photographs shown a benchmark")
+
+
+class TablesNotebook(RunParams):
+    pass
+
+
+NOTEBOOKS: dict[str, type[RunParams]] = {
+    "01_feature_extraction": FeaturesNotebook,
+    "02_stage_1_1_query_sam": StageNotebook,
+    "03_stage_1_2_label_masks": StageNotebook,
+    "04_train_alignment": TrainNotebook,
+    "05_evaluate": EvaluateNotebook,
+    "08_tables": TablesNotebook,
+}
+
+P = TypeVar("P", bound=Params)
+
+
+def make(schema: type[P], values: Mapping[str, Any], source: str = "parameters") -> P:
+    """Values checked against a schema. Raises ParameterError: the first offending key, what was given, what is accepted."""
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0]) if problem["loc"] else "?"
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, schema.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(schema.model_fields)}"
+            raise ParameterError(f"{source}: unknown parameter {key!r}; {hint}") from None
+        raise ParameterError(f"{source}: {key} = {values.get(key)!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A parameter file as a dictionary. Raises ParameterError when it is missing or not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise ParameterError(f"{path}: no such parameter file") from error
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ParameterError(f"{path}: holds a {type(values).__name__}; a parameter file is lines of  name: value")
+    return values
+
+
+def load(notebook: str, profile: str, overrides: Mapping[str, Any] | None = None) -> RunParams:
+    """A notebook's parameters: schema defaults, the profile's shared.yaml, its file for this notebook, then overrides.
+
+    shared.yaml may hold keys of any step; a notebook takes those of its own schema.
+    """
+    if notebook not in NOTEBOOKS:
+        raise ParameterError(f"notebook {notebook!r}: unknown; known are {', '.join(NOTEBOOKS)}")
+    schema, folder = NOTEBOOKS[notebook], storage.project_root() / "params" / profile
+    if not folder.is_dir():
+        known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())
+        raise ParameterError(f"profile {profile!r}: no such folder of params/; known are {', '.join(known)}")
+    shared = read_yaml(folder / "shared.yaml") if (folder / "shared.yaml").is_file() else {}
+    everywhere = {name for known in NOTEBOOKS.values() for name in known.model_fields}
+    for key in shared.keys() - everywhere:
+        raise ParameterError(f"{folder / 'shared.yaml'}: unknown parameter {key!r}; no notebook has it")
+    own = read_yaml(folder / f"{notebook}.yaml") if (folder / f"{notebook}.yaml").is_file() else {}
+    make(schema, own, str(folder / f"{notebook}.yaml"))
+    values = {k: v for k, v in shared.items() if k in schema.model_fields} | own | {"profile": profile} | dict(overrides or {})
+    return make(schema, values, f"{notebook} ({profile})")
+
+
+def of_notebook(notebook: str, namespace: Mapping[str, Any]) -> RunParams:
+    """The parameters of the notebook that calls this with its ``globals()``.
+
+    Its own ``parameters`` cell names the profile. Whatever papermill injected (its cell starts with
+    "# Parameters") overrides the profile's files; unknown names are refused here, where papermill only warns.
+    """
+    injected: dict[str, Any] = {}
+    for source in namespace.get("In", []):
+        if source.startswith("# Parameters"):
+            for node in ast.parse(source).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    injected[node.targets[0].id] = namespace[node.targets[0].id]
+    return load(notebook, injected.pop("profile", namespace.get("profile", "embedded")), injected)

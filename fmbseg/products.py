@@ -1,0 +1,141 @@
+"""What each step keeps of each picture on disk, made once and read ever after.
+
+Everything lies under ``home()/cache``, one file a picture, under a key that covers the picture's bytes, the weights
+and the parameters. Functions are given a path and make what is missing; they run in worker processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+
+from fmbseg import detect, features, images, stage1_masks, stage1_query, storage
+from fmbseg.backbones.clip import ImageText, load_clip
+from fmbseg.backbones.encoder import load_encoder
+from fmbseg.backbones.sam import AutomaticMask, SamSegmenter, load_sam
+from fmbseg.detect import Detected
+from fmbseg.features import ImageFeatures
+from fmbseg.params import DetectParams, FeatureParams, LabelParams, MaskParams, PatchParams, QueryParams
+from fmbseg.stage1_query import QueryMask
+from fmbseg.storage import Store
+from fmbseg.vocabulary import ClassTexts, LabelSpace, class_texts
+from fmbseg.windows import Window
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """A (height, width) bool mask as COCO run-length encoding that JSON can hold."""
+    coded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(n) for n in coded["size"]], "counts": coded["counts"].decode("ascii")}
+
+
+def decode_rle(coded: dict) -> np.ndarray:
+    """COCO run-length encoding -> (height, width) bool."""
+    return rle.decode({"size": coded["size"], "counts": coded["counts"].encode("ascii")}).astype(bool)
+
+
+def _store(product: str, suffix: str, *content) -> Store:
+    return Store(storage.home() / "cache" / product, suffix, product, *content)
+
+
+def clip_of(params: FeatureParams, device: str = "cpu") -> ImageText:
+    return load_clip(params.clip, device, params.crop_input)
+
+
+@functools.lru_cache(maxsize=8)
+def _texts(clip: str, device: str, image_size: int | None, prompts: tuple, names: tuple, templates: str) -> ClassTexts:
+    space = LabelSpace("", names, prompts, np.zeros((len(names), 3), np.uint8))
+    return class_texts(load_clip(clip, device, image_size), space, templates)
+
+
+def texts_of(space: LabelSpace, params: LabelParams, device: str = "cpu") -> ClassTexts:
+    """Text features of a label space, kept in memory for the next call."""
+    return _texts(params.clip, device, params.crop_input, space.prompts, space.names, params.templates)
+
+
+def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> ImageFeatures:
+    """High-resolution CLIP features of one picture, kept in fp16."""
+    clip = clip_of(params, device)
+    content = {k: v for k, v in params.part(FeatureParams).items() if k != "crop_batch"}
+
+    def make(target: Path) -> None:
+        made = features.extract(images.read_image(path), clip, params)
+        crops = [[c.top, c.left, c.height, c.width] for c in made.crops]
+        tensors = {"map": made.map.half(), "tokens": made.tokens.half()}
+        storage.write_tensors(target, tensors, {"size": json.dumps(made.size), "crops": json.dumps(crops)})
+
+    tensors, metadata = storage.read_tensors(_store("clip", ".safetensors", clip.key, content).get(path, make))
+    crops = tuple(Window(*c) for c in json.loads(metadata["crops"]))
+    return ImageFeatures(tuple(json.loads(metadata["size"])), tensors["map"].float(), tensors["tokens"].float(), crops)
+
+
+def _set_image(sam: SamSegmenter, path: Path, params: QueryParams) -> np.ndarray:
+    """Set a picture, with its embedding kept on disk if so wished; returns it."""
+    image = images.read_image(path)
+    sam.set_image(image, _store("sam", ".safetensors", sam.key).path(path) if params.keep_embeddings else None)
+    return image
+
+
+def queries(path: Path, space: LabelSpace, params: LabelParams, device: str = "cpu", given: tuple[int, ...] | None = None) -> list[QueryMask]:
+    """Detected classes of one picture with Stage 1.1's masks. given: image-level labels in place of detection."""
+    clip, sam = clip_of(params, device), load_sam(params.sam, device)
+    content = [params.part(s) for s in (FeatureParams, DetectParams, QueryParams)]
+    for part in content:
+        part.pop("crop_batch", None), part.pop("keep_embeddings", None)
+
+    def make(target: Path) -> None:
+        found_features, texts = clip_features(path, params, device), texts_of(space, params, device)
+        found = detect.detect(found_features, texts, params) if given is None else detect.given(list(given), texts)
+        image = _set_image(sam, path, params) if found else images.read_image(path)
+        masks = stage1_query.query_masks(image, found_features, found, texts, sam, params)
+        storage.write_json(target, [
+            {
+                "index": q.detected.index, "name": q.detected.name, "votes": q.detected.votes, "points": q.points.tolist(),
+                "masks": [encode_rle(m) for m in q.masks], "scores": q.scores.tolist(), "chosen": encode_rle(q.chosen),
+            }
+            for q in masks
+        ])
+
+    store = _store("queries", ".json", clip.key, sam.key, content, space.names, space.prompts, given)
+    return [
+        QueryMask(
+            Detected(r["index"], r["name"], r["votes"]), np.array(r["points"], dtype=np.float32),
+            np.stack([decode_rle(m) for m in r["masks"]]), np.array(r["scores"]), decode_rle(r["chosen"]),
+        )
+        for r in storage.read_json(store.get(path, make))
+    ]
+
+
+def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> list[AutomaticMask]:
+    """Stage 1.2's unlabelled masks of one picture; they do not depend on any word."""
+    sam = load_sam(params.sam, device)
+    content = {k: v for k, v in params.part(MaskParams).items() if k != "points_per_batch"}
+
+    def make(target: Path) -> None:
+        image = _set_image(sam, path, params)
+        found = stage1_masks.automatic_masks(image, sam, params)
+        storage.write_json(target, [
+            {"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found
+        ])
+
+    store = _store("masks", ".json", sam.key, content)
+    return [
+        AutomaticMask(decode_rle(r["mask"]), r["predicted_iou"], r["stability"], tuple(r["point"]))
+        for r in storage.read_json(store.get(path, make))
+    ]
+
+
+def encoder_patches(path: Path, params: PatchParams, device: str = "cpu") -> torch.Tensor:
+    """(width, h, w) patches of one picture squashed to the encoder's square input, kept in fp16."""
+    encoder = load_encoder(params.encoder, device)
+    side = params.image_size // encoder.patch * encoder.patch
+
+    def make(target: Path) -> None:
+        pixels = torch.from_numpy(images.resize(images.read_image(path), (side, side)))[None].to(device)
+        storage.write_tensors(target, {"patches": encoder.encode(pixels)[0].half()})
+
+    return storage.read_tensors(_store("encoder", ".safetensors", encoder.key, side).get(path, make))[0]["patches"]

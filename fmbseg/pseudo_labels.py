@@ -1,0 +1,178 @@
+"""Pseudo labels: both stages' masks as one label map, and the labels of an encoder's patches (Sec. 3.2, 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fmbseg import images, jobs, products, stage1_masks, storage
+from fmbseg.backbones.sam import AutomaticMask
+from fmbseg.datasets import Sample
+from fmbseg.detect import Detected
+from fmbseg.errors import DataError
+from fmbseg.features import ImageFeatures
+from fmbseg.images import IGNORED
+from fmbseg.params import CombineParams, LabelParams
+from fmbseg.stage1_masks import LabelledMask
+from fmbseg.stage1_query import QueryMask
+from fmbseg.vocabulary import ClassTexts, LabelSpace
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """Stage 1 of one picture.
+
+    labels: (height, width) ``uint8`` class indices, 255 where unlabelled; queries: Stage 1.1's answers;
+    query_masks, automatic_masks: what each stage painted.
+    """
+
+    labels: np.ndarray
+    queries: list[QueryMask]
+    query_masks: list[LabelledMask]
+    automatic_masks: list[LabelledMask]
+
+    @property
+    def detected(self) -> list[Detected]:
+        return [q.detected for q in self.queries]
+
+
+def paint(masks: list[LabelledMask], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Paint masks, large ones first and small ones last: (labels, similarity), (height, width) each; 255 where none."""
+    labels = np.full(size, IGNORED, dtype=np.uint8)
+    similarity = np.full(size, -np.inf, dtype=np.float32)
+    for mask in sorted(masks, key=lambda m: -int(m.mask.sum())):
+        labels[mask.mask] = mask.detected.index
+        similarity[mask.mask] = mask.similarity
+    return labels, similarity
+
+
+def combine(query: list[LabelledMask], automatic: list[LabelledMask], size: tuple[int, int], params: CombineParams) -> np.ndarray:
+    """One (height, width) ``uint8`` label map of both stages; a pixel of one stage only takes that stage's label.
+
+    Where both label a pixel: "similarity" takes the class whose mask is more similar to it, "query" Stage 1.1's,
+    "agree" labels it only if they agree (ours: the paper says that they complement each other, not how).
+    """
+    first, first_similarity = paint(query if params.stages != "1.2" else [], size)
+    second, second_similarity = paint(automatic if params.stages != "1.1" else [], size)
+    labels = np.where(first_similarity > second_similarity, first, second)
+    both = (first != IGNORED) & (second != IGNORED)
+    if params.overlap == "query":
+        labels[both] = first[both]
+    elif params.overlap == "agree":
+        labels[both & (first != second)] = IGNORED
+    return labels
+
+
+def assemble(
+    queries: list[QueryMask], automatic: list[AutomaticMask], features: ImageFeatures, texts: ClassTexts, params: CombineParams
+) -> PseudoLabel:
+    """Label the automatic masks among the detected classes and combine the stages."""
+    detected = [q.detected for q in queries]
+    own = stage1_masks.mean_features([q.chosen for q in queries], features) if queries else None
+    query_masks = []
+    for i, q in enumerate(queries):
+        similarity = texts.per_class(own[i] @ texts.features.T)[q.detected.index]
+        query_masks.append(LabelledMask(q.chosen, q.detected, float(similarity), float("inf")))
+    labelled = stage1_masks.label_masks([a.mask for a in automatic], features, detected, texts)
+    labelled = [m for m in labelled if m.margin >= params.min_similarity_margin]
+    return PseudoLabel(combine(query_masks, labelled, features.size, params), queries, query_masks, labelled)
+
+
+def label_picture(
+    path: Path, space: LabelSpace, params: LabelParams, device: str = "cpu", given: tuple[int, ...] | None = None
+) -> PseudoLabel:
+    """Stage 1 of one picture, from what is on disk, making what is not.
+
+    space: the vocabulary, one class a word; given: image-level labels in place of detection.
+    """
+    queries = products.queries(path, space, params, device, given)
+    automatic = products.automatic_masks(path, params, device) if params.stages != "1.1" else []
+    texts = products.texts_of(space, params, device)
+    return assemble(queries, automatic, products.clip_features(path, params, device), texts, params)
+
+
+class LabelStore:
+    """A folder of pseudo labels: NAME.png (8-bit, 255 unlabelled) and NAME.json a picture, and labels.json for all.
+
+    labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed.
+    """
+
+    def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
+        self.folder, self.space = Path(folder), space
+        header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": params.part(LabelParams)}
+        self.key = storage.digest(header)
+        path = self.folder / "labels.json"
+        if path.is_file() and storage.read_json(path)["key"] != self.key:
+            raise DataError(f"{folder}: holds pseudo labels made with other words or parameters; give another folder or delete this one")
+        if not path.is_file():
+            storage.write_json(path, {"key": self.key, **header})
+
+    def path(self, sample: Sample) -> Path:
+        return self.folder / f"{sample.name}.png"
+
+    def has(self, sample: Sample) -> bool:
+        record = self.folder / f"{sample.name}.json"
+        return self.path(sample).is_file() and record.is_file() and storage.read_json(record)["sha256"] == storage.image_sha256(sample.image)
+
+    def write(self, sample: Sample, label: PseudoLabel) -> None:
+        """Write the record after the map: a picture with a record is whole."""
+        write_label_map(self.path(sample), label.labels, self.space.palette)
+        present = np.unique(label.labels[label.labels != IGNORED])
+        storage.write_json(self.folder / f"{sample.name}.json", {
+            "image": str(sample.image),
+            "sha256": storage.image_sha256(sample.image),
+            "detected": [{"name": d.name, "votes": d.votes} for d in label.detected],
+            "classes": [self.space.names[k] for k in present],
+            "coverage": float((label.labels != IGNORED).mean()),
+        })
+
+    def read(self, sample: Sample) -> np.ndarray:
+        """(height, width) ``uint8`` class indices, 255 where unlabelled."""
+        if not self.path(sample).is_file():
+            raise DataError(f"{sample.name}: has no pseudo label in {self.folder}; run Stage 1 (notebook 03 or fmbseg label) first")
+        return images.read_mask(self.path(sample))
+
+
+def write_label_map(path: Path, labels: np.ndarray, palette: np.ndarray) -> None:
+    """Write class indices as an 8-bit palette PNG that any viewer shows in colour; 255 is white."""
+    picture = Image.fromarray(labels, mode="P")
+    colours = np.full((256, 3), 255, dtype=np.uint8)
+    colours[: len(palette)] = palette
+    picture.putpalette(colours.tobytes())
+    with storage.atomic_path(path) as part:
+        picture.save(part, format="PNG")
+
+
+def _label_one(sample: Sample, folder: Path, space: LabelSpace, params: LabelParams, device: str) -> None:
+    store = LabelStore(folder, space, params)
+    if not store.has(sample):
+        store.write(sample, label_picture(sample.image, space, params, device))
+
+
+def label_collection(
+    samples: list[Sample], folder: str | Path, space: LabelSpace, params: LabelParams, device: str = "cpu", workers: int = 1
+) -> tuple[LabelStore, list[jobs.Failure]]:
+    """Pseudo labels of many pictures, resumable: what the folder holds is kept. A failed picture is told and left out."""
+    store = LabelStore(folder, space, params)
+    work = partial(_label_one, folder=Path(folder), space=space, params=params, device=device)
+    return store, jobs.each(work, samples, "pseudo labels", workers).failures
+
+
+def patch_labels(labels: np.ndarray, grid: tuple[int, int], min_labelled: float) -> torch.Tensor:
+    """Label of every patch: (h, w) int64, the commonest label of its pixels; -1 where too few are labelled (Sec. 3.3).
+
+    labels: (height, width) ``uint8``; grid: (h, w) patches that share the picture evenly; min_labelled: the least
+    labelled share (ours: half).
+    """
+    rows = (np.arange(labels.shape[0]) * grid[0]) // labels.shape[0]
+    columns = (np.arange(labels.shape[1]) * grid[1]) // labels.shape[1]
+    patch = rows[:, None] * grid[1] + columns[None, :]
+    counts = np.bincount(patch.ravel() * 256 + labels.ravel(), minlength=grid[0] * grid[1] * 256).reshape(-1, 256)
+    total, labelled = counts.sum(axis=1), counts[:, :IGNORED].sum(axis=1)
+    keep = (labelled > 0) & (labelled >= min_labelled * total)
+    return torch.from_numpy(np.where(keep, counts[:, :IGNORED].argmax(axis=1), -1).reshape(grid))

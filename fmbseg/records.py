@@ -1,0 +1,144 @@
+"""Run records: JSON files that say what was run, on what, and what came out; and all of them as one frame."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from fmbseg import storage
+from fmbseg.errors import DataError
+
+if TYPE_CHECKING:
+    from fmbseg.datasets import Dataset
+    from fmbseg.metrics import Confusion
+    from fmbseg.params import EvaluateParams, Params
+    from fmbseg.vocabulary import LabelSpace
+
+STAND_IN = "stand-in trained with image-level names: not annotation-free"
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "segment-anything", "timm", "transformers", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. kind: "evaluate" or "train"; notes: what a reader of the number has to know."""
+
+    kind: str
+    method: str
+    parameters: dict[str, Any]
+    dataset: str = ""
+    source: str = ""
+    images: int = 0
+    failed: int = 0
+    protocol: dict[str, Any] = field(default_factory=dict)
+    miou: float | None = None
+    precision: float | None = None
+    coverage: float | None = None
+    iou: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+    weights: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    revision: str = field(default_factory=lambda: revision())
+    hardware: str = field(default_factory=lambda: hardware())
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, folder: str | Path, name: str = "") -> Path:
+        """Write it as JSON under ``folder``, named after kind, method and data set; returns the path."""
+        stem = name or "-".join(part for part in (self.kind, self.method, self.dataset.replace("/", "_").replace(":", "_")) if part)
+        return storage.write_json(Path(folder) / f"{stem}.json", dataclasses.asdict(self))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@functools.cache
+def revision() -> str:
+    """The git revision of the checkout, "+changes" where it has uncommitted ones; "" outside one."""
+    try:
+        root = Path(__file__).resolve().parent.parent
+        run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
+        head = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        return head + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@functools.cache
+def hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def used_weights(params: Params, module: str = "") -> dict[str, str]:
+    """Keys of the weights that the parameters name."""
+    from fmbseg import products
+
+    found = {"clip": products.clip_of(params).key}
+    if getattr(params, "sam", None):
+        found["sam"] = products.load_sam(params.sam).key
+    if module:
+        found["module"] = storage.file_sha256(module)
+    return found
+
+
+def notes_of(params: Params) -> list[str]:
+    from fmbseg.backbones.clip import LIT
+
+    if params.clip == LIT:
+        return [STAND_IN]
+    return ["random weights: the number means nothing"] if params.clip.startswith("random:") else []
+
+
+def of_evaluation(
+    method: str, dataset: Dataset, space: LabelSpace, confusion: Confusion, images: int, failed: int,
+    params: EvaluateParams, module: str, seconds: float,
+) -> Record:
+    """The record of one number of Table 1."""
+    from fmbseg.params import EvaluateParams, SegmentParams
+
+    iou = {name: None if value != value else round(100 * float(value), 3) for name, value in zip(space.names, confusion.iou())}
+    protocol = params.part(SegmentParams) | {"templates": params.templates, "background": list(space.prompts[0]) if space.background else None}
+    return Record(
+        "evaluate", method, params.part(EvaluateParams), dataset.name, dataset.source, images, failed, protocol,
+        round(confusion.miou(), 3), round(confusion.precision(), 3), round(confusion.coverage(), 3), iou, round(seconds, 1),
+        used_weights(params, module if method == "fmbseg" else ""), notes=notes_of(params),
+    )
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """All records under a folder as one tidy frame: a row a run; parameters as ``param.NAME``, IoU as ``iou.CLASS``.
+
+    Raises DataError when there is none.
+    """
+    files = sorted(Path(folder).rglob("*.json"))
+    rows = []
+    for file in files:
+        record = storage.read_json(file)
+        if not isinstance(record, dict) or "kind" not in record:
+            continue
+        row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))} | {"file": str(file), "notes": "; ".join(record["notes"])}
+        row |= {f"param.{k}": v for k, v in record["parameters"].items()}
+        row |= {f"iou.{k}": v for k, v in record["iou"].items()}
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{folder}: holds no record; run notebooks 04 and 05, or: fmbseg reproduce embedded")
+    return pd.DataFrame(rows)

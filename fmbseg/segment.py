@@ -1,0 +1,173 @@
+"""Deployment (Sec. 3.3): a picture and a list of words -> a label map, with no SAM and no refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fmbseg import alignment as alignment_module
+from fmbseg import images, vocabulary
+from fmbseg.backbones.clip import ImageText, load_clip
+from fmbseg.backbones.encoder import Encoder, load_encoder
+from fmbseg.errors import ParameterError
+from fmbseg.images import resize_map
+from fmbseg.params import SegmentParams
+from fmbseg.vocabulary import ClassTexts, LabelSpace, class_texts
+from fmbseg.windows import Window, stitch, windows
+
+
+class Embedder(Protocol):
+    """Anything that gives patches in the text's space: the aligned encoder or CLIP itself."""
+
+    key: str
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, height, width, 3) ``uint8`` -> (B, D, h, w), unit norm."""
+
+
+class AlignedEncoder:
+    """The frozen encoder and the trained module M: z = M(x)."""
+
+    def __init__(self, encoder: Encoder, alignment: alignment_module.Alignment, key: str, device: str = "cpu"):
+        self.encoder, self.alignment, self.key, self.device = encoder, alignment.to(device).eval(), key, device
+
+    @torch.inference_mode()
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.alignment(self.encoder.encode(_to_multiple(pixels, self.encoder.patch).to(self.device)))
+
+
+class DenseClip:
+    """CLIP's own dense features, the zero-shot baseline in the style of MaskCLIP.
+
+    enlarge: the window is scaled by this before the tower (a tower of large stride sees more that way; ours).
+    """
+
+    def __init__(self, clip: ImageText, path: str = "value", enlarge: float = 1.0):
+        self.clip, self.path, self.enlarge = clip, path, enlarge
+        self.key = f"{clip.key} {path} x{enlarge:g}"
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.clip.blocks is not None:  # a transformer's position embedding fits one size only
+            size = (self.clip.image_size, self.clip.image_size)
+            pixels = torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
+        else:
+            pixels = _to_multiple(pixels, self.clip.stride, self.enlarge)
+        return F.normalize(self.clip.encode_crops(pixels, self.path).maps, dim=1)
+
+
+def _to_multiple(pixels: torch.Tensor, multiple: int, scale: float = 1.0) -> torch.Tensor:
+    """Windows scaled so that both sides are multiples of a patch; nothing changes where they are already."""
+    size = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in pixels.shape[1:3])
+    return torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """The expensive part, once a picture: patch embeddings of every window.
+
+    size: the picture's (height, width); scaled: that of the picture the windows lie in; maps: (D, h, w) a window.
+    """
+
+    size: tuple[int, int]
+    scaled: tuple[int, int]
+    windows: tuple[Window, ...]
+    maps: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """labels: (height, width) ``uint8`` class indices; space: the classes; similarity: (K, h, w) at the scaled size,
+    cosine similarities, of which ``labels`` is the argmax after interpolation to the picture's size."""
+
+    labels: np.ndarray
+    space: LabelSpace
+    similarity: torch.Tensor
+
+
+class Segmenter:
+    """Load once, ``segment(image, classes)`` as often as you like.
+
+    embedder: gives patches in the text's space; clip: the image-text model whose texts they are compared with.
+    """
+
+    def __init__(self, embedder: Embedder, clip: ImageText, params: SegmentParams | None = None, templates: str = "one"):
+        self.embedder, self.clip, self.params, self.templates = embedder, clip, params or SegmentParams(), templates
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu", params: SegmentParams | None = None) -> Segmenter:
+        """A trained module with the encoder and the image-text model that it was trained with."""
+        module, metadata = alignment_module.load(path)
+        encoder = load_encoder(metadata["encoder"], device)
+        embedder = AlignedEncoder(encoder, module, f"fmbseg {metadata['key']}", device)
+        return cls(embedder, load_clip(metadata["clip"], device, metadata.get("crop_input")), params, metadata.get("templates", "one"))
+
+    def texts(self, space: LabelSpace) -> ClassTexts:
+        return class_texts(self.clip, space, self.templates)
+
+    @torch.inference_mode()
+    def embed(self, image: np.ndarray) -> EmbeddedImage:
+        """Patch embeddings of a (height, width, 3) RGB ``uint8`` picture, in sliding windows."""
+        images.check_image(image)
+        p = self.params
+        scaled = images.resize(image, images.target_size(*image.shape[:2], p.segment_short_side, p.segment_long_limit))
+        height, width = scaled.shape[:2]
+        places = windows(height, width, p.window, p.window_stride)
+        maps = []
+        for w in places:
+            pixels = torch.from_numpy(scaled[w.top : w.top + w.height, w.left : w.left + w.width].copy())
+            maps.append(self.embedder.embed(pixels[None])[0].cpu())
+        return EmbeddedImage(image.shape[:2], (height, width), tuple(places), tuple(maps))
+
+    @torch.inference_mode()
+    def similarity(self, embedded: EmbeddedImage, texts: ClassTexts) -> torch.Tensor:
+        """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
+        tiles = []
+        for window, z in zip(embedded.windows, embedded.maps):
+            similar = texts.per_class(z.flatten(1).T @ texts.features.T).T.reshape(1, len(texts.names), *z.shape[1:])
+            tiles.append((window, resize_map(similar, (window.height, window.width))[0]))
+        return stitch(tiles, *embedded.scaled)
+
+    def segment(self, image: np.ndarray, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None) -> Segmentation:
+        """Segment a (height, width, 3) RGB ``uint8`` picture into any words.
+
+        classes: words, one comma-separated string, or a label space; background: words that together are class 0,
+        "background". Raises ParameterError for an empty or repeated list.
+        """
+        space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
+        similarity = self.similarity(self.embed(image), self.texts(space))
+        return Segmentation(label_map(similarity, image.shape[:2]), space, similarity)
+
+
+def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | None = None) -> LabelSpace:
+    """Words, and background words as one class 0, as a label space."""
+    space = vocabulary.own_words(classes, "classes")
+    if background is None:
+        return space
+    others = vocabulary.own_words(background, "background")
+    both = sorted(set(space.names) & set(others.names))
+    if both:
+        raise ParameterError(f"background: also among the classes: {', '.join(both)}; give every word once")
+    colours = np.concatenate([np.zeros((1, 3), np.uint8), space.palette])
+    return LabelSpace("words", ("background", *space.names), (others.names, *space.prompts), colours, True)
+
+
+def label_map(similarity: torch.Tensor, size: tuple[int, int], chunk: int = 32) -> np.ndarray:
+    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``.
+
+    In chunks of classes, so that memory does not grow with the vocabulary; a tie goes to the first class.
+    """
+    best = index = None
+    for start in range(0, len(similarity), chunk):
+        values, where = resize_map(similarity[None, start : start + chunk], size)[0].max(dim=0)
+        if best is None:
+            best, index = values, where
+        else:
+            better = values > best
+            best, index = torch.where(better, values, best), torch.where(better, where + start, index)
+    return index.to(torch.uint8).numpy()

@@ -1,0 +1,60 @@
+"""Stage 1.2: SAM's automatic masks, each labelled with a detected class (Sec. 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fmbseg.backbones.sam import AutomaticMask, SamSegmenter
+from fmbseg.detect import Detected
+from fmbseg.features import ImageFeatures
+from fmbseg.params import MaskParams
+from fmbseg.vocabulary import ClassTexts
+
+
+@dataclass(frozen=True)
+class LabelledMask:
+    """A mask with its class.
+
+    mask: (height, width) bool; similarity: of its mean feature to the class, in [-1, 1];
+    margin: lead over the next detected class (infinite where there is no other).
+    """
+
+    mask: np.ndarray
+    detected: Detected
+    similarity: float
+    margin: float
+
+
+def automatic_masks(image: np.ndarray, sam: SamSegmenter, params: MaskParams) -> list[AutomaticMask]:
+    """SAM's automatic masks of a (height, width, 3) RGB ``uint8`` picture, filtered by confidence and by size."""
+    found = sam.automatic_masks(
+        image, params.points_per_side, params.points_per_batch, params.predicted_iou, params.stability, params.box_nms
+    )
+    smallest = params.min_area * image.shape[0] * image.shape[1]
+    return [mask for mask in found if mask.area >= max(smallest, 1)]
+
+
+def mean_features(masks: list[np.ndarray], features: ImageFeatures) -> torch.Tensor:
+    """(M, D) unit-norm mean CLIP feature inside each (height, width) mask, weighted by its share of each position."""
+    shape = features.map.shape[1:]
+    weights = torch.cat([F.interpolate(torch.from_numpy(mask)[None, None].float(), size=shape, mode="area") for mask in masks])
+    return F.normalize(weights.flatten(1) @ features.map.flatten(1).T, dim=-1)
+
+
+def label_masks(
+    masks: list[np.ndarray], features: ImageFeatures, detected: list[Detected], texts: ClassTexts
+) -> list[LabelledMask]:
+    """Give every mask the detected class whose text is nearest to its mean feature."""
+    if not masks or not detected:
+        return []
+    similarity = texts.per_class(mean_features(masks, features) @ texts.features.T)[:, [d.index for d in detected]]
+    top = similarity.topk(min(2, len(detected)), dim=1)
+    lead = top.values[:, 0] - top.values[:, 1] if len(detected) > 1 else torch.full((len(masks),), float("inf"))
+    return [
+        LabelledMask(mask, detected[best], float(value), float(margin))
+        for mask, best, value, margin in zip(masks, top.indices[:, 0].tolist(), top.values[:, 0], lead)
+    ]

@@ -1,0 +1,126 @@
+"""Training the alignment module on pseudo labels and cached encoder patches (Sec. 3.3, 4.1)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fmbseg import images, jobs, losses, products
+from fmbseg.alignment import Alignment
+from fmbseg.datasets import Sample
+from fmbseg.errors import DataError
+from fmbseg.params import AlignParams, LossParams, ModuleParams
+from fmbseg.pseudo_labels import LabelStore, patch_labels
+from fmbseg.vocabulary import ClassTexts
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained module. steps: one row a step (step, epoch, loss, learning rate, labelled patches);
+    classes: indices of the K classes that occur in the pseudo labels, the texts of the loss."""
+
+    alignment: Alignment
+    steps: list[dict[str, float]]
+    classes: tuple[int, ...]
+    seconds: float
+
+
+class PatchDataset(Dataset):
+    """One item a picture: (width, h, w) fp16 encoder patches and (h, w) int64 labels, -1 where unlabelled."""
+
+    def __init__(self, samples: list[Sample], store: LabelStore, params: AlignParams, device: str):
+        self.samples, self.store, self.params, self.device = samples, store, params, device
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sample = self.samples[index]
+        patches = products.encoder_patches(sample.image, self.params, self.device)
+        return patches, patch_labels(self.store.read(sample), tuple(patches.shape[1:]), self.params.min_labelled)
+
+
+def _encode(sample: Sample, params: AlignParams, device: str) -> None:
+    products.encoder_patches(sample.image, params, device)
+
+
+def prepare(samples: list[Sample], params: AlignParams, device: str = "cpu", workers: int = 1) -> None:
+    """Encode every picture once, on disk, in several processes."""
+    jobs.each(partial(_encode, params=params, device=device), samples, "encoder patches", workers)
+
+
+def loss_function(params: LossParams) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The loss that the parameters name, as a function of (z, labels, texts)."""
+    if params.loss == "tsupcon":
+        return partial(losses.tsupcon, temperature=params.temperature, text_weight=params.text_weight, image_weight=params.image_weight)
+    return partial({"prototype": losses.prototype, "supcon": losses.supcon}[params.loss], temperature=params.temperature)
+
+
+def standardise(alignment: Alignment, data: PatchDataset, at_most: int = 256) -> None:
+    """Measure mean and standard deviation of the patches on up to ``at_most`` pictures and keep them in the module."""
+    patches = torch.cat([data[i][0].float().flatten(1) for i in jobs.spread(range(len(data)), at_most)], dim=1)
+    alignment.mean.copy_(patches.mean(dim=1))
+    alignment.std.copy_(patches.std(dim=1).clamp(min=1e-3))
+
+
+def labelled_classes(data: PatchDataset) -> tuple[int, ...]:
+    """The classes that label any patch, sorted. Raises DataError when there is none."""
+    found: set[int] = set()
+    for sample in data.samples:
+        found.update(torch.from_numpy(data.store.read(sample)).unique().tolist())
+    found.discard(images.IGNORED)
+    if not found:
+        raise DataError(f"{data.store.folder}: no pixel is labelled; lower min_votes or give more photographs or other words")
+    return tuple(sorted(found))
+
+
+def train(samples: list[Sample], store: LabelStore, texts: ClassTexts, params: AlignParams, seed: int = 0, device: str = "cpu") -> TrainResult:
+    """Train M on the pictures' pseudo labels: SGD, cosine to zero, 5 pictures a batch (Sec. 4.1).
+
+    texts: of the whole vocabulary; the loss uses those of the classes that occur. The same seed gives the same module.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    data = PatchDataset(samples, store, params, device)
+    classes = labelled_classes(data)
+    prototypes = texts.prototypes()[list(classes)].to(device)
+    column = torch.full((256,), -1)  # class index -> row of the prototypes; -1, which indexes the last, stays -1
+    column[list(classes)] = torch.arange(len(classes))
+
+    alignment = Alignment(data[0][0].shape[0], prototypes.shape[1], ModuleParams(**params.part(ModuleParams)))
+    standardise(alignment, data)
+    alignment.to(device).train()
+    loss_of = loss_function(params)
+    optimiser = _optimiser(alignment, params)
+    loader = DataLoader(data, params.images_per_batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.epochs * len(loader))
+
+    steps: list[dict[str, float]] = []
+    with tqdm(total=params.epochs * len(loader), desc="training", unit="step", mininterval=2.0) as progress:
+        for epoch in range(params.epochs):
+            for patches, labels in loader:
+                z = alignment(patches.float().to(device)).permute(0, 2, 3, 1).flatten(0, 2)
+                y = column[labels.flatten()].to(device)
+                rate = optimiser.param_groups[0]["lr"]
+                if (y >= 0).any():
+                    loss = loss_of(z[y >= 0], y[y >= 0], prototypes)
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
+                    steps.append({"step": len(steps), "epoch": epoch, "loss": loss.item(), "learning_rate": rate, "patches": int((y >= 0).sum())})
+                    progress.set_postfix(loss=f"{steps[-1]['loss']:.3f}", refresh=False)
+                schedule.step()
+                progress.update()
+    return TrainResult(alignment.cpu().eval(), steps, classes, time.perf_counter() - started)
+
+
+def _optimiser(alignment: Alignment, params: AlignParams) -> torch.optim.Optimizer:
+    if params.optimiser == "sgd":
+        return torch.optim.SGD(alignment.parameters(), params.learning_rate, params.momentum, weight_decay=params.weight_decay)
+    return torch.optim.AdamW(alignment.parameters(), params.learning_rate, weight_decay=params.weight_decay)

@@ -1,0 +1,57 @@
+"""Sliding windows: where they lie and how what they yield is put back. Used by the high-resolution features
+(Sec. 3.2) in units of patches and by the sliding evaluation in pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle: top and left corner and size, in whatever unit its map has."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, array):
+        """This part of a (..., height, width) tensor."""
+        return array[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+    def scaled(self, factor: int) -> Window:
+        return Window(self.top * factor, self.left * factor, self.height * factor, self.width * factor)
+
+
+def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
+    """Windows of ``size`` every ``stride`` that cover a map row by row; the last ones are shifted inward to fit.
+
+    A side shorter than ``size`` gets one window of its own length.
+    """
+
+    def starts(length: int) -> list[int]:
+        count = max(math.ceil((length - size) / stride), 0) + 1
+        return [min(i * stride, max(length - size, 0)) for i in range(count)]
+
+    return [Window(top, left, min(size, height), min(size, width)) for top in starts(height) for left in starts(width)]
+
+
+def stitch(tiles: Iterable[tuple[Window, torch.Tensor]], height: int, width: int) -> torch.Tensor:
+    """Put (window, (C, h, w) tensor) pairs back into one (C, height, width) map; overlaps are averaged.
+
+    The windows together must cover the map.
+    """
+    total = count = None
+    for window, tile in tiles:
+        if total is None:
+            total = tile.new_zeros(tile.shape[0], height, width)
+            count = tile.new_zeros(1, height, width)
+        window.of(total).add_(tile)
+        window.of(count).add_(1)
+    if count is None or bool((count == 0).any()):
+        raise ValueError("the windows do not cover the map")
+    return total / count
