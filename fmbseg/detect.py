@@ -21,15 +21,14 @@ class Detected:
     votes: int
 
 
-def votes(features: ImageFeatures, texts: ClassTexts) -> torch.Tensor:
-    """(K,) number of crops whose class token is most similar to each class, over the WHOLE vocabulary."""
-    similarity = texts.per_class(F.normalize(features.tokens, dim=-1) @ texts.features.T)
-    return similarity.argmax(dim=1).bincount(minlength=len(texts.names))
+def winners(features: ImageFeatures, texts: ClassTexts) -> list[int]:
+    """Class of every crop: the one most similar to its class token over the WHOLE vocabulary."""
+    return texts.per_class(F.normalize(features.tokens, dim=-1) @ texts.features.T).argmax(dim=1).tolist()
 
 
 def detect(features: ImageFeatures, texts: ClassTexts, params: DetectParams) -> list[Detected]:
     """Classes with more than ``min_votes`` crops and more than ``min_vote_share`` of them, most votes first."""
-    counts = votes(features, texts)
+    counts = torch.tensor(winners(features, texts)).bincount(minlength=len(texts.names))
     enough = max(params.min_votes, params.min_vote_share * len(features.tokens))
     order = counts.argsort(descending=True, stable=True).tolist()
     return [Detected(k, texts.names[k], int(counts[k])) for k in order if counts[k] > enough]

@@ -9,6 +9,7 @@ import torch
 
 from fmbseg import images, windows
 from fmbseg.backbones.clip import ImageText
+from fmbseg.errors import ParameterError
 from fmbseg.params import FeatureParams
 from fmbseg.windows import Window
 
@@ -41,8 +42,13 @@ class ImageFeatures:
 def crop_grid(clip: ImageText, params: FeatureParams) -> tuple[int, int, int]:
     """(pixels of the resized picture for one position, crop size and crop stride in positions)."""
     side = (params.crop_input or clip.image_size) // clip.stride  # positions along one crop
+    if not side or params.crop_size % side or params.crop_stride % (params.crop_size // side):
+        raise ParameterError(
+            f"crop_size = {params.crop_size}, crop_stride = {params.crop_stride}: a crop has {side} positions a side, so crop_size must be"
+            f" a multiple of {side} and crop_stride one of crop_size / {side}"
+        )
     cell = params.crop_size // side
-    return cell, side, max(params.crop_stride // cell, 1)
+    return cell, side, params.crop_stride // cell
 
 
 def extract(image: np.ndarray, clip: ImageText, params: FeatureParams) -> ImageFeatures:

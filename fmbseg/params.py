@@ -30,6 +30,7 @@ def _number(value: Any) -> Any:
     return value
 
 
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 Float = Annotated[float, BeforeValidator(_number)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -196,8 +197,8 @@ class EvaluateParams(LabelParams, AlignParams, SegmentParams):
 
 
 class EvaluateNotebook(RunParams, EvaluateParams):
-    benchmarks: list[str] = Field(["voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"], description="columns")
-    methods: list[str] = Field(["dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"], description="rows")
+    benchmarks: Names = Field(("voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"), description="columns")
+    methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
     examples: Count = Field(2, description="photographs shown a benchmark")
 
 

@@ -80,6 +80,16 @@ def missing(records: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["column", "reason"])
 
 
+def styled(frame: pd.DataFrame):
+    """The table for a notebook: two decimals, empty cells blank, our rows set off."""
+    ours = frame.index.get_level_values("origin") != "published"
+
+    def shade(column: pd.Series) -> list[str]:
+        return ["font-weight: bold" if mine else "" for mine in ours]
+
+    return frame.style.format(precision=2, na_rep="").apply(shade, axis=0)
+
+
 def write(frame: pd.DataFrame, path: str | Path) -> Path:
     """Write a table as CSV, atomically."""
     with storage.atomic_path(path) as part:

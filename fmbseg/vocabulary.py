@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -169,6 +170,15 @@ class ClassTexts:
         """(K, D) unit-norm mean of each class's words: t_k of the loss."""
         sums = self.features.new_zeros(len(self.names), self.features.shape[1]).index_add(0, self.owner, self.features)
         return F.normalize(sums, dim=-1)
+
+    def closest(self) -> pd.DataFrame:
+        """Pairs of different classes by the cosine similarity of their prototypes, most similar first."""
+        t = self.prototypes()
+        rows, columns = torch.triu_indices(len(t), len(t), offset=1)
+        values = (t @ t.T)[rows, columns]
+        order = values.argsort(descending=True)[:100].tolist()
+        found = [(self.names[rows[i]], self.names[columns[i]], float(values[i])) for i in order]
+        return pd.DataFrame(found, columns=["class", "other class", "similarity"])
 
 
 def class_texts(clip: ImageText, space: LabelSpace, template_set: str = "one") -> ClassTexts:

@@ -17,7 +17,7 @@ from fmbseg import storage, weights
 from fmbseg.errors import ParameterError
 
 _REGISTRY = {"sam_vith": "vit_h", "sam_vitl": "vit_l", "sam_vitb": "vit_b"}
-SAM_NAMES = ("mobile_sam", *_REGISTRY)
+SAM_NAMES = ("mobile_sam", "tiny_sam", *_REGISTRY)
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,23 @@ class TinyVitEncoder(nn.Module):
 
 def build_mobile_sam() -> Sam:
     """MobileSAM's architecture, randomly initialised: TinyViT under SAM's own prompt encoder and mask decoder."""
+    return _assemble(TinyVitEncoder(), width=256, side=1024)
+
+
+def build_tiny_sam() -> Sam:
+    """A SAM for smoke tests, which has no trained weights: one convolution under a narrow decoder, 128-px pictures."""
+    encoder = nn.Conv2d(3, 32, kernel_size=16, stride=16)
+    encoder.img_size = 128
+    return _assemble(encoder, width=32, side=128)
+
+
+def _assemble(encoder: nn.Module, width: int, side: int) -> Sam:
+    grid = (side // 16, side // 16)
+    transformer = TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=8 * width, num_heads=8)
     return Sam(
-        image_encoder=TinyVitEncoder(),
-        prompt_encoder=PromptEncoder(embed_dim=256, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
-            transformer_dim=256,
-        ),
+        image_encoder=encoder,
+        prompt_encoder=PromptEncoder(embed_dim=width, image_embedding_size=grid, input_image_size=(side, side), mask_in_chans=16),
+        mask_decoder=MaskDecoder(num_multimask_outputs=3, transformer=transformer, transformer_dim=width, iou_head_hidden_dim=256),
     )
 
 
@@ -165,7 +174,8 @@ class SamSegmenter:
 
 
 def _build(name: str) -> Sam:
-    return build_mobile_sam() if name == "mobile_sam" else sam_model_registry[_REGISTRY[name]]()
+    builders = {"mobile_sam": build_mobile_sam, "tiny_sam": build_tiny_sam}
+    return builders[name]() if name in builders else sam_model_registry[_REGISTRY[name]]()
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,50 @@
+"""Run a profile's notebooks headlessly with papermill, one after the other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fmbseg import params, steps, storage
+from fmbseg.errors import DataError
+
+
+def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Path:
+    """Execute a profile's notebooks in order; executed copies go to ``results/<profile>/notebooks/``.
+
+    notebooks: names to run; none: all. overrides: parameters injected where a notebook has them; one that no notebook
+    has is refused. All parameters are checked before anything runs. Raises DataError with the notebook's own message.
+    """
+    names = list(notebooks) or list(params.NOTEBOOKS)
+    overrides = dict(overrides or {})
+    known = {field for name in names for field in params.NOTEBOOKS[name].model_fields} if set(names) <= set(params.NOTEBOOKS) else set()
+    for key in overrides.keys() - known if known else ():
+        params.make(params.NOTEBOOKS[names[-1]], {key: overrides[key]}, "override")
+    plans = {}
+    for name in names:
+        fields = params.NOTEBOOKS[name].model_fields if name in params.NOTEBOOKS else {}
+        plans[name] = {k: v for k, v in overrides.items() if k in fields}
+        checked = params.load(name, profile, plans[name])
+    folder = steps.results_folder(checked)
+    for i, (name, injected) in enumerate(plans.items(), 1):
+        started = time.perf_counter()
+        print(f"[{i}/{len(plans)}] {name}", flush=True)
+        _execute(name, {"profile": profile, **injected}, folder / "notebooks" / f"{name}.ipynb")
+        print(f"[{i}/{len(plans)}] {name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return folder
+
+
+def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
+    import yaml
+
+    root = storage.project_root()
+    out.parent.mkdir(parents=True, exist_ok=True)  # papermill does not make it
+    command = [sys.executable, "-m", "papermill", str(root / "notebooks" / f"{name}.ipynb"), str(out), "--cwd", str(root / "notebooks"),
+               "--kernel", "python3", "--no-progress-bar", "--log-output", "--log-level", "WARNING", "-y", yaml.safe_dump(dict(values))]
+    run = subprocess.run(command, stderr=None, stdout=None)
+    if run.returncode != 0:
+        raise DataError(f"{name} stopped with an error, told above; its executed copy is {out}. What was computed is kept: run again")

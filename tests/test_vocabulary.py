@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+import torch
+
+from fmbseg import vocabulary
+from fmbseg.errors import DataError, ParameterError
+from fmbseg.vocabulary import BACKGROUND_WORDS, ClassTexts, class_texts, label_space, own_words
+
+SIZES = {
+    "voc21": 21, "voc20": 20, "context60": 60, "context59": 59, "coco_object81": 81, "coco_object80": 80,
+    "coco_stuff171": 171, "coco_panoptic133": 133, "cityscapes19": 19, "ade150": 150,
+}
+
+
+@pytest.mark.parametrize("name", vocabulary.SPACES)
+def test_label_spaces(name):
+    space = label_space(name)
+    assert space.name == name
+    assert len(space) == len(space.prompts) == len(space.palette) == SIZES[name]
+    assert len(set(space.names)) == len(space) and all(all(words) for words in space.prompts)
+    assert space.background == (name in ("voc21", "context60", "coco_object81"))
+    assert space.palette.shape == (len(space), 3) and space.palette.dtype == np.uint8
+
+
+def test_own_colours_differ_and_are_the_same_for_every_run():
+    colours = vocabulary.palette(254)
+    assert len({tuple(colour) for colour in colours.tolist()}) == 254
+    np.testing.assert_array_equal(colours[:20], vocabulary.palette(20))
+    assert label_space("coco_object81").palette[0].tolist() == label_space("voc21").palette[0].tolist() == [0, 0, 0]
+
+
+def test_every_size_is_tested():
+    assert set(SIZES) == set(vocabulary.SPACES)
+
+
+@pytest.mark.parametrize("without, with_one", [("voc20", "voc21"), ("context59", "context60"), ("coco_object80", "coco_object81")])
+def test_spaces_without_background_are_the_rest(without, with_one):
+    rest, whole = label_space(without), label_space(with_one)
+    assert whole.names[0] == "background" and rest.names == whole.names[1:] and rest.prompts == whole.prompts[1:]
+    np.testing.assert_array_equal(rest.palette, whole.palette[1:])
+
+
+@pytest.mark.parametrize(
+    "space, name, prompt",
+    [
+        ("voc21", "tvmonitor", "tv monitor"),
+        ("voc21", "cat", "cat"),
+        ("context60", "mouse", "computer mouse"),
+        ("coco_stuff171", "floor-wood", "wood floor"),
+        ("coco_panoptic133", "wall-brick", "brick wall"),
+        ("ade150", "windowpane", "window pane"),
+        ("cityscapes19", "traffic light", "traffic light"),
+    ],
+)
+def test_names_are_the_benchmarks_and_prompts_are_words(space, name, prompt):
+    found = label_space(space)
+    assert found.prompts[found.names.index(name)] == (prompt,)
+
+
+def test_first_classes_of_every_benchmark():
+    assert label_space("voc20").names[:3] == ("aeroplane", "bicycle", "bird")
+    assert label_space("coco_stuff171").names[0] == "person" and label_space("coco_stuff171").names[-1] == "wood"
+    assert label_space("cityscapes19").names[0] == "road" and label_space("ade150").names[0] == "wall"
+
+
+def test_unknown_space_is_refused():
+    with pytest.raises(ParameterError, match="label space 'voc': unknown; known are voc21, "):
+        label_space("voc")
+
+
+def test_background_words_leave_out_words_that_are_classes():
+    voc = label_space("voc21").with_background_words(BACKGROUND_WORDS)
+    assert voc.prompts[0] == BACKGROUND_WORDS and voc.prompts[1:] == label_space("voc21").prompts[1:]
+    assert voc.names == label_space("voc21").names and voc.background
+    objects = label_space("coco_object81").with_background_words(BACKGROUND_WORDS)
+    assert set(BACKGROUND_WORDS) - set(objects.prompts[0]) == {"bed"}
+    context = label_space("context60").with_background_words(BACKGROUND_WORDS).prompts
+    assert not set(context[0]) & {word for words in context[1:] for word in words} and "sand" in context[0]
+
+
+def test_background_words_change_nothing_without_background():
+    assert label_space("voc20").with_background_words(BACKGROUND_WORDS) is label_space("voc20")
+
+
+def test_own_words():
+    space = own_words([" tabby  cat", "sofa", ""])
+    assert space.names == ("tabby cat", "sofa") and space.prompts == (("tabby cat",), ("sofa",)) and not space.background
+    assert own_words("cat, sofa,").names == ("cat", "sofa")
+    assert len(own_words([f"word {i}" for i in range(254)]).palette) == 254
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "no word given"),
+        ("", "no word given"),
+        ([" ", ""], "no word given"),
+        (["cat", "dog", " cat"], "given more than once: cat;"),
+        ("cat,dog,cat", "given more than once: cat;"),
+        (["cat", 3], "give words as text"),
+        (["cat", None], "give words as text"),
+        ([f"word {i}" for i in range(255)], "255 words; label maps hold at most 254"),
+    ],
+)
+def test_bad_words_are_refused(words, message):
+    with pytest.raises(ParameterError) as caught:
+        own_words(words, "classes")
+    assert str(caught.value).startswith("classes: ") and message in str(caught.value)
+
+
+def test_vocabulary_is_a_space_without_its_background():
+    assert vocabulary.vocabulary("coco_stuff171") is label_space("coco_stuff171")
+    voc = vocabulary.vocabulary("voc21")
+    assert voc.names == label_space("voc20").names and not voc.background
+
+
+def test_joined_vocabulary_keeps_every_word_once():
+    joined = vocabulary.vocabulary("voc21 + cityscapes19")
+    words = [w for name in ("voc20", "cityscapes19") for (w,) in label_space(name).prompts]
+    assert list(joined.names) == list(dict.fromkeys(words)) and len(joined) < len(words)
+    assert "background" not in joined.names and "dining table" in joined.names
+    assert [w for (w,) in joined.prompts] == list(joined.names)
+
+
+def test_vocabulary_from_a_text_file(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("zebra\n\n traffic  light \nsalt, pepper\n", encoding="utf-8")
+    assert vocabulary.vocabulary(str(path)).names == ("zebra", "traffic light", "salt, pepper")
+    path.write_text("\n")
+    with pytest.raises(ParameterError, match="words.txt: no word given"):
+        vocabulary.vocabulary(str(path))
+    with pytest.raises(DataError, match="none.txt: no such file"):
+        vocabulary.vocabulary(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("text", ["", "voc21+", "voc21+none"])
+def test_unknown_vocabulary_is_refused(text):
+    with pytest.raises(ParameterError, match="label space '(none)?': unknown"):
+        vocabulary.vocabulary(text)
+
+
+def test_templates():
+    assert vocabulary.templates("one") == ("a photo of a {}",)
+    assert vocabulary.templates("plain") == ("{}",)
+    seven, eighty = vocabulary.templates("seven"), vocabulary.templates("eighty")
+    assert (len(seven), len(eighty)) == (7, 80) and all(form.count("{}") == 1 for form in seven + eighty)
+    with pytest.raises(ParameterError, match="known are one, plain, seven, eighty"):
+        vocabulary.templates("ten")
+
+
+def test_most_similar_word_of_a_class_counts():
+    texts = ClassTexts(torch.eye(4), torch.tensor([0, 0, 1, 0]), ("background", "cat"))
+    similarity = torch.tensor([[0.1, 0.4, 0.2, 0.3], [-0.5, -0.6, -0.1, -0.4]])
+    torch.testing.assert_close(texts.per_class(similarity), torch.tensor([[0.4, 0.2], [-0.4, -0.1]]))
+    assert texts.per_class(similarity.expand(3, 5, 2, 4)).shape == (3, 5, 2, 2)
+    single = ClassTexts(torch.eye(2), torch.tensor([0, 1]), ("cat", "dog"))
+    assert torch.equal(single.per_class(similarity[:, :2]), similarity[:, :2])
+
+
+@pytest.mark.xfail(strict=True, reason="vocabulary.py: as many words as classes is taken for one word a class")
+def test_class_without_words_is_never_the_most_similar():
+    texts = ClassTexts(torch.eye(3), torch.tensor([1, 1, 2]), ("background", "cat", "dog"))
+    assert texts.per_class(torch.tensor([0.9, 0.1, 0.3])).tolist() == pytest.approx([-np.inf, 0.9, 0.3])
+
+
+def test_prototypes_are_unit_norm_means_of_words():
+    features = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    prototypes = ClassTexts(features, torch.tensor([0, 0, 1]), ("a", "b")).prototypes()
+    torch.testing.assert_close(prototypes, torch.tensor([[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]]))
+
+
+class Letters:
+    """An image-text model whose text feature is the count of every letter."""
+
+    def encode_text(self, prompts):
+        return torch.tensor([[p.count(chr(i)) for i in range(97, 123)] for p in prompts]).float()
+
+
+def test_class_texts_average_templates_and_keep_owners():
+    space = label_space("voc21").with_background_words(("sky", "sea"))
+    texts = class_texts(Letters(), space, "seven")
+    words = ["sky", "sea", *(p for (p,) in space.prompts[1:])]
+    assert texts.names == space.names and texts.owner.tolist() == [0, 0, *range(1, 21)]
+    for word, feature in zip(words, texts.features):
+        mean = Letters().encode_text([form.replace("{}", word) for form in vocabulary.templates("seven")]).mean(0)
+        torch.testing.assert_close(feature, mean / mean.norm())
+    assert len(class_texts(Letters(), label_space("ade150"), "seven").features) == 150
