@@ -21,7 +21,7 @@ from fmbseg.datasets import Dataset, Sample
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.images import IGNORED
 from fmbseg.metrics import Confusion
-from fmbseg.params import EvaluateParams, LabelParams, SegmentParams
+from fmbseg.params import DetectParams, EvaluateParams, FeatureParams, LabelParams, SegmentParams
 from fmbseg.segment import DenseClip, Segmenter, label_map
 from fmbseg.stage1_query import class_similarity
 from fmbseg.vocabulary import LabelSpace
@@ -118,9 +118,8 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     weights = [products.clip_of(params, device).key]
     if method in STAGES:
         weights.append(products.load_sam(params.sam, device).key)
-    used = params.part(SegmentParams if method == "fmbseg" else EvaluateParams)
-    for name in ("crop_batch", "points_per_batch", "keep_embeddings", "photographs", "limit", "vocabulary", "eval_limit"):
-        used.pop(name, None)
+    used = params.content(*{"fmbseg": (SegmentParams,), "dense": (SegmentParams, FeatureParams, DetectParams)}.get(method, (LabelParams,)))
+    used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}
     if method == "fmbseg":
         if not Path(module).is_file():
             raise DataError(f"{module}: no trained module there; run notebook 04 or: fmbseg train")

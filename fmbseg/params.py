@@ -30,6 +30,9 @@ def _number(value: Any) -> Any:
     return value
 
 
+SPEED_ONLY = {"crop_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
+COLLECTION_ONLY = {"photographs", "limit", "eval_limit"}  # which pictures, not what is made of each
+
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 Float = Annotated[float, BeforeValidator(_number)]
 Share = Annotated[Float, Field(ge=0, le=1)]
@@ -42,8 +45,13 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
     def part(self, schema: type[Params]) -> dict[str, Any]:
-        """Only the fields of one inherited schema: what a cache key of its step has to cover."""
+        """Only the fields of one inherited schema."""
         return {name: getattr(self, name) for name in schema.model_fields}
+
+    def content(self, *schemas: type[Params]) -> dict[str, Any]:
+        """The fields of inherited schemas that change what is computed: what a cache key has to cover."""
+        names = {name for schema in schemas for name in schema.model_fields} - SPEED_ONLY - COLLECTION_ONLY
+        return {name: getattr(self, name) for name in sorted(names)}
 
     def table(self) -> pd.DataFrame:
         """One row a parameter: its value, the schema's default and what it means."""
@@ -110,7 +118,7 @@ class CombineParams(Params):
     overlap: Literal["similarity", "query", "agree"] = Field(
         "similarity", description="ours: where both stages label a pixel: the more similar class, Stage 1.1, or only if they agree"
     )
-    min_similarity_margin: Float = Field(0.0, ge=0, description="ours: a mask is labelled only if its best class leads the next by this")
+    drop_undetected: bool = Field(False, description="ours: drop a mask to which a class that was NOT detected is nearer than any that was")
 
 
 class PatchParams(Params):

@@ -60,7 +60,6 @@ def texts_of(space: LabelSpace, params: LabelParams, device: str = "cpu") -> Cla
 def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> ImageFeatures:
     """High-resolution CLIP features of one picture, kept in fp16."""
     clip = clip_of(params, device)
-    content = {k: v for k, v in params.part(FeatureParams).items() if k != "crop_batch"}
 
     def make(target: Path) -> None:
         made = features.extract(images.read_image(path), clip, params)
@@ -68,7 +67,7 @@ def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> Ima
         tensors = {"map": made.map.half(), "tokens": made.tokens.half()}
         storage.write_tensors(target, tensors, {"size": json.dumps(made.size), "crops": json.dumps(crops)})
 
-    tensors, metadata = storage.read_tensors(_store("clip", ".safetensors", clip.key, content).get(path, make))
+    tensors, metadata = storage.read_tensors(_store("clip", ".safetensors", clip.key, params.content(FeatureParams)).get(path, make))
     crops = tuple(Window(*c) for c in json.loads(metadata["crops"]))
     return ImageFeatures(tuple(json.loads(metadata["size"])), tensors["map"].float(), tensors["tokens"].float(), crops)
 
@@ -83,9 +82,7 @@ def _set_image(sam: SamSegmenter, path: Path, params: QueryParams) -> np.ndarray
 def queries(path: Path, space: LabelSpace, params: LabelParams, device: str = "cpu", given: tuple[int, ...] | None = None) -> list[QueryMask]:
     """Detected classes of one picture with Stage 1.1's masks. given: image-level labels in place of detection."""
     clip, sam = clip_of(params, device), load_sam(params.sam, device)
-    content = [params.part(s) for s in (FeatureParams, DetectParams, QueryParams)]
-    for part in content:
-        part.pop("crop_batch", None), part.pop("keep_embeddings", None)
+    content = params.content(FeatureParams, DetectParams, QueryParams)
 
     def make(target: Path) -> None:
         found_features, texts = clip_features(path, params, device), texts_of(space, params, device)
@@ -113,7 +110,6 @@ def queries(path: Path, space: LabelSpace, params: LabelParams, device: str = "c
 def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> list[AutomaticMask]:
     """Stage 1.2's unlabelled masks of one picture; they do not depend on any word."""
     sam = load_sam(params.sam, device)
-    content = {k: v for k, v in params.part(MaskParams).items() if k != "points_per_batch"}
 
     def make(target: Path) -> None:
         image = _set_image(sam, path, params)
@@ -122,7 +118,7 @@ def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> lis
             {"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found
         ])
 
-    store = _store("masks", ".json", sam.key, content)
+    store = _store("masks", ".json", sam.key, params.content(MaskParams))
     return [
         AutomaticMask(decode_rle(r["mask"]), r["predicted_iou"], r["stability"], tuple(r["point"]))
         for r in storage.read_json(store.get(path, make))

@@ -72,14 +72,12 @@ def assemble(
     queries: list[QueryMask], automatic: list[AutomaticMask], features: ImageFeatures, texts: ClassTexts, params: CombineParams
 ) -> PseudoLabel:
     """Label the automatic masks among the detected classes and combine the stages."""
-    detected = [q.detected for q in queries]
-    own = stage1_masks.mean_features([q.chosen for q in queries], features) if queries else None
     query_masks = []
-    for i, q in enumerate(queries):
-        similarity = texts.per_class(own[i] @ texts.features.T)[q.detected.index]
-        query_masks.append(LabelledMask(q.chosen, q.detected, float(similarity), float("inf")))
-    labelled = stage1_masks.label_masks([a.mask for a in automatic], features, detected, texts)
-    labelled = [m for m in labelled if m.margin >= params.min_similarity_margin]
+    for query in queries:
+        query_masks += stage1_masks.label_masks([query.chosen], features, [query.detected], texts)
+    labelled = stage1_masks.label_masks([a.mask for a in automatic], features, [q.detected for q in queries], texts)
+    if params.drop_undetected:
+        labelled = [mask for mask in labelled if mask.nearest]
     return PseudoLabel(combine(query_masks, labelled, features.size, params), queries, query_masks, labelled)
 
 
@@ -104,7 +102,7 @@ class LabelStore:
 
     def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
         self.folder, self.space = Path(folder), space
-        header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": params.part(LabelParams)}
+        header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": params.content(LabelParams)}
         self.key = storage.digest(header)
         path = self.folder / "labels.json"
         if path.is_file() and storage.read_json(path)["key"] != self.key:

@@ -144,6 +144,19 @@ class Segmenter:
         return Segmentation(label_map(similarity, image.shape[:2]), space, similarity)
 
 
+def describe(result: Segmentation) -> dict:
+    """Size, and for each class that occurs its name, index, pixels, share of the picture and mean similarity."""
+    similarity = resize_map(result.similarity[None], result.labels.shape)[0].numpy()
+    found = []
+    for k in np.unique(result.labels):
+        where = result.labels == k
+        found.append({
+            "name": result.space.names[k], "index": int(k), "pixels": int(where.sum()),
+            "share": round(float(where.mean()), 4), "mean_similarity": round(float(similarity[k][where].mean()), 4),
+        })
+    return {"height": result.labels.shape[0], "width": result.labels.shape[1], "classes": sorted(found, key=lambda c: -c["pixels"])}
+
+
 def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | None = None) -> LabelSpace:
     """Words, and background words as one class 0, as a label space."""
     space = vocabulary.own_words(classes, "classes")

@@ -20,13 +20,13 @@ class LabelledMask:
     """A mask with its class.
 
     mask: (height, width) bool; similarity: of its mean feature to the class, in [-1, 1];
-    margin: lead over the next detected class (infinite where there is no other).
+    nearest: whether no class of the whole vocabulary, detected or not, is nearer.
     """
 
     mask: np.ndarray
     detected: Detected
     similarity: float
-    margin: float
+    nearest: bool
 
 
 def automatic_masks(image: np.ndarray, sam: SamSegmenter, params: MaskParams) -> list[AutomaticMask]:
@@ -51,10 +51,10 @@ def label_masks(
     """Give every mask the detected class whose text is nearest to its mean feature."""
     if not masks or not detected:
         return []
-    similarity = texts.per_class(mean_features(masks, features) @ texts.features.T)[:, [d.index for d in detected]]
-    top = similarity.topk(min(2, len(detected)), dim=1)
-    lead = top.values[:, 0] - top.values[:, 1] if len(detected) > 1 else torch.full((len(masks),), float("inf"))
+    everything = texts.per_class(mean_features(masks, features) @ texts.features.T)
+    values, which = everything[:, [d.index for d in detected]].max(dim=1)
+    nearest = values >= everything.max(dim=1).values
     return [
-        LabelledMask(mask, detected[best], float(value), float(margin))
-        for mask, best, value, margin in zip(masks, top.indices[:, 0].tolist(), top.values[:, 0], lead)
+        LabelledMask(mask, detected[best], float(value), bool(is_nearest))
+        for mask, best, value, is_nearest in zip(masks, which.tolist(), values, nearest)
     ]

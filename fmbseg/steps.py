@@ -75,7 +75,7 @@ def query_table(samples: list[Sample], params: LabelParams, space: LabelSpace) -
 
 def label_folder(params: LabelParams) -> Path:
     """Where the pseudo labels of these parameters lie: another folder for every other set of them."""
-    return storage.home() / "labels" / storage.digest(params.part(LabelParams))
+    return storage.home() / "labels" / storage.digest(params.content(LabelParams))
 
 
 def make_labels(samples: list[Sample], params: RunParams, folder: Path | None = None) -> LabelStore:
@@ -110,7 +110,7 @@ def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path:
     _, texts = words(params)
     result = training.train(samples, store, texts, params, params.seed, params.device)
     path = path or module_path(params)
-    key = storage.digest(store.key, params.part(training.AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples])
+    key = storage.digest(store.key, params.content(training.AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples])
     alignment.save(path, result.alignment, {
         "key": key, "encoder": params.encoder, "clip": params.clip, "crop_input": params.crop_input, "templates": params.templates,
         "classes": [store.space.names[k] for k in result.classes], "notes": records.notes_of(params),

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+import pandas as pd
+
 from fmbseg import conversion, storage
 from fmbseg.errors import WeightsError
 
@@ -128,6 +130,18 @@ def find(name: str) -> Weight:
         if weight.name == name:
             return weight
     raise WeightsError(f"{name!r}: no such weights; known are {', '.join(w.name for w in TABLE)}")
+
+
+def table() -> pd.DataFrame:
+    """All weights and photographs of all profiles: source, hash, licence, size."""
+    rows = [
+        {
+            "name": w.name, "use": w.use, "profiles": "/".join(w.profiles) or "-", "MB": w.megabytes, "licence": w.licence,
+            "source": w.archive.requirement if w.archive else w.reference, "sha256": w.archive.sha256 if w.archive else w.sha256 or "-",
+        }
+        for w in TABLE
+    ]
+    return pd.DataFrame(rows)
 
 
 def is_here(weight: Weight) -> bool:

@@ -132,7 +132,7 @@ def test_profile_without_files_has_the_defaults(project, tmp_path, monkeypatch):
 def test_shared_keys_of_other_notebooks_are_left_out(project):
     project("small", shared={"benchmarks": ["voc20"], "epochs": 3})
     assert params.load(NOTEBOOK, "small").epochs == 3
-    assert params.load("05_evaluate", "small").benchmarks == ["voc20"]
+    assert list(params.load("05_evaluate", "small").benchmarks) == ["voc20"]
     assert params.load("08_tables", "small").seed == 0
 
 

@@ -1,0 +1,192 @@
+"""Image-text models, SAM and encoders: value path, real weights, random architectures."""
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmbseg import weights
+from fmbseg.backbones.clip import LIT, ImageText, load_clip, value_path
+from fmbseg.backbones.encoder import load_encoder
+from fmbseg.backbones.sam import load_sam
+from fmbseg.errors import ParameterError, WeightsError
+
+
+def crops(count=2, side=224):
+    return torch.from_numpy(np.random.RandomState(0).randint(0, 255, (count, side, side, 3), dtype=np.uint8))
+
+
+def hand_written_value(tower, pixels):
+    """Every step of open_clip's ViT written out, the last block without queries and keys."""
+    x = tower.conv1(pixels).flatten(2).transpose(1, 2)
+    x = torch.cat([tower.class_embedding.expand(len(x), 1, -1), x], dim=1) + tower.positional_embedding
+    x = tower.ln_pre(x)
+    for block in tower.transformer.resblocks[:-1]:
+        x = block(x)
+    last = tower.transformer.resblocks[-1]
+    width = x.shape[-1]
+    w, b = last.attn.in_proj_weight[2 * width :], last.attn.in_proj_bias[2 * width :]
+    value = last.ln_1(x) @ w.T + b
+    value = value @ last.attn.out_proj.weight.T + last.attn.out_proj.bias
+    return (tower.ln_post(value) @ tower.proj)[:, 1:]
+
+
+def test_value_path_of_open_clips_own_tower_is_the_last_block_written_by_hand():
+    clip = load_clip("random:ViT-S-32")
+    pixels = crops()
+    out = clip.encode_crops(pixels)
+    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(1, 3, 1, 1)
+    expected = hand_written_value(clip.tower, normalised)
+    torch.testing.assert_close(out.maps.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.tokens, clip.model.encode_image(normalised), atol=1e-5, rtol=1e-4)
+
+
+def test_plain_path_is_the_projected_patch_tokens():
+    clip = load_clip("random:ViT-S-32")
+    clip.tower.output_tokens = True
+    pixels = crops()
+    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(1, 3, 1, 1)
+    _, tokens = clip.tower(normalised)
+    clip.tower.output_tokens = False
+    out = clip.encode_crops(pixels, path="plain").maps
+    torch.testing.assert_close(out.flatten(2).transpose(1, 2), tokens @ clip.tower.proj, atol=1e-5, rtol=1e-4)
+
+
+def test_value_path_with_residual_adds_the_input_and_the_mlp():
+    block = load_clip("random:ViT-S-32").blocks[-1]
+    x = torch.randn(2, 5, block.attn.embed_dim)
+    value = value_path(block, x, residual=False)
+    middle = x + value
+    torch.testing.assert_close(value_path(block, x, residual=True), middle + block.mlp(block.ln_2(middle)))
+
+
+def test_value_path_equals_full_attention_when_there_is_one_token():
+    """With one token attention has one place to look, so the value path is the attention itself."""
+    block = load_clip("random:ViT-S-32").blocks[-1]
+    x = torch.randn(3, 1, block.attn.embed_dim)
+    torch.testing.assert_close(value_path(block, x, residual=True), block(x), atol=1e-5, rtol=1e-4)
+
+
+def test_timm_trunk_takes_the_value_path_too():
+    torch.manual_seed(0)
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+    model = open_clip.model.CustomTextCLIP(64, vision, {"layers": 1, "width": 64, "heads": 2})
+    open_clip.model.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": (224, 224)})
+    clip = ImageText(model, None, "timm")
+    out = clip.encode_crops(crops())
+    assert clip.stride == 16 and out.maps.shape == (2, 64, 14, 14)
+    trunk, block = clip.tower.trunk, clip.tower.trunk.blocks[-1]
+    pixels = crops().permute(0, 3, 1, 2).float() / 255 * 2 - 1
+    x = trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(pixels)))
+    for one in trunk.blocks[:-1]:
+        x = one(x)
+    width = x.shape[-1]
+    value = F.linear(block.norm1(x), block.attn.qkv.weight[2 * width :], block.attn.qkv.bias[2 * width :])
+    expected = clip.tower.head(trunk.norm(block.attn.proj(value)))[:, 1:]
+    torch.testing.assert_close(out.maps.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_stand_in_maps_average_to_its_own_image_features(photograph):
+    clip = load_clip(LIT)
+    pixels = torch.from_numpy(photograph[:256, :256].copy())[None]
+    out = clip.encode_crops(pixels)
+    assert out.maps.shape == (1, 384, 8, 8)
+    torch.testing.assert_close(out.maps.mean(dim=(2, 3)), out.tokens, atol=1e-4, rtol=1e-3)
+    normalised = (pixels.permute(0, 3, 1, 2).float() - 127) / 128
+    torch.testing.assert_close(out.tokens, clip.model.encode_image(normalised), atol=1e-4, rtol=1e-3)
+
+
+def test_stand_in_knows_a_cat_from_a_bus():
+    """Text and image towers meet: names near each other are nearer than names far apart, and norms are one."""
+    texts = load_clip(LIT).encode_text(["a photo of a cat", "a photo of a kitten", "a photo of a bus"])
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(3))
+    assert texts[0] @ texts[1] > texts[0] @ texts[2] + 0.2
+
+
+def test_stand_in_finds_what_is_in_real_photographs():
+    """Image-level truth of the embedded photographs: the best of the 80 names is one of the picture's in most of them."""
+    from fmbseg import datasets, images
+    from fmbseg.vocabulary import class_texts
+
+    clip, found = load_clip(LIT), datasets.load_benchmark("embedded_coco_object80")
+    texts = class_texts(clip, found.space)
+    hits = 0
+    for one in found.samples:
+        square = torch.from_numpy(images.resize(images.read_image(one.image), (260, 260)))[None]
+        token = F.normalize(clip.encode_crops(square).tokens, dim=-1)
+        best = int(texts.per_class(token @ texts.features.T).argmax())
+        hits += best in one.truth()
+    assert hits >= 15  # of 30; chance is about 1
+
+
+def test_sam_outlines_the_cup_in_a_real_photograph():
+    from fmbseg import datasets, images
+
+    found = datasets.load_benchmark("embedded_coco_object80")
+    (one,) = [s for s in found.samples if s.name == "000000311303"]
+    cup = one.truth() == found.space.names.index("cup")
+    rows, columns = np.nonzero(cup)
+    sam = load_sam("mobile_sam")
+    sam.set_image(images.read_image(one.image))
+    masks, scores = sam.predict(np.array([[columns.mean(), rows.mean()]]))
+    assert masks.shape == (3, *cup.shape) and masks.dtype == bool and scores.shape == (3,)
+    assert max((m & cup).sum() / (m | cup).sum() for m in masks) > 0.85
+
+
+def test_sam_sees_a_picture_once_and_the_kept_embedding_gives_the_same_masks(photograph, tmp_path, monkeypatch):
+    sam = load_sam("random:tiny_sam")
+    calls = []
+    forward = sam.model.image_encoder.forward
+    monkeypatch.setattr(sam.model.image_encoder, "forward", lambda x: calls.append(1) or forward(x))
+    sam.set_image(photograph, tmp_path / "e.safetensors")
+    first = sam.predict(np.array([[50, 60]]))
+    sam.automatic_masks(photograph, 2, 2, 0.0, 0.0, 0.7)
+    assert len(calls) == 1
+    sam.set_image(photograph[::-1].copy())
+    sam.set_image(photograph, tmp_path / "e.safetensors")
+    again = sam.predict(np.array([[50, 60]]))
+    assert len(calls) == 2
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("name, width", [("efficientnet_lite2", 520), ("mobile_sam", 480), ("efficientnet_lite2+mobile_sam", 1000)])
+def test_embedded_encoders(name, width, photograph):
+    encoder = load_encoder(name)
+    pixels = torch.from_numpy(photograph[:224, :256].copy())[None]
+    patches = encoder.encode(pixels)
+    assert encoder.width == width and patches.shape == (1, width, 14, 16) and torch.isfinite(patches).all()
+
+
+@pytest.mark.parametrize("name, width", [("dinov2_vits14", 384), ("dinov2_vitb14", 768)])
+def test_dinov2_architecture_with_random_weights(name, width):
+    encoder = load_encoder(f"random:{name}")
+    pixels = crops(1, 70)
+    patches = encoder.encode(pixels)
+    assert patches.shape == (1, width, 5, 5)
+    tokens = encoder.model(pixel_values=_imagenet(pixels)).last_hidden_state
+    torch.testing.assert_close(patches[0, :, 1, 2], tokens[0, 1 + 7])
+
+
+def _imagenet(pixels):
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def test_encoder_refuses_sides_that_are_no_multiple_of_the_patch():
+    with pytest.raises(ParameterError, match="multiples of 16"):
+        load_encoder("random:efficientnet_lite2").encode(crops(1, 100))
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    for load, known in ((load_clip, LIT), (load_encoder, "dinov2_vitl14"), (load_sam, "sam_vith")):
+        with pytest.raises(ParameterError, match=known):
+            load("nonsense")
+
+
+def test_hub_weights_that_are_not_here_name_the_command(monkeypatch):
+    monkeypatch.setattr(weights, "is_here", lambda weight: False)
+    for load, name in ((load_encoder, "dinov2_vits14"), (load_sam, "sam_vitb"), (load_clip, "clip_vitb16")):
+        with pytest.raises(WeightsError, match=f"fmbseg fetch {name}"):
+            load(name)
