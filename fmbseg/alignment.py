@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fmbseg import storage
-from fmbseg.errors import DataError
+from fmbseg.errors import DataError, ParameterError
 from fmbseg.params import ModuleParams
 
 
@@ -62,6 +62,8 @@ class Alignment(nn.Module):
         super().__init__()
         self.width, self.out, self.params = width, out, params
         heads = params.heads or _heads(width)
+        if width % heads:
+            raise ParameterError(f"heads = {heads}: must divide the encoder's {width} dimensions, as {_heads(width)} does")
         if params.module == "linear":
             self.module = LinearAlignment(width, out)
         elif params.module == "mlp":
@@ -96,7 +98,10 @@ def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
     tensors, metadata = storage.read_tensors(path)
     if "fmbseg" not in metadata:
         raise DataError(f"{path}: not an alignment module of fmbseg; give the file that training wrote")
-    described = json.loads(metadata["fmbseg"])
-    alignment = Alignment(described["width"], described["out"], ModuleParams(**described["module"]))
-    alignment.load_state_dict(tensors)
+    try:
+        described = json.loads(metadata["fmbseg"])
+        alignment = Alignment(described["width"], described["out"], ModuleParams(**described["module"]))
+        alignment.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: its description does not fit its tensors ({str(error).splitlines()[0]}); train it again") from error
     return alignment.eval(), described

@@ -46,7 +46,8 @@ def read_image(path: str | Path) -> np.ndarray:
     picture = ImageOps.exif_transpose(_open(path))
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: scale, do not clip
         values = np.asarray(picture, dtype=np.float64)
-        top = 65535.0 if picture.mode.startswith("I") and values.max(initial=0) > 255 else max(values.max(initial=0), 1.0)
+        largest = values.max(initial=0)
+        top = 1.0 if picture.mode == "F" and largest <= 1 else 65535.0 if picture.mode.startswith("I;16") or largest > 255 else 255.0
         picture = Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -91,7 +92,7 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder; give a folder of pictures ({', '.join(SUFFIXES)})")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
     if not found:
         raise ImageError(f"{folder}: holds no picture; accepted are {', '.join(SUFFIXES)}")
     return found
@@ -103,7 +104,8 @@ def target_size(height: int, width: int, short_side: int, long_limit: int, multi
     Sides are rounded to a multiple of ``multiple`` and hold at least one.
     """
     scale = min(short_side / min(height, width), long_limit / max(height, width))
-    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+    limit = max(long_limit // multiple, 1) * multiple
+    return tuple(min(max(multiple, round(side * scale / multiple) * multiple), limit) for side in (height, width))
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -31,12 +31,13 @@ class Confusion:
         """
         if truth.shape != prediction.shape:
             raise DataError(f"the truth is {truth.shape} and the prediction {prediction.shape}; both must be of one size")
+        for name, values in (("truth", truth), ("prediction", prediction)):
+            wrong = values[(values != IGNORED) & ((values >= self.classes) | (values < 0))]
+            if wrong.size:
+                raise DataError(f"the {name} holds index {wrong[0]}, and there are {self.classes} classes (and 255 for nothing)")
         valid = truth != IGNORED
         truth, prediction = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
         prediction = np.where(prediction == IGNORED, self.classes, prediction)
-        for name, values, limit in (("truth", truth, self.classes), ("prediction", prediction, self.classes + 1)):
-            if values.size and values.max() >= limit:
-                raise DataError(f"the {name} holds index {values.max()}, and there are {self.classes} classes (and 255 for nothing)")
         flat = np.bincount(truth * (self.classes + 1) + prediction, minlength=self.counts.size)
         self.counts += flat.reshape(self.counts.shape)
 

@@ -24,7 +24,7 @@ def _number(value: Any) -> Any:
     """YAML 1.1 leaves ``1e-4`` (no dot) a string: read such strings as the numbers they are."""
     if isinstance(value, str):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             return value
     return value
@@ -34,7 +34,7 @@ SPEED_ONLY = {"crop_batch", "points_per_batch", "keep_embeddings"}  # how fast, 
 COLLECTION_ONLY = {"photographs", "limit", "eval_limit"}  # which pictures, not what is made of each
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
-Float = Annotated[float, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -229,7 +229,7 @@ P = TypeVar("P", bound=Params)
 def make(schema: type[P], values: Mapping[str, Any], source: str = "parameters") -> P:
     """Values checked against a schema. Raises ParameterError: the first offending key, what was given, what is accepted."""
     try:
-        return schema(**values)
+        return schema.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0]) if problem["loc"] else "?"
@@ -243,10 +243,11 @@ def make(schema: type[P], values: Mapping[str, Any], source: str = "parameters")
 def read_yaml(path: Path) -> dict[str, Any]:
     """A parameter file as a dictionary. Raises ParameterError when it is missing or not a mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = {} if values is None else values
     except FileNotFoundError as error:
         raise ParameterError(f"{path}: no such parameter file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ParameterError(f"{path}: holds a {type(values).__name__}; a parameter file is lines of  name: value")
@@ -261,7 +262,7 @@ def load(notebook: str, profile: str, overrides: Mapping[str, Any] | None = None
     if notebook not in NOTEBOOKS:
         raise ParameterError(f"notebook {notebook!r}: unknown; known are {', '.join(NOTEBOOKS)}")
     schema, folder = NOTEBOOKS[notebook], storage.project_root() / "params" / profile
-    if not folder.is_dir():
+    if not profile.isidentifier() or not folder.is_dir():
         known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())
         raise ParameterError(f"profile {profile!r}: no such folder of params/; known are {', '.join(known)}")
     shared = read_yaml(folder / "shared.yaml") if (folder / "shared.yaml").is_file() else {}

@@ -129,7 +129,7 @@ def load(folder: str | Path) -> pd.DataFrame:
 
     Raises DataError when there is none.
     """
-    files = sorted(Path(folder).rglob("*.json"))
+    files = sorted(file for file in Path(folder).rglob("*.json") if not file.name.startswith("."))
     rows = []
     for file in files:
         record = storage.read_json(file)

@@ -103,8 +103,8 @@ def own_words(words: Sequence[str], name: str = "words") -> LabelSpace:
     """Any list of words as a label space. Raises ParameterError for an empty, repeated or over-long list."""
     if isinstance(words, str):
         words = words.split(",")
-    if not all(isinstance(word, str) for word in words):
-        raise ParameterError(f"{name}: got {list(words)!r}; give words as text, such as ['cat', 'sofa']")
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise ParameterError(f"{name}: got {words!r}; give words as text, such as ['cat', 'sofa']")
     cleaned = [" ".join(word.split()) for word in words]
     cleaned = [word for word in cleaned if word]
     if not cleaned:
@@ -126,7 +126,10 @@ def vocabulary(text: str) -> LabelSpace:
         path = Path(text)
         if not path.is_file():
             raise DataError(f"{path}: no such file; give a text file with a word a line")
-        return own_words(path.read_text(encoding="utf-8").splitlines(), path.name)
+        try:
+            return own_words(path.read_text(encoding="utf-8").splitlines(), path.name)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
     spaces = [label_space(part.strip()) for part in text.split("+")]
     if len(spaces) == 1:
         return spaces[0].without_background(text) if spaces[0].background else spaces[0]
@@ -161,7 +164,7 @@ class ClassTexts:
 
     def per_class(self, similarity: torch.Tensor) -> torch.Tensor:
         """(..., P) similarities to words -> (..., K) to classes: the most similar of a class's words counts."""
-        if len(self.names) == len(self.owner):
+        if torch.equal(self.owner, torch.arange(len(self.names))):
             return similarity
         out = similarity.new_full((*similarity.shape[:-1], len(self.names)), -torch.inf)
         return out.scatter_reduce(-1, self.owner.expand_as(similarity), similarity, "amax")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fmbseg.errors import ParameterError
+
 
 @dataclass(frozen=True)
 class Window:
@@ -30,8 +32,10 @@ class Window:
 def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
     """Windows of ``size`` every ``stride`` that cover a map row by row; the last ones are shifted inward to fit.
 
-    A side shorter than ``size`` gets one window of its own length.
+    A side shorter than ``size`` gets one window of its own length. Raises ParameterError where windows leave gaps.
     """
+    if not 0 < stride <= size:
+        raise ParameterError(f"windows of {size} every {stride} leave gaps; the stride must be 1 to {size}")
 
     def starts(length: int) -> list[int]:
         count = max(math.ceil((length - size) / stride), 0) + 1

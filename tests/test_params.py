@@ -156,7 +156,6 @@ def test_bad_file_or_override_is_refused(project, files, overrides, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="params.py: make(**values) takes no key that is not text")
 def test_key_that_is_not_text_is_refused(project):
     project("small", own="1: 2\n")
     with pytest.raises(ParameterError):
