@@ -10,15 +10,28 @@ from __future__ import annotations
 import torch
 
 
-def patch_text_terms(z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def log_sum_others(z: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log sum_{j != i} exp(z_i.z_j) of every patch, (n,): what Eq. 3 and Eq. 4 share, and the only n x n product.
+
+    A lone patch has no other: minus infinity.
+    """
+    if len(z) < 2:
+        return z.new_full((len(z),), -torch.inf)
+    return torch.logsumexp((z @ z.T / temperature).fill_diagonal_(-torch.inf), dim=1)
+
+
+def patch_text_terms(
+    z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temperature: float = 1.0, others: torch.Tensor | None = None
+) -> torch.Tensor:
     """Eq. 3, l_t(z_i, t_yi) of every patch: (n,).
 
     Minus the similarity with its own text, plus the log of the sum over all K texts and all OTHER patches.
+    others: ``log_sum_others(z)``, where it is known already.
     """
     to_texts = z @ texts.T / temperature
-    to_patches = _without_self(z @ z.T / temperature)
     own = to_texts.gather(1, labels[:, None])[:, 0]
-    return torch.logsumexp(torch.cat([to_texts, to_patches], dim=1), dim=1) - own
+    others = log_sum_others(z, temperature) if others is None else others
+    return torch.logaddexp(torch.logsumexp(to_texts, dim=1), others) - own
 
 
 def text_terms(per_patch: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -27,17 +40,20 @@ def text_terms(per_patch: torch.Tensor, labels: torch.Tensor, classes: int) -> t
     return sums / labels.bincount(minlength=classes).clamp(min=1)
 
 
-def patch_patch_terms(z: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def patch_patch_terms(
+    z: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, others: torch.Tensor | None = None
+) -> torch.Tensor:
     """Eq. 4, l_im(z_i) of every patch: (n,).
 
-    The mean over the patches l of its class (itself among them, as Eq. 4 is written) of minus their similarity,
-    plus the log of the sum over all OTHER patches. A lone patch has no other: 0.
+    The mean over the patches l of its class (itself among them, as Eq. 4 is written) of minus their similarity, which is
+    minus the similarity to the class's mean patch, plus the log of the sum over all OTHER patches. A lone patch: 0.
     """
     if len(z) < 2:
         return z.sum(dim=1) * 0
-    similarity = z @ z.T / temperature
-    same = (labels[:, None] == labels[None, :]).to(z.dtype)
-    return torch.logsumexp(_without_self(similarity), dim=1) - (similarity * same).sum(dim=1) / same.sum(dim=1)
+    classes, index, counts = labels.unique(return_inverse=True, return_counts=True)
+    means = z.new_zeros(len(classes), z.shape[1]).index_add(0, index, z) / counts[:, None]
+    others = log_sum_others(z, temperature) if others is None else others
+    return others - (z * means[index]).sum(dim=1) / temperature
 
 
 def tsupcon(
@@ -54,8 +70,9 @@ def tsupcon(
     mean the weight that Eq. 1 gives it, which is small for the texts (K'/(n + K), K' classes present).
     """
     present = labels.unique().numel()
-    text = text_terms(patch_text_terms(z, labels, texts, temperature), labels, len(texts)).sum() / present
-    image = patch_patch_terms(z, labels, temperature).mean()
+    others = log_sum_others(z, temperature)
+    text = text_terms(patch_text_terms(z, labels, texts, temperature, others), labels, len(texts)).sum() / present
+    image = patch_patch_terms(z, labels, temperature, others).mean()
     everything = len(z) + len(texts)
     text_weight = present / everything if text_weight is None else text_weight
     image_weight = len(z) / everything if image_weight is None else image_weight
@@ -76,13 +93,8 @@ def supcon(z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temperatu
     everything = torch.cat([z, texts])
     classes = torch.cat([labels, torch.arange(len(texts), device=labels.device)])
     similarity = everything @ everything.T / temperature
-    log_share = similarity - torch.logsumexp(_without_self(similarity), dim=1, keepdim=True)
+    log_share = similarity - log_sum_others(everything, temperature)[:, None]
     positive = (classes[:, None] == classes[None, :]).fill_diagonal_(False)
     count = positive.sum(dim=1)
     per_example = -(log_share * positive).sum(dim=1) / count.clamp(min=1)
     return per_example[count > 0].mean()
-
-
-def _without_self(similarity: torch.Tensor) -> torch.Tensor:
-    """The j != i of the sums: minus infinity on the diagonal."""
-    return similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool, device=similarity.device), -torch.inf)

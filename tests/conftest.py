@@ -4,8 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from fmbseg import datasets, images, weights
 from fmbseg.params import LabelParams, make
@@ -16,8 +19,11 @@ EMBEDDED = {
 }
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 def pytest_configure():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +41,17 @@ def photograph(sample):
 @pytest.fixture(scope="session")
 def label_params():
     return make(LabelParams, EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """Parameters of a schema as params/smoke has them: smoke(schema, name=value, ...)."""
+    shared = yaml.safe_load((ROOT / "params" / "smoke" / "shared.yaml").read_text())
+    return lambda schema, **values: make(schema, {k: v for k, v in (shared | values).items() if k in schema.model_fields})
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    """An empty FMBSEG_HOME of the test's own."""
+    monkeypatch.setenv("FMBSEG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

@@ -1,0 +1,456 @@
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fmbseg import datasets, detect, features, images, pseudo_labels, stage1_masks, stage1_query, storage, vocabulary
+from fmbseg.backbones.clip import load_clip
+from fmbseg.backbones.sam import AutomaticMask, load_sam
+from fmbseg.datasets import Sample
+from fmbseg.detect import Detected
+from fmbseg.errors import DataError, ParameterError
+from fmbseg.features import ImageFeatures
+from fmbseg.images import IGNORED
+from fmbseg.params import CombineParams, DetectParams, LabelParams
+from fmbseg.pseudo_labels import LabelStore, PseudoLabel
+from fmbseg.stage1_masks import LabelledMask
+from fmbseg.stage1_query import QueryMask
+from fmbseg.vocabulary import ClassTexts
+from fmbseg.windows import Window
+
+
+@pytest.fixture(scope="module")
+def clip(label_params):
+    return load_clip(label_params.clip, "cpu", label_params.crop_input)
+
+
+@pytest.fixture(scope="module")
+def extracted(photograph, clip, label_params):
+    return features.extract(photograph, clip, label_params)
+
+
+@pytest.fixture(scope="module")
+def texts(clip):
+    return vocabulary.class_texts(clip, vocabulary.label_space("voc20"))
+
+
+@pytest.fixture(scope="module")
+def sam(label_params):
+    return load_sam(label_params.sam)
+
+
+def hand_made(size, maps, tokens=None):
+    return ImageFeatures(size, maps, torch.zeros(1, len(maps)) if tokens is None else tokens, (Window(0, 0, *maps.shape[1:]),))
+
+
+def unit_texts(classes, owner=None):
+    owner = torch.arange(classes) if owner is None else torch.tensor(owner)
+    return ClassTexts(torch.eye(len(owner)), owner, tuple("abcdefgh"[:classes]))
+
+
+def block(size, top, left, height, width):
+    mask = np.zeros(size, dtype=bool)
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_features_of_a_photograph_have_one_shape(photograph, extracted):
+    height, width = images.target_size(*photograph.shape[:2], 448, 2048, 32)
+    assert extracted.size == photograph.shape[:2]
+    assert extracted.map.shape == (384, height // 32, width // 32) and extracted.tokens.shape == (len(extracted.crops), 384)
+    assert len(extracted.crops) > 4 and all((c.height, c.width) == (8, 8) for c in extracted.crops)
+    assert torch.isfinite(extracted.map).all() and extracted.map.flatten(1).std(dim=1).min() > 0
+
+
+def test_positions_and_crops_lie_inside_the_picture(extracted):
+    height, width = extracted.size
+    h, w = extracted.map.shape[1:]
+    assert extracted.centre(0, 0) == pytest.approx((width / w / 2, height / h / 2))
+    assert extracted.centre(h - 1, w - 1) == pytest.approx((width - width / w / 2, height - height / h / 2))
+    boxes = [extracted.crop_box(c) for c in extracted.crops]
+    assert min(b[0] for b in boxes) == min(b[1] for b in boxes) == 0
+    assert max(b[0] + b[2] for b in boxes) == pytest.approx(width) and max(b[1] + b[3] for b in boxes) == pytest.approx(height)
+    assert boxes[0][2:] == pytest.approx((8 * width / w, 8 * height / h))
+
+
+def test_stitched_map_is_the_mean_of_the_crops(photograph, clip, label_params, extracted):
+    h, w = extracted.map.shape[1:]
+    scaled = images.resize(photograph, (h * 32, w * 32))
+    total, count = torch.zeros(384, h, w), torch.zeros(h, w)
+    corners = [(c.top, c.left) for c in extracted.crops]
+    out = clip.encode_crops(torch.from_numpy(np.stack([scaled[32 * y : 32 * y + 256, 32 * x : 32 * x + 256] for y, x in corners])))
+    torch.testing.assert_close(extracted.tokens, out.tokens, atol=1e-3, rtol=1e-3)
+    for (y, x), one in zip(corners, out.maps):
+        total[:, y : y + 8, x : x + 8] += one
+        count[y : y + 8, x : x + 8] += 1
+    assert count.min() == 1 and count.max() > 1
+    torch.testing.assert_close(extracted.map, total / count, atol=1e-3, rtol=1e-3)
+
+
+def test_one_crop_equals_the_direct_encoding(photograph, clip, label_params):
+    square = photograph[:300, :300]
+    params = label_params.model_copy(update={"short_side": 256})
+    made = features.extract(square, clip, params)
+    out = clip.encode_crops(torch.from_numpy(images.resize(square, (256, 256)))[None])
+    assert made.crops == (Window(0, 0, 8, 8),) and made.size == (300, 300)
+    torch.testing.assert_close(made.map, out.maps[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.tokens, out.tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"crop_size": 250}, {"crop_stride": 100}, {"crop_size": 256, "crop_stride": 288}])
+def test_crops_that_are_no_whole_positions_are_refused(photograph, clip, label_params, sizes):
+    assert features.crop_grid(clip, label_params) == (32, 8, 4)
+    with pytest.raises(ParameterError, match="crop|stride"):
+        features.extract(photograph, clip, label_params.model_copy(update=sizes))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_long_thin_picture_holds_whole_crops(photograph, clip, label_params, turned):
+    strip = np.ascontiguousarray(photograph[:80, :400].swapaxes(0, 1) if turned else photograph[:80, :400])
+    made = features.extract(strip, clip, label_params.model_copy(update={"long_limit": 512}))
+    long = max(made.map.shape[1:])
+    assert made.map.shape[1:] == ((long, 8) if turned else (8, long)) and 36 <= long <= 44 and made.size == strip.shape[:2]
+    assert made.crops[-1] == (Window(long - 8, 0, 8, 8) if turned else Window(0, long - 8, 8, 8))
+
+
+# ---------------------------------------------------------------- detection
+
+
+def voting(votes):
+    """Features of a picture whose crops vote as listed."""
+    return hand_made((8, 8), torch.ones(4, 2, 2), 3 * torch.eye(4)[votes] + 0.1)
+
+
+@pytest.mark.parametrize(
+    "values, found",
+    [
+        ({}, "abc"), ({"min_votes": 1}, "ab"), ({"min_votes": 2}, "a"), ({"min_votes": 3}, ""),
+        ({"min_votes": 0}, "abcd"), ({"min_votes": 0, "min_vote_share": 1 / 6}, "ab"), ({"min_votes": 0, "min_vote_share": 0.16}, "abc"),
+    ],
+)
+def test_votes_and_thresholds_are_exact(values, found):
+    crops = [1, 0, 0, 1, 0, 2]
+    everything = detect.detect(voting(crops), unit_texts(4), DetectParams(min_votes=0))
+    assert everything == [Detected(0, "a", 3), Detected(1, "b", 2), Detected(2, "c", 1)]
+    made = detect.detect(voting(crops), unit_texts(4), DetectParams(**({"min_votes": 0} | values)))
+    assert "".join(d.name for d in made) == found.replace("d", "")
+
+
+def test_equal_votes_keep_the_order_of_the_vocabulary():
+    found = detect.detect(voting([3, 1, 1, 3, 0]), unit_texts(4), DetectParams(min_votes=0))
+    assert [(d.name, d.votes) for d in found] == [("b", 2), ("d", 2), ("a", 1)]
+
+
+def test_the_best_word_of_a_class_votes():
+    assert detect.winners(voting([0, 1, 2, 3]), unit_texts(3, [0, 1, 1, 2])) == [0, 1, 1, 2]
+
+
+def test_given_labels_replace_detection():
+    assert detect.given([2, 0], unit_texts(3)) == [Detected(2, "c", 0), Detected(0, "a", 0)]
+
+
+# ---------------------------------------------------------------- Stage 1.1
+
+
+def test_query_points_are_centres_as_x_y_best_first():
+    similarity = torch.zeros(2, 5)
+    similarity[1, 3], similarity[0, 4], similarity[1, 0] = 3, 2, 1
+    points = stage1_query.query_points(similarity, hand_made((20, 100), torch.zeros(1, 2, 5)), 3)
+    assert points.tolist() == [[70, 15], [90, 5], [10, 15]] and points.dtype == np.float32
+    assert len(stage1_query.query_points(similarity, hand_made((20, 100), torch.zeros(1, 2, 5)), 50)) == 10
+
+
+def test_class_similarity_is_the_cosine_at_each_position():
+    maps = torch.zeros(3, 2, 4)
+    maps[0], maps[1, 1, 2] = 2, 2
+    made = stage1_query.class_similarity(hand_made((4, 8), maps), unit_texts(3))
+    assert made.shape == (3, 2, 4)
+    assert made[:, 0, 0].tolist() == [1, 0, 0] and made[:, 1, 2].tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0])
+
+
+def test_query_masks_choose_the_most_confident(photograph, extracted, texts, sam, label_params):
+    wanted = detect.given(list(range(0, 20, 3)), texts)
+    found = stage1_query.query_masks(photograph, extracted, wanted, texts, sam, label_params)
+    assert [q.detected for q in found] == wanted
+    for query in found:
+        masks, scores = sam.predict(query.points)
+        assert query.points.shape == (5, 2) and query.masks.shape == (3, *photograph.shape[:2])
+        np.testing.assert_array_equal(query.scores, scores)
+        np.testing.assert_array_equal(query.chosen, masks[list(scores).index(max(scores))])
+    assert len({int(q.scores.argmax()) for q in found}) > 1
+    similarity = stage1_query.class_similarity(extracted, texts)[wanted[1].index]
+    np.testing.assert_array_equal(found[1].points, stage1_query.query_points(similarity, extracted, 5))
+
+
+def test_separate_points_join_their_masks(photograph, extracted, texts, sam, label_params):
+    params = label_params.model_copy(update={"separate_points": True, "points": 3})
+    (found,) = stage1_query.query_masks(photograph, extracted, detect.given([6], texts), texts, sam, params)
+    union = np.zeros(photograph.shape[:2], dtype=bool)
+    for point in found.points:
+        masks, scores = sam.predict(point[None])
+        union |= masks[scores.argmax()]
+    np.testing.assert_array_equal(found.chosen, union)
+    assert stage1_query.query_masks(photograph, extracted, [], texts, sam, params) == []
+
+
+# ---------------------------------------------------------------- Stage 1.2
+
+
+def test_automatic_masks_drop_the_small_ones(photograph, sam, label_params):
+    size = photograph.shape[0] * photograph.shape[1]
+    loose = label_params.model_copy(update={"min_area": 0.0, "predicted_iou": 0.5, "stability": 0.5})
+    everything = stage1_masks.automatic_masks(photograph, sam, loose)
+    areas = sorted(int(m.mask.sum()) for m in everything)
+    assert len(areas) > 2 and everything[0].mask.shape == photograph.shape[:2]
+    limit = areas[len(areas) // 2]
+    kept = stage1_masks.automatic_masks(photograph, sam, loose.model_copy(update={"min_area": limit / size}))
+    assert sorted(m.area for m in kept) == [a for a in areas if a >= limit] != areas
+    assert min(m.predicted_iou for m in everything) >= 0.5
+
+
+def test_mean_feature_of_one_cell_is_its_feature():
+    maps = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    made = stage1_masks.mean_features([block((8, 12), 4, 8, 4, 4), block((8, 12), 0, 4, 4, 4)], hand_made((8, 12), maps))
+    torch.testing.assert_close(made, F.normalize(torch.stack([maps[:, 1, 2], maps[:, 0, 1]]), dim=1))
+
+
+def test_mean_feature_weighs_a_position_by_its_share():
+    maps = torch.zeros(2, 1, 2)
+    maps[0, 0, 0], maps[1, 0, 1] = 1, 1
+    made = stage1_masks.mean_features([block((4, 8), 0, 0, 4, 6)], hand_made((4, 8), maps))  # all of the left, half of the right
+    torch.testing.assert_close(made, F.normalize(torch.tensor([[1.0, 0.5]]), dim=1))
+
+
+def test_masks_take_the_nearest_detected_class():
+    maps = torch.zeros(3, 1, 2)
+    maps[:, 0, 0], maps[:, 0, 1] = torch.tensor([4.0, 1, 2]), torch.tensor([0.0, 5, 1])
+    masks = [block((2, 4), 0, 0, 2, 2), block((2, 4), 0, 2, 2, 2)]
+    found = [Detected(1, "b", 3), Detected(2, "c", 1)]
+    left, right = stage1_masks.label_masks(masks, hand_made((2, 4), maps), found, unit_texts(3))
+    assert (left.detected.name, left.nearest) == ("c", False) and left.similarity == pytest.approx(2 / 21**0.5)
+    assert (right.detected.name, right.nearest) == ("b", True) and right.similarity == pytest.approx(5 / 26**0.5)
+    np.testing.assert_array_equal(right.mask, masks[1])
+    assert stage1_masks.label_masks([], hand_made((2, 4), maps), found, unit_texts(3)) == []
+    assert stage1_masks.label_masks(masks, hand_made((2, 4), maps), [], unit_texts(3)) == []
+
+
+# ---------------------------------------------------------------- combination
+
+SIZE = (4, 6)
+
+
+def labelled(index, similarity, *rectangle):
+    return LabelledMask(block(SIZE, *rectangle), Detected(index, "abc"[index], 1), similarity, True)
+
+
+def test_small_masks_are_painted_last():
+    large, small = labelled(0, 0.9, 0, 0, 4, 4), labelled(1, 0.1, 1, 1, 2, 2)
+    for order in ([large, small], [small, large]):
+        labels, similarity = pseudo_labels.paint(order, SIZE)
+        assert labels[1:3, 1:3].tolist() == [[1, 1], [1, 1]] and labels[0].tolist() == [0, 0, 0, 0, 255, 255]
+        assert similarity[1, 1] == np.float32(0.1) and similarity[0, 0] == np.float32(0.9) and similarity[0, 5] == -np.inf
+
+
+@pytest.mark.parametrize(
+    "params, row",
+    [
+        ({}, [0, 2, 1, 1, 1, 255]),
+        ({"overlap": "query"}, [0, 0, 0, 1, 1, 255]),
+        ({"overlap": "agree"}, [0, 255, 255, 1, 1, 255]),
+        ({"stages": "1.1"}, [0, 0, 0, 1, 255, 255]),
+        ({"stages": "1.2"}, [255, 2, 1, 1, 1, 255]),
+    ],
+)
+def test_combination_of_both_stages(params, row):
+    query = [labelled(0, 0.5, 0, 0, 4, 3), labelled(1, 0.2, 0, 3, 4, 1)]
+    automatic = [labelled(2, 0.7, 0, 1, 4, 1), labelled(1, 0.9, 0, 2, 4, 3)]
+    made = pseudo_labels.combine(query, automatic, SIZE, CombineParams(**params))
+    assert made.dtype == np.uint8 and made.tolist() == [row] * 4
+
+
+def test_the_more_similar_class_wins_either_way():
+    query, automatic = [labelled(0, 0.5, 0, 0, 4, 6)], [labelled(1, 0.4, 0, 0, 4, 3)]
+    assert (pseudo_labels.combine(query, automatic, SIZE, CombineParams()) == 0).all()
+    assert (pseudo_labels.combine(automatic, query, SIZE, CombineParams()) == 0).all()
+    assert (pseudo_labels.combine([], [], SIZE, CombineParams()) == IGNORED).all()
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_assemble_labels_both_stages(drop):
+    maps = torch.zeros(3, 1, 3)
+    maps[1, 0, 0], maps[:, 0, 1], maps[:, 0, 2] = 1, torch.tensor([1.0, 2, 0]), torch.tensor([9.0, 1, 0])
+    query = QueryMask(Detected(1, "b", 2), np.zeros((5, 2)), np.zeros((3, *SIZE), bool), np.zeros(3), block(SIZE, 0, 0, 4, 2))
+    automatic = [AutomaticMask(block(SIZE, 0, left, 4, 2), 1.0, 1.0, (0, 0)) for left in (2, 4)]
+    made = pseudo_labels.assemble([query], automatic, hand_made(SIZE, maps), unit_texts(3), CombineParams(drop_undetected=drop))
+    assert made.labels[0].tolist() == [1, 1, 1, 1] + ([255, 255] if drop else [1, 1])
+    assert [m.nearest for m in made.automatic_masks] == ([True] if drop else [True, False])
+    assert made.detected == [query.detected] and made.query_masks[0].similarity == pytest.approx(1)
+
+
+@pytest.mark.parametrize("grid, size", [((3, 4), (12, 16)), ((3, 5), (11, 13)), ((7, 2), (5, 9)), ((1, 1), (6, 7)), ((4, 4), (10, 31))])
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.5, 1.0])
+def test_patch_labels_by_brute_force(grid, size, least):
+    labels = np.random.default_rng(1).choice([0, 1, 2, 254, IGNORED], size, p=[0.2, 0.2, 0.15, 0.05, 0.4]).astype(np.uint8)
+    labels[: size[0] // 2, : size[1] // 2] = IGNORED
+    expected = []
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            inside = [int(labels[y, x]) for y in range(size[0]) for x in range(size[1]) if (y * grid[0] // size[0], x * grid[1] // size[1]) == (i, j)]
+            counts = Counter(k for k in inside if k != IGNORED)
+            enough = counts and sum(counts.values()) >= least * len(inside)
+            expected.append(min(counts, key=lambda k: (-counts[k], k)) if enough else -1)
+    made = pseudo_labels.patch_labels(labels, grid, least)
+    assert made.dtype == torch.int64 and made.tolist() == np.array(expected).reshape(grid).tolist()
+
+
+def test_patch_label_ties_and_the_least_share():
+    labels = np.array([[2, 1], [1, 2]], dtype=np.uint8)
+    assert pseudo_labels.patch_labels(labels, (1, 1), 0.5).item() == 1
+    half = np.array([[3, 255], [255, 3]], dtype=np.uint8)
+    assert pseudo_labels.patch_labels(half, (1, 1), 0.5).item() == 3 and pseudo_labels.patch_labels(half, (1, 1), 0.51).item() == -1
+
+
+# ---------------------------------------------------------------- the store
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.full((9, 12, 3), 90, np.uint8)).save(path)
+    return Sample("one__picture", path)
+
+
+def test_store_writes_a_palette_png_and_its_record(tmp_path, picture, smoke):
+    space = vocabulary.own_words(["cat", "dog"])
+    store = LabelStore(tmp_path / "labels", space, smoke(LabelParams))
+    labels = np.full((9, 12), IGNORED, np.uint8)
+    labels[:3], labels[3:6, :4] = 0, 1
+    assert not store.has(picture)
+    with pytest.raises(DataError, match="one__picture: has no pseudo label in .*fmbseg label"):
+        store.read(picture)
+    store.write(picture, PseudoLabel(labels, [], [], []))
+    assert store.has(picture)
+    np.testing.assert_array_equal(store.read(picture), labels)
+    png = Image.open(store.path(picture))
+    assert png.mode == "P" and set(np.unique(np.array(png))) == {0, 1, 255}
+    colours = np.array(png.convert("RGB"))
+    assert colours[0, 0].tolist() == space.palette[0].tolist() and colours[8, 11].tolist() == [255, 255, 255]
+    record = storage.read_json(tmp_path / "labels" / "one__picture.json")
+    assert record["classes"] == ["cat", "dog"] and record["coverage"] == pytest.approx(48 / 108)
+    Image.fromarray(np.full((9, 12, 3), 91, np.uint8)).save(picture.image)
+    assert not store.has(picture)
+
+
+def test_a_map_without_its_record_is_not_taken(tmp_path, picture, smoke):
+    store = LabelStore(tmp_path / "labels", vocabulary.own_words(["cat"]), smoke(LabelParams))
+    store.write(picture, PseudoLabel(np.zeros((9, 12), np.uint8), [], [], []))
+    (tmp_path / "labels" / "one__picture.json").unlink()
+    assert not store.has(picture)
+
+
+def test_store_refuses_other_words_and_parameters(tmp_path, smoke):
+    space, folder = vocabulary.own_words(["cat", "dog"]), tmp_path / "labels"
+    LabelStore(folder, space, smoke(LabelParams))
+    LabelStore(folder, space, smoke(LabelParams, points_per_batch=7, limit=3))
+    for words, values in ((["cat", "cow"], {}), (["cat"], {}), (["cat", "dog"], {"min_votes": 1}), (["cat", "dog"], {"overlap": "agree"})):
+        with pytest.raises(DataError, match="made with other words or parameters; give another folder"):
+            LabelStore(folder, vocabulary.own_words(words), smoke(LabelParams, **values))
+    prompted = dataclasses.replace(space, prompts=(("cat", "kitten"), ("dog",)))
+    with pytest.raises(DataError, match="other words"):
+        LabelStore(folder, prompted, smoke(LabelParams))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of the drawn pictures, and the samples in it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMBSEG_HOME", str(folder / ".home"))
+        for sample in datasets.load_benchmark("drawn").samples[:5]:
+            (folder / sample.image.name).write_bytes(sample.image.read_bytes())
+    return [Sample(path.stem, path) for path in sorted(folder.glob("*.png"))]
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures, smoke, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMBSEG_HOME", str(folder / "home"))
+        space = vocabulary.label_space("voc20")
+        store, failures = pseudo_labels.label_collection(pictures, folder / "labels", space, smoke(LabelParams))
+    assert not failures and all(store.has(s) for s in pictures)
+    assert any(len(np.unique(store.read(s))) > 1 for s in pictures)
+    return files(folder / "labels")
+
+
+def test_a_broken_picture_stops_no_other(pictures, smoke, own_home, tmp_path, uninterrupted):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(pictures[0].image.read_bytes()[:100])
+    mixed = [pictures[0], Sample("broken", broken), pictures[1]]
+    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", vocabulary.label_space("voc20"), smoke(LabelParams))
+    assert len(failures) == 1 and "broken.png: cannot be read as a picture" in failures[0].reason
+    assert [store.has(s) for s in mixed] == [True, False, True]
+    assert files(tmp_path / "labels")["drawn_1.png"] == uninterrupted["drawn_1.png"]
+
+
+def test_a_picture_that_is_gone_stops_no_other(pictures, smoke, own_home, tmp_path):
+    mixed = [Sample("gone", tmp_path / "gone.png"), pictures[0]]
+    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", vocabulary.label_space("voc20"), smoke(LabelParams))
+    assert len(failures) == 1 and "gone.png" in failures[0].reason and store.has(pictures[0])
+
+
+KILLED = """
+import os, signal, sys, json
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from fmbseg import pseudo_labels, storage, vocabulary
+from fmbseg.datasets import Sample
+from fmbseg.params import LabelParams, make
+folder, values, paths = sys.argv[1], json.loads(sys.argv[2]), [Path(p) for p in sys.argv[3:]]
+write = storage.write_json
+def killing(path, value):
+    if Path(path).name == "drawn_2.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, value)
+storage.write_json = killing
+pseudo_labels.label_collection([Sample(p.stem, p) for p in paths], folder, vocabulary.label_space("voc20"), make(LabelParams, values))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_files(pictures, smoke, own_home, tmp_path, uninterrupted):
+    params, folder = smoke(LabelParams), tmp_path / "labels"
+    command = [sys.executable, "-c", KILLED, str(folder), json.dumps(params.model_dump()), *(str(s.image) for s in pictures)]
+    assert subprocess.run(command, capture_output=True, timeout=200).returncode == -signal.SIGKILL
+    half = files(folder)
+    assert "drawn_1.json" in half and "drawn_2.png" in half and "drawn_2.json" not in half and "drawn_3.png" not in half
+    store, failures = pseudo_labels.label_collection(pictures, folder, vocabulary.label_space("voc20"), params)
+    assert not failures and files(folder) == uninterrupted
+
+
+def test_two_workers_make_the_same_files(pictures, smoke, own_home, tmp_path, uninterrupted):
+    space = vocabulary.label_space("voc20")
+    _, failures = pseudo_labels.label_collection(pictures, tmp_path / "labels", space, smoke(LabelParams), workers=2)
+    assert not failures and files(tmp_path / "labels") == uninterrupted
+
+
+def test_what_is_labelled_is_not_labelled_again(pictures, smoke, own_home, tmp_path, monkeypatch):
+    space, params = vocabulary.label_space("voc20"), smoke(LabelParams)
+    pseudo_labels.label_collection(pictures[:1], tmp_path / "labels", space, params)
+    monkeypatch.setattr(pseudo_labels, "label_picture", lambda *_: pytest.fail("labelled again"))
+    pseudo_labels.label_collection(pictures[:1], tmp_path / "labels", space, params)
