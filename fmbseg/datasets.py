@@ -289,15 +289,17 @@ POOL = ("pool_objects_scenes", "pool_coco_45", "pool_pets_streets")
 
 
 def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | None = None) -> list[Sample]:
-    """Unlabelled photographs: ``embedded_pool``, ``coco_stuff_train``, ``drawn``, or any folder of pictures.
+    """Unlabelled photographs: ``embedded_pool`` (255), ``embedded_objects`` (155 of them), ``coco_stuff_train``, ``drawn``, or any folder of pictures.
 
     A photograph that is also in an evaluation set that is here (same bytes or same file name) is left out.
     """
     if name == "drawn":
         return [Sample(s.name, s.image) for s in _drawn().samples]
-    if name == "embedded_pool":
+    if name in ("embedded_pool", "embedded_objects"):
         found = [path for pool in POOL for path in images.find_images(weights.require(pool))]
         root = weights.require(POOL[0]).parent
+        if name == "embedded_objects":  # 100 photographs of one town's streets and parks hold few kinds of things
+            found = [path for path in found if path.parent.name != "enhancement"]
     else:
         root = Path(data_root).expanduser() / "coco/images/train2017" if name == "coco_stuff_train" else Path(name).expanduser()
         found = images.find_images(root)

@@ -150,7 +150,8 @@ def test_unlabelled_patches_do_not_enter_the_loss(loss, drawn, texts, smoke, tmp
 def test_labels_of_the_pictures_are_those_of_their_patches(drawn, store, smoke):
     data = training.PatchDataset(list(drawn.samples), store, smoke(AlignParams), "cpu")
     patches, labels = data[2]
-    assert patches.shape[1:] == labels.shape == (8, 8) and labels[0].tolist() == [0] * 8 and set(labels.unique().tolist()) >= {0, 1, 3}
+    assert patches.shape[1:] == labels.shape == (8, 8) and labels[0].tolist() == [-1] * 8
+    assert labels[1, 0] == 0 and (labels[7] == 1).all() and (labels == 3).sum() == 3  # a row of 10 unlabelled of 16 stays out
     assert training.labelled_classes(data) == (0, 1, 2, 3)
 
 
@@ -162,7 +163,7 @@ def test_nothing_labelled_is_refused(drawn, texts, smoke, tmp_path):
         training.train(samples, store, texts, smoke(AlignParams))
 
 
-def test_only_scattered_pixels_are_refused_or_train_in_no_step(drawn, texts, smoke, tmp_path):
+def test_no_labelled_patch_is_refused(drawn, texts, smoke, tmp_path):
     """Labelled pixels, yet no labelled patch."""
     store, samples = LabelStore(tmp_path / "labels", drawn.space, smoke(LabelParams)), list(drawn.samples[:2])
     for sample in samples:
@@ -201,8 +202,8 @@ def test_background_words_are_class_0(segmenter, drawn):
     image = images.read_image(drawn.samples[0].image)
     apart, result = segmenter.segment(image, WORDS).labels, segmenter.segment(image, "sun, house", background="sky, grass")
     assert result.space.names == ("background", "sun", "house") and result.space.background
-    np.testing.assert_array_equal(result.labels, np.array([0, 0, 1, 2], np.uint8)[apart])
-    assert len(np.unique(result.labels)) > 1 and result.space.palette[0].tolist() == [0, 0, 0]
+    assert (result.labels == np.array([0, 0, 1, 2], np.uint8)[apart]).mean() > 0.97  # the best word is chosen before interpolation
+    assert len(np.unique(result.labels)) > 1 and (result.labels == 0).mean() > 0.5 and result.space.palette[0].tolist() == [0, 0, 0]
     with pytest.raises(ParameterError, match="background: also among the classes: sun"):
         words_space("sun, house", ["sky", "sun"])
 
@@ -286,7 +287,7 @@ def test_evaluation_is_the_direct_computation_and_is_kept(method, drawn, module,
     assert (again.miou, again.iou, again.images) == (record.miou, record.iou, 3)
 
 
-def test_shared_pictures_go_through_the_model_once(drawn, smoke, monkeypatch):
+def test_shared_pictures_go_through_the_model_once(drawn, smoke, own_home, monkeypatch):
     other = datasets.Dataset("other", vocabulary.own_words(["tree", "sea", "moon", "barn"], "other"), drawn.samples[:2], "the same pictures")
     seen, predict = [], evaluation.predict
     monkeypatch.setattr(evaluation, "predict", lambda method, sample, spaces, *rest: seen.append((sample.name, len(spaces))) or predict(method, sample, spaces, *rest))

@@ -1,0 +1,181 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from fmbseg import cli, datasets, steps, storage, weights
+from fmbseg.params import TrainNotebook
+
+COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A project of its own: params/ linked, results beside it, and an FMBSEG_HOME that is kept for the whole file."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("params", "notebooks"):
+        (folder / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(*arguments):
+    """The command as a process of its own: what is installed as ``fmbseg``."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run([sys.executable, "-m", "fmbseg.cli", *arguments], capture_output=True, text=True, timeout=200, env=environment)
+
+
+def told(capsys, *arguments):
+    """(exit status, standard output, standard error) of the command in this process."""
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as leaving:  # argparse
+        status = leaving.code
+    return status, *capsys.readouterr()
+
+
+def test_the_command_as_a_process():
+    made = run("--help")
+    assert made.returncode == 0 and set(COMMANDS) <= {line.split()[0] for line in made.stdout.splitlines() if line.startswith("    ")} and "examples:" in made.stdout
+    made = run("evaluate", "--set", "epochs", "--profile", "smoke")
+    assert made.returncode == 2 and made.stdout == "" and made.stderr.startswith("fmbseg: --set epochs: give it as NAME=VALUE")
+    assert made.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    status, out, _ = told(capsys, command, "--help")
+    assert status == 0 and out.startswith(f"usage: fmbseg {command}") and len(out.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["evaluate", "--profile", "smoke", "--set", "temprature=1"], "unknown parameter 'temprature'; did you mean temperature?"),
+        (["evaluate", "--profile", "smoke", "--set", "temperature=hot"], "temperature = 'hot'"),
+        (["evaluate", "--profile", "smoke", "--set", "temperature"], "give it as NAME=VALUE"),
+        (["evaluate", "--profile", "none"], "profile 'none': no such folder of params/"),
+        (["evaluate", "--profile", "smoke", "--benchmarks", "voc20"], "none of voc20 is here"),
+        (["evaluate", "--profile", "smoke", "--benchmarks", "nothing"], "benchmark 'nothing': unknown"),
+        (["evaluate", "--profile", "smoke", "--methods", "magic"], "method 'magic': unknown"),
+        (["evaluate", "--profile", "smoke", "--methods", "fmbseg", "--module", "none.safetensors"], "none.safetensors: no trained module there"),
+        (["label", "--profile", "smoke", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["label", "--profile", "smoke", "--classes-file", "none.txt"], "none.txt: no such file"),
+        (["train", "--profile", "smoke", "--limit", "0"], "limit = 0"),
+        (["segment", "a.jpg", "--classes", "cat", "--profile", "smoke", "--module", "none.safetensors"], "none.safetensors: no trained module there"),
+        (["segment", "a.jpg", "--classes", " , ", "--profile", "smoke", "--module", "{module}"], "classes: no word given"),
+        (["segment", "a.jpg", "--classes", "cat,cat", "--profile", "smoke", "--module", "{module}"], "classes: given more than once: cat"),
+        (["fetch", "mobilesam"], "'mobilesam': no such weights; known are mobile_sam"),
+        (["fetch", "--profile", "none"], "profile 'none': no weights belong to it"),
+        (["reproduce", "none"], "profile 'none': no such folder of params/"),
+        (["reproduce", "smoke", "--set", "temprature=1"], "unknown parameter 'temprature'"),
+        (["reproduce", "smoke", "--notebooks", "99_none"], "notebook '99_none': unknown"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(arguments, part, capfd, own_home, tmp_path):
+    (tmp_path / "module.safetensors").touch()
+    arguments = [a.format(module=tmp_path / "module.safetensors") for a in arguments]
+    status, _, error = told(capfd, *arguments)
+    assert status == 2 and error.startswith("fmbseg: ") and error.count("\n") == 1 and part in error
+
+
+def test_set_text_that_is_no_yaml_is_one_line(capsys, own_home):
+    status, _, error = told(capsys, "evaluate", "--profile", "smoke", "--set", "clip=[a")
+    assert status == 2 and error.startswith("fmbseg: ") and error.count("\n") == 1
+
+
+def test_outside_a_project_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = told(capsys, "train")
+    assert status == 2 and error.count("\n") == 1 and "run this command inside a clone" in error
+
+
+def test_fetch_lists_every_weight(capsys):
+    status, out, _ = told(capsys, "fetch", "--list")
+    assert status == 0 and len(out.splitlines()) == 1 + len(weights.TABLE)
+    for weight in weights.TABLE:
+        (line,) = [line for line in out.splitlines() if line.split()[0] == weight.name]
+        assert weight.licence in line and (weight.archive.sha256 if weight.archive else weight.sha256 or weight.reference) in line
+
+
+def test_doctor_says_what_is_here_and_what_brings_the_rest(capsys, own_home, tmp_path):
+    status, out, _ = told(capsys, "doctor")
+    assert status == 0 and "fmbseg fetch mobile_sam" in out and str(own_home) in out and "torchvision 0." in out
+    assert all(weight.name in out for weight in weights.TABLE) and all(name in out for name in datasets.BENCHMARKS)
+    assert [line.split()[0] for line in out.splitlines() if " drawn " in line] == ["ok"]
+    folder = weights.find("mobile_sam").folder
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"good")
+    storage.write_json(folder / "manifest.json", {"files": {"model.safetensors": storage.file_sha256(folder / "model.safetensors")}})
+    line = lambda: next(x for x in told(capsys, "doctor")[1].splitlines() if " mobile_sam " in x)  # noqa: E731
+    assert line().split()[0] == "ok"
+    (folder / "model.safetensors").write_bytes(b"bad")
+    assert line().split()[0] == "damaged" and "fmbseg fetch mobile_sam --again" in line()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """fmbseg train with smoke's parameters: the home it was trained in and the module."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMBSEG_HOME", str(home))
+        patch.chdir(ROOT)
+        out = home / "toy.safetensors"
+        assert cli.main(["train", "--profile", "smoke", "--limit", "4", "--set", f"results_dir={home / 'results'}", "--out", str(out)]) == 0
+        record = storage.read_json(home / "results/smoke/records/train.json")
+        assert record["images"] == 4 and record["parameters"]["profile"] == "smoke" and record["weights"]["module"] == storage.file_sha256(out)
+        image = datasets.load_benchmark("drawn").samples[1].image
+    return home, out, image
+
+
+def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tmp_path):
+    home, module, image = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    out, broken = tmp_path / "cut", tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    arguments = ["--classes", "sun, house, tree", "--background", "sky", "--profile", "smoke", "--module", str(module), "--out", str(out)]
+    status, told_out, error = told(capsys, "segment", str(image), str(broken), *arguments)
+    assert status == 0 and "left out" in told_out + error and "broken.png" in told_out + error
+    assert sorted(p.name for p in out.iterdir()) == [f"{image.stem}{suffix}" for suffix in (".json", ".labels.png", ".overlay.png")]
+    picture, labels = Image.open(image), Image.open(out / f"{image.stem}.labels.png")
+    values = np.array(labels)
+    assert labels.mode == "P" and labels.size == picture.size and values.max() < 4
+    assert labels.getpalette()[:3] == [0, 0, 0] and labels.getpalette()[765:] == [255, 255, 255]
+    described = json.loads((out / f"{image.stem}.json").read_text())
+    assert (described["width"], described["height"]) == picture.size
+    names = ("background", "sun", "house", "tree")
+    assert {c["name"]: c["pixels"] for c in described["classes"]} == {names[k]: int((values == k).sum()) for k in np.unique(values)}
+    assert Image.open(out / f"{image.stem}.overlay.png").format == "PNG"
+    status, _, error = told(capsys, "segment", str(broken), *arguments)
+    assert status == 2 and error.splitlines()[-1] == "fmbseg: no picture could be read"
+
+
+def test_segment_of_names_with_dots_and_of_folders(trained, capsys, monkeypatch, tmp_path):
+    home, module, image = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.b.png").write_bytes(image.read_bytes())
+    status, _, _ = told(capsys, "segment", str(tmp_path / "in"), "--classes", "sun, house", "--profile", "smoke", "--module", str(module), "--out", str(tmp_path / "cut"))
+    assert status == 0 and sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["a.b.json", "a.b.labels.png", "a.b.overlay.png"]
+
+
+def test_label_in_shards_and_evaluate(trained, capsys, monkeypatch, tmp_path):
+    home, module, _ = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    for shard in ("0", "1"):
+        status, out, _ = told(capsys, "label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--shard", shard, "--num-shards", "2")
+        assert status == 0 and "3 of 3 photographs labelled" in out
+    assert len(list((tmp_path / "labels").glob("*.png"))) == 6
+    status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "fmbseg", "dense", "--limit", "2", "--module", str(module))
+    assert status == 0 and "random weights: the number means nothing" in out
+    assert sorted(p.name for p in (tmp_path / "project/results/smoke/records").iterdir()) == ["evaluate-dense-drawn.json", "evaluate-fmbseg-drawn.json"]
+
+
+def test_default_module_lies_in_the_profiles_place(own_home):
+    assert steps.module_path(TrainNotebook(profile="smoke")) == own_home / "modules/smoke/alignment.safetensors"

@@ -1,0 +1,311 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmbseg import datasets, images, storage, vocabulary, weights
+from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
+from fmbseg.metrics import Confusion
+
+VOC12, VOC10 = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
+
+
+def picture(path, size=(8, 10), value=90):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(path)
+
+
+def mask(path, row, palette=False):
+    """An 8 x 10 mask whose rows are all ``row``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Image.fromarray(np.tile(np.array(row, np.uint8), (8, 1)), mode="P" if palette else "L")
+    if palette:
+        made.putpalette(list(range(256)) * 3)
+    made.save(path)
+
+
+def split(path, stems):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{stem}\n" for stem in stems))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Every benchmark in its official layout, one or two pictures each."""
+    root = tmp_path / "data"
+    for base, kind, masks, ids in ((VOC12, "Segmentation", "SegmentationClass", [0, 1, 20, 255]), (VOC10, "SegmentationContext", "SegmentationClassContext", [0, 1, 59, 255])):
+        for stem in ("b_1", "a_1", "not_in_split"):
+            picture(root / base / "JPEGImages" / f"{stem}.jpg")
+        for stem in ("b_1", "a_1"):
+            mask(root / base / masks / f"{stem}.png", ids + [0] * 6, palette=True)
+        split(root / base / "ImageSets" / kind / "val.txt", ["b_1", "a_1"])
+    picture(root / "coco/images/val2017/000000000139.jpg")
+    mask(root / "coco/annotations/val2017/000000000139.png", [0, 10, 12, 11, 89, 91, 181, 255, 200, 43])
+    picture(root / "cityscapes/leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
+    mask(root / "cityscapes/gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", [7, 8, 33, 31, 0, 9, 29, 30, 34, 255])
+    picture(root / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg")
+    mask(root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png", [0, 1, 2, 150, 0, 0, 0, 0, 0, 0])
+    return root
+
+
+def names_in(name, row):
+    """Class names of a row of truth; "-" where ignored."""
+    space = vocabulary.label_space(name)
+    return ["-" if k == 255 else space.names[k] for k in row]
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("voc21", ["background", "aeroplane", "tvmonitor", "-", "background"]),
+        ("voc20", ["-", "aeroplane", "tvmonitor", "-", "-"]),
+        ("context60", ["background", "aeroplane", "wood", "-", "background"]),
+        ("context59", ["-", "aeroplane", "wood", "-", "-"]),
+        ("coco_stuff171", ["person", "fire hydrant", "stop sign", "-", "toothbrush", "banner", "wood", "-", "-", "bottle"]),
+        ("coco_object81", ["person", "fire hydrant", "stop sign", "-", "toothbrush", *["background"] * 2, "-", "-", "bottle"]),
+        ("coco_object80", ["person", "fire hydrant", "stop sign", "-", "toothbrush", "-", "-", "-", "-", "bottle"]),
+        ("cityscapes19", ["road", "sidewalk", "bicycle", "train", *["-"] * 6]),
+        ("ade150", ["-", "wall", "building", "flag", *["-"] * 6]),
+    ],
+)
+def test_official_layouts(name, row, root):
+    dataset = datasets.load_benchmark(name, str(root))
+    truth = dataset.samples[0].truth()
+    assert dataset.name == name and dataset.space.names == vocabulary.label_space(name).names
+    assert truth.shape == (8, 10) and truth.dtype == np.uint8 and (truth == truth[0]).all()
+    assert names_in(name, truth[0])[: len(row)] == row
+    counts = Confusion(len(dataset.space))
+    counts.add(truth, np.zeros_like(truth))
+    assert counts.counts.sum() == 8 * (truth[0] != 255).sum()
+
+
+@pytest.mark.parametrize("name", ["voc21", "context59"])
+def test_the_split_says_which_pictures_and_in_which_order(name, root):
+    assert [s.name for s in datasets.load_benchmark(name, str(root)).samples] == ["b_1", "a_1"]
+
+
+COCO = "coco/annotations/val2017/*.png"
+
+
+@pytest.mark.parametrize(
+    "name, ids, pattern",
+    [
+        ("coco_stuff171", 171, COCO), ("coco_object81", 81, COCO), ("coco_object80", 80, COCO),
+        ("cityscapes19", 19, "cityscapes/gtFine/val/*/*.png"), ("ade150", 150, "ADEChallengeData2016/annotations/validation/*.png"),
+    ],
+)
+def test_every_class_has_a_raw_id(name, ids, pattern, root):
+    """All 256 raw ids through the table: every class (but background) occurs, once but for background."""
+    (mask_file,) = root.glob(pattern)
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 32)).save(mask_file)
+    truth = datasets.load_benchmark(name, str(root)).samples[0].truth()
+    found, counts = np.unique(truth[truth != 255], return_counts=True)
+    assert found.tolist() == list(range(ids)) and truth[7, 31] == 255
+    assert (counts == 1).sum() == (80 if name == "coco_object81" else ids)
+    if name == "coco_object81":
+        assert counts[0] == 91
+
+
+def test_index_that_is_no_class_is_refused_when_counted(root):
+    mask(root / VOC12 / "SegmentationClass/b_1.png", [21] * 10)
+    truth = datasets.load_benchmark("voc21", str(root)).samples[0].truth()
+    with pytest.raises(DataError, match="the truth holds index 21, and there are 21 classes"):
+        Confusion(21).add(truth, np.zeros_like(truth))
+    assert (datasets.load_benchmark("voc20", str(root)).samples[0].truth() == 255).all()
+
+
+def refusal(error, *arguments):
+    with pytest.raises(error) as caught:
+        datasets.load_benchmark(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_parts_are_one_sentence(root):
+    (root / VOC12 / "SegmentationClass/a_1.png").unlink()
+    assert "a_1.jpg: has no mask at" in refusal(DataError, "voc20", str(root))
+    (root / VOC10 / "JPEGImages/a_1.jpg").unlink()
+    assert "the split names 1 pictures that are not there, such as a_1" in refusal(DataError, "context60", str(root))
+    (root / VOC10 / "ImageSets/SegmentationContext/val.txt").unlink()
+    assert "val.txt is not there; put the official data set under data_root" in refusal(DataError, "context59", str(root))
+    next((root / "cityscapes/gtFine").rglob("*.png")).unlink()
+    assert "has no mask at" in refusal(DataError, "cityscapes19", str(root))
+    next((root / "coco/images").rglob("*.jpg")).unlink()
+    assert "no picture found" in refusal(DataError, "coco_stuff171", str(root))
+
+
+@pytest.mark.parametrize("name", list(datasets._LAYOUTS))
+def test_no_data_root_is_one_sentence(name, tmp_path):
+    assert "needs data_root, the folder that holds" in refusal(DataError, name)
+    assert "is not there; put the official data set" in refusal(DataError, name, str(tmp_path))
+
+
+def test_unknown_benchmark_names_the_known_ones():
+    assert "unknown; known are voc21, voc20" in refusal(ParameterError, "voc22")
+
+
+# ---------------------------------------------------------------- folder data sets
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "mine"
+    for stem in ("b", "a"):
+        picture(folder / "images" / f"{stem}.jpg")
+        mask(folder / "masks" / f"{stem}.png", [0, 1, 2, 255, 0, 0, 0, 0, 0, 0])
+    (folder / "classes.txt").write_text("cat\nsofa\n\nrug \n")
+    return folder
+
+
+def test_folder_data_set(folder, tmp_path):
+    for name, root in ((f"folder:{folder}", ""), ("folder:mine", str(tmp_path))):
+        dataset = datasets.load_benchmark(name, root)
+        assert dataset.space.names == ("cat", "sofa", "rug") and not dataset.space.background
+        assert [s.name for s in dataset.samples] == ["a", "b"] and dataset.samples[0].truth()[0, :4].tolist() == [0, 1, 2, 255]
+
+
+def test_class_0_named_background_is_background(folder):
+    (folder / "classes.txt").write_text("background\nsofa\nrug")
+    space = datasets.load_benchmark(f"folder:{folder}").space
+    assert space.background and space.with_background_words(["wall", "sofa"]).prompts == (("wall",), ("sofa",), ("rug",))
+
+
+def test_incomplete_folder_is_one_sentence(folder, tmp_path):
+    assert "has no images" in refusal(DataError, f"folder:{tmp_path / 'none'}")
+    (folder / "masks/a.png").unlink()
+    assert "a.jpg: has no mask" in refusal(DataError, f"folder:{folder}")
+    (folder / "classes.txt").write_text("\n")
+    assert "no word given" in refusal(ParameterError, f"folder:{folder}")
+    (folder / "classes.txt").unlink()
+    assert "has no classes.txt" in refusal(DataError, f"folder:{folder}")
+
+
+def test_mask_of_another_size_is_refused(folder):
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "masks/a.png")
+    truth = datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
+    with pytest.raises(FmbsegError, match="size"):
+        Confusion(3).add(truth, np.zeros((8, 10), np.uint8))
+
+
+def test_colour_mask_is_refused(folder):
+    picture(folder / "masks/a.png")
+    with pytest.raises(ImageError, match="8-bit index"):
+        datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
+
+
+# ---------------------------------------------------------------- the embedded sets
+
+
+@pytest.mark.parametrize("name, count, classes", [("coco_object80", 30, 80), ("coco_object81", 30, 81), ("coco_panoptic133", 20, 133)])
+def test_embedded_truth_has_the_size_of_its_picture(name, count, classes):
+    dataset = datasets.load_benchmark(f"embedded_{name}")
+    assert len(dataset.samples) == len({s.name for s in dataset.samples}) == count and len(dataset.space) == classes
+    seen = set()
+    for sample in dataset.samples:
+        truth = sample.truth()
+        assert truth.shape == images.read_image(sample.image).shape[:2]
+        seen |= set(np.unique(truth).tolist())
+    assert len(seen) > 20 and seen <= {*range(classes), 255} and str(count) in dataset.source
+
+
+def test_embedded_object_80_is_81_without_its_background():
+    for with_one, without in zip(*(datasets.load_benchmark(f"embedded_coco_object{n}").samples for n in (81, 80))):
+        assert with_one.image == without.image
+        truth = with_one.truth().astype(int)
+        np.testing.assert_array_equal(without.truth(), np.where((truth == 0) | (truth == 255), 255, truth - 1))
+
+
+def test_panoptic_things_are_the_objects():
+    things = datasets.load_benchmark("embedded_coco_object80")
+    for sample, panoptic in zip(things.samples, datasets.load_benchmark("embedded_coco_panoptic133").samples):
+        a, b = sample.truth(), panoptic.truth()
+        assert sample.name == panoptic.name
+        np.testing.assert_array_equal(a, np.where(b < 80, b, 255))
+    assert vocabulary.label_space("coco_panoptic133").names[:80] == things.space.names
+
+
+def test_crowds_are_ignored_and_small_outlines_lie_on_top():
+    square = [[0, 0, 8, 0, 8, 8, 0, 8]]
+    small = [[2, 2, 4, 2, 4, 4, 2, 4]]
+    crowd = {"size": [8, 10], "counts": [64, 16]}  # the last two columns
+    truth = datasets.read_instances((8, 10), ((2, small, 4, 0), (1, square, 64, 0), (1, crowd, 16, 1)), 0)
+    assert truth[0].tolist() == [1] * 8 + [255] * 2 and truth[3, 3] == 2 and truth[6, 3] == 1
+
+
+def test_missing_photographs_name_the_command(own_home):
+    with pytest.raises(FmbsegError, match="run: fmbseg fetch coco_panoptic_20"):
+        datasets.load_benchmark("embedded_coco_panoptic133")
+
+
+def test_drawn_pictures_are_the_same_every_time(own_home):
+    first = datasets.load_benchmark("drawn")
+    hashes = [storage.file_sha256(s.image) for s in first.samples]
+    for sample in first.samples:
+        assert sample.truth().shape == images.read_image(sample.image).shape[:2] and set(np.unique(sample.truth())) == {0, 1, 2, 3}
+        sample.image.unlink()
+    assert [storage.file_sha256(s.image) for s in datasets.load_benchmark("drawn").samples] == hashes and len(set(hashes)) == 6
+
+
+# ---------------------------------------------------------------- unlabelled photographs
+
+
+@pytest.fixture
+def fresh():
+    datasets._evaluation_pictures.cache_clear()
+    yield
+    datasets._evaluation_pictures.cache_clear()
+
+
+def test_pool_holds_no_evaluation_picture(fresh):
+    pool = datasets.load_collection("embedded_pool")
+    assert len(pool) == len({s.name for s in pool}) == 255 and all("/" not in s.name for s in pool)
+    evaluated = [s.image for name in datasets.EMBEDDED for s in datasets.load_benchmark(name).samples]
+    assert not {s.image.stem for s in pool} & {p.stem for p in evaluated}
+    assert not {storage.file_sha256(s.image) for s in pool} & {storage.file_sha256(p) for p in evaluated}
+
+
+def test_evaluation_pictures_are_left_out_of_a_folder(fresh, sample, tmp_path):
+    folder = tmp_path / "photographs"
+    picture(folder / "deep" / "mine.jpg", value=1)
+    picture(folder / "deep" / "own.jpg", value=2)
+    picture(folder / "other" / "own.jpg", value=3)
+    picture(folder / f"{sample.image.stem}.png", value=4)  # its file name
+    shutil.copy(sample.image, folder / "renamed.jpg")  # its bytes
+    found = datasets.load_collection(str(folder))
+    assert [s.name for s in found] == ["deep__mine", "deep__own", "other__own"] and all(s.truth is None for s in found)
+    for path in folder.glob("*/*.jpg"):
+        path.unlink()
+    with pytest.raises(DataError, match="every picture in it is an evaluation picture"):
+        datasets.load_collection(str(folder))
+
+
+def test_pictures_of_the_data_root_are_left_out(fresh, root, tmp_path):
+    shutil.copy(next((root / "ADEChallengeData2016/images").rglob("*.jpg")), tmp_path / "renamed.jpg")
+    picture(tmp_path / "photographs" / "mine.jpg", value=33)
+    shutil.move(tmp_path / "renamed.jpg", tmp_path / "photographs" / "renamed.jpg")
+    picture(tmp_path / "photographs" / "ADE_val_00000001.jpg", value=34)
+    assert [s.name for s in datasets.load_collection(str(tmp_path / "photographs"), str(root))] == ["mine"]
+    assert len(datasets.load_collection(str(tmp_path / "photographs"))) == 3
+
+
+def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
+    picture(root / "coco/images/train2017/000000000009.jpg", value=7)
+    assert [s.name for s in datasets.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "embedded_pol"])
+def test_missing_folder_is_one_sentence(name):
+    with pytest.raises(ImageError, match="no such folder; give a folder of pictures"):
+        datasets.load_collection(name)
+
+
+def test_names_stay_unique_where_only_the_suffix_differs(fresh, tmp_path):
+    picture(tmp_path / "photographs/a.jpg", value=1)
+    picture(tmp_path / "photographs/a.png", value=2)
+    found = datasets.load_collection(str(tmp_path / "photographs"))
+    assert len({s.name for s in found}) == len(found) == 2
+
+
+def test_weights_of_every_collection_are_in_the_table():
+    assert all(weights.find(name).use == "photographs" for name in datasets.POOL)
