@@ -48,7 +48,7 @@ def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
 def _segmenter(method: str, module: str, params: EvaluateParams, device: str) -> Segmenter:
     if method == "fmbseg":
         return Segmenter.load(module, device, params)
-    side = params.window if "vit" in params.clip else None
+    side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
     clip = products.load_clip(params.clip, device, side)
     return Segmenter(DenseClip(clip, params.path, params.dense_enlarge), clip, params, params.templates)
 

@@ -29,7 +29,7 @@ def panels(count: int, columns: int = 4, size: float = 3.2) -> tuple[Figure, lis
     """A figure of ``count`` pictures without axes, at most ``columns`` a row."""
     columns = min(columns, max(count, 1))
     rows = -(-max(count, 1) // columns)
-    figure = Figure(figsize=(columns * size, rows * size), layout="constrained")
+    figure = Figure(figsize=(columns * size, rows * size * 0.85), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
     for axis in axes:
         axis.set_axis_off()

@@ -98,6 +98,7 @@ class Segmenter:
 
     def __init__(self, embedder: Embedder, clip: ImageText, params: SegmentParams | None = None, templates: str = "one"):
         self.embedder, self.clip, self.params, self.templates = embedder, clip, params or SegmentParams(), templates
+        self._texts: dict[tuple, ClassTexts] = {}
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu", params: SegmentParams | None = None) -> Segmenter:
@@ -108,7 +109,11 @@ class Segmenter:
         return cls(embedder, load_clip(metadata["clip"], device, metadata.get("crop_input")), params, metadata.get("templates", "one"))
 
     def texts(self, space: LabelSpace) -> ClassTexts:
-        return class_texts(self.clip, space, self.templates)
+        """Text features of a label space, encoded once."""
+        key = (space.names, space.prompts)
+        if key not in self._texts:
+            self._texts[key] = class_texts(self.clip, space, self.templates)
+        return self._texts[key]
 
     @torch.inference_mode()
     def embed(self, image: np.ndarray) -> EmbeddedImage:

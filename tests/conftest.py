@@ -14,8 +14,14 @@ from fmbseg import datasets, images, weights
 from fmbseg.params import LabelParams, make
 
 EMBEDDED = {
-    "clip": "lit-efficientnet-lite2-minilm", "sam": "mobile_sam", "crop_size": 256, "crop_stride": 128, "crop_input": 256,
-    "points_per_side": 3, "points_per_batch": 2, "vocabulary": "voc21",
+    "clip": "lit-efficientnet-lite2-minilm",
+    "sam": "mobile_sam",
+    "crop_size": 256,
+    "crop_stride": 128,
+    "crop_input": 256,
+    "points_per_side": 3,
+    "points_per_batch": 2,
+    "vocabulary": "voc21",
 }
 
 

@@ -42,7 +42,11 @@ def told(capsys, *arguments):
 
 def test_the_command_as_a_process():
     made = run("--help")
-    assert made.returncode == 0 and set(COMMANDS) <= {line.split()[0] for line in made.stdout.splitlines() if line.startswith("    ")} and "examples:" in made.stdout
+    assert (
+        made.returncode == 0
+        and set(COMMANDS) <= {line.split()[0] for line in made.stdout.splitlines() if line.startswith("    ")}
+        and "examples:" in made.stdout
+    )
     made = run("evaluate", "--set", "epochs", "--profile", "smoke")
     assert made.returncode == 2 and made.stdout == "" and made.stderr.startswith("fmbseg: --set epochs: give it as NAME=VALUE")
     assert made.stderr.count("\n") == 1
@@ -64,11 +68,17 @@ def test_help_of_every_command(command, capsys):
         (["evaluate", "--profile", "smoke", "--benchmarks", "voc20"], "none of voc20 is here"),
         (["evaluate", "--profile", "smoke", "--benchmarks", "nothing"], "benchmark 'nothing': unknown"),
         (["evaluate", "--profile", "smoke", "--methods", "magic"], "method 'magic': unknown"),
-        (["evaluate", "--profile", "smoke", "--methods", "fmbseg", "--module", "none.safetensors"], "none.safetensors: no trained module there"),
+        (
+            ["evaluate", "--profile", "smoke", "--methods", "fmbseg", "--module", "none.safetensors"],
+            "none.safetensors: no trained module there",
+        ),
         (["label", "--profile", "smoke", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["label", "--profile", "smoke", "--classes-file", "none.txt"], "none.txt: no such file"),
         (["train", "--profile", "smoke", "--limit", "0"], "limit = 0"),
-        (["segment", "a.jpg", "--classes", "cat", "--profile", "smoke", "--module", "none.safetensors"], "none.safetensors: no trained module there"),
+        (
+            ["segment", "a.jpg", "--classes", "cat", "--profile", "smoke", "--module", "none.safetensors"],
+            "none.safetensors: no trained module there",
+        ),
         (["segment", "a.jpg", "--classes", " , ", "--profile", "smoke", "--module", "{module}"], "classes: no word given"),
         (["segment", "a.jpg", "--classes", "cat,cat", "--profile", "smoke", "--module", "{module}"], "classes: given more than once: cat"),
         (["fetch", "mobilesam"], "'mobilesam': no such weights; known are mobile_sam"),
@@ -129,7 +139,9 @@ def trained(tmp_path_factory):
         out = home / "toy.safetensors"
         assert cli.main(["train", "--profile", "smoke", "--limit", "4", "--set", f"results_dir={home / 'results'}", "--out", str(out)]) == 0
         record = storage.read_json(home / "results/smoke/records/train.json")
-        assert record["images"] == 4 and record["parameters"]["profile"] == "smoke" and record["weights"]["module"] == storage.file_sha256(out)
+        assert (
+            record["images"] == 4 and record["parameters"]["profile"] == "smoke" and record["weights"]["module"] == storage.file_sha256(out)
+        )
         image = datasets.load_benchmark("drawn").samples[1].image
     return home, out, image
 
@@ -161,7 +173,19 @@ def test_segment_of_names_with_dots_and_of_folders(trained, capsys, monkeypatch,
     monkeypatch.setenv("FMBSEG_HOME", str(home))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.b.png").write_bytes(image.read_bytes())
-    status, _, _ = told(capsys, "segment", str(tmp_path / "in"), "--classes", "sun, house", "--profile", "smoke", "--module", str(module), "--out", str(tmp_path / "cut"))
+    status, _, _ = told(
+        capsys,
+        "segment",
+        str(tmp_path / "in"),
+        "--classes",
+        "sun, house",
+        "--profile",
+        "smoke",
+        "--module",
+        str(module),
+        "--out",
+        str(tmp_path / "cut"),
+    )
     assert status == 0 and sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["a.b.json", "a.b.labels.png", "a.b.overlay.png"]
 
 
@@ -169,12 +193,17 @@ def test_label_in_shards_and_evaluate(trained, capsys, monkeypatch, tmp_path):
     home, module, _ = trained
     monkeypatch.setenv("FMBSEG_HOME", str(home))
     for shard in ("0", "1"):
-        status, out, _ = told(capsys, "label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--shard", shard, "--num-shards", "2")
+        status, out, _ = told(
+            capsys, "label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--shard", shard, "--num-shards", "2"
+        )
         assert status == 0 and "3 of 3 photographs labelled" in out
     assert len(list((tmp_path / "labels").glob("*.png"))) == 6
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "fmbseg", "dense", "--limit", "2", "--module", str(module))
     assert status == 0 and "random weights: the number means nothing" in out
-    assert sorted(p.name for p in (tmp_path / "project/results/smoke/records").iterdir()) == ["evaluate-dense-drawn.json", "evaluate-fmbseg-drawn.json"]
+    assert sorted(p.name for p in (tmp_path / "project/results/smoke/records").iterdir()) == [
+        "evaluate-dense-drawn.json",
+        "evaluate-fmbseg-drawn.json",
+    ]
 
 
 def test_default_module_lies_in_the_profiles_place(own_home):

@@ -34,7 +34,10 @@ def split(path, stems):
 def root(tmp_path):
     """Every benchmark in its official layout, one or two pictures each."""
     root = tmp_path / "data"
-    for base, kind, masks, ids in ((VOC12, "Segmentation", "SegmentationClass", [0, 1, 20, 255]), (VOC10, "SegmentationContext", "SegmentationClassContext", [0, 1, 59, 255])):
+    for base, kind, masks, ids in (
+        (VOC12, "Segmentation", "SegmentationClass", [0, 1, 20, 255]),
+        (VOC10, "SegmentationContext", "SegmentationClassContext", [0, 1, 59, 255]),
+    ):
         for stem in ("b_1", "a_1", "not_in_split"):
             picture(root / base / "JPEGImages" / f"{stem}.jpg")
         for stem in ("b_1", "a_1"):
@@ -91,8 +94,11 @@ COCO = "coco/annotations/val2017/*.png"
 @pytest.mark.parametrize(
     "name, ids, pattern",
     [
-        ("coco_stuff171", 171, COCO), ("coco_object81", 81, COCO), ("coco_object80", 80, COCO),
-        ("cityscapes19", 19, "cityscapes/gtFine/val/*/*.png"), ("ade150", 150, "ADEChallengeData2016/annotations/validation/*.png"),
+        ("coco_stuff171", 171, COCO),
+        ("coco_object81", 81, COCO),
+        ("coco_object80", 80, COCO),
+        ("cityscapes19", 19, "cityscapes/gtFine/val/*/*.png"),
+        ("ade150", 150, "ADEChallengeData2016/annotations/validation/*.png"),
     ],
 )
 def test_every_class_has_a_raw_id(name, ids, pattern, root):

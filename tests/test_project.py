@@ -38,7 +38,9 @@ def test_conda_makes_the_same_environment():
     plain = [d for d in described["dependencies"] if isinstance(d, str)]
     (pip,) = [d["pip"] for d in described["dependencies"] if isinstance(d, dict)]
     assert described["name"] == "fmbseg" and plain == ["python=3.11", "pip"]
-    assert pip[0] == "-c constraints.txt" and pip.index("torch") < pip.index("-e .[dev]") and pip.index("torchvision") < pip.index("-e .[dev]")
+    assert (
+        pip[0] == "-c constraints.txt" and pip.index("torch") < pip.index("-e .[dev]") and pip.index("torchvision") < pip.index("-e .[dev]")
+    )
     assert PROJECT["requires-python"] == ">=3.11"
 
 
@@ -67,7 +69,9 @@ def test_every_import_is_a_declared_dependency():
 
 def kept_files():
     """Files that git would keep: all but those that .gitignore names."""
-    ignored = [line.strip() for line in (ROOT / ".gitignore").read_text().splitlines() if line.strip() and not line.startswith("#")] + [".git/"]
+    ignored = [line.strip() for line in (ROOT / ".gitignore").read_text().splitlines() if line.strip() and not line.startswith("#")] + [
+        ".git/"
+    ]
     for folder, folders, files in os.walk(ROOT):
         inside = os.path.relpath(folder, ROOT)
 

@@ -135,8 +135,13 @@ def voting(votes):
 @pytest.mark.parametrize(
     "values, found",
     [
-        ({}, "abc"), ({"min_votes": 1}, "ab"), ({"min_votes": 2}, "a"), ({"min_votes": 3}, ""),
-        ({"min_votes": 0}, "abcd"), ({"min_votes": 0, "min_vote_share": 1 / 6}, "ab"), ({"min_votes": 0, "min_vote_share": 0.16}, "abc"),
+        ({}, "abc"),
+        ({"min_votes": 1}, "ab"),
+        ({"min_votes": 2}, "a"),
+        ({"min_votes": 3}, ""),
+        ({"min_votes": 0}, "abcd"),
+        ({"min_votes": 0, "min_vote_share": 1 / 6}, "ab"),
+        ({"min_votes": 0, "min_vote_share": 0.16}, "abc"),
     ],
 )
 def test_votes_and_thresholds_are_exact(values, found):
@@ -306,7 +311,12 @@ def test_patch_labels_by_brute_force(grid, size, least):
     expected = []
     for i in range(grid[0]):
         for j in range(grid[1]):
-            inside = [int(labels[y, x]) for y in range(size[0]) for x in range(size[1]) if (y * grid[0] // size[0], x * grid[1] // size[1]) == (i, j)]
+            inside = [
+                int(labels[y, x])
+                for y in range(size[0])
+                for x in range(size[1])
+                if (y * grid[0] // size[0], x * grid[1] // size[1]) == (i, j)
+            ]
             counts = Counter(k for k in inside if k != IGNORED)
             enough = counts and sum(counts.values()) >= least * len(inside)
             expected.append(min(counts, key=lambda k: (-counts[k], k)) if enough else -1)

@@ -139,6 +139,7 @@ def test_unlabelled_patches_do_not_enter_the_loss(loss, drawn, texts, smoke, tmp
             made = original(*arguments).clone()
             made[:, :, columns] += 3
             return made
+
         return patches
 
     monkeypatch.setattr(products, "encoder_patches", changed(slice(0, 4)))  # the unlabelled half of 8 x 8
@@ -212,7 +213,9 @@ def test_description_counts_the_pixels(segmenter, drawn):
     result = segmenter.segment(images.read_image(drawn.samples[1].image), WORDS)
     told = segment.describe(result)
     assert (told["height"], told["width"]) == result.labels.shape
-    assert {c["name"]: c["pixels"] for c in told["classes"]} == {result.space.names[k]: int((result.labels == k).sum()) for k in np.unique(result.labels)}
+    assert {c["name"]: c["pixels"] for c in told["classes"]} == {
+        result.space.names[k]: int((result.labels == k).sum()) for k in np.unique(result.labels)
+    }
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 32])
@@ -241,7 +244,8 @@ def test_overlapping_windows_are_averaged(drawn, segmenter):
     embedded = segmenter.embed(image)
     assert [(w.top, w.left, w.height, w.width) for w in embedded.windows] == [(0, 0, 128, 128), (0, 32, 128, 128)]
     left, right = (
-        F.interpolate(torch.einsum("kd,dhw->khw", texts.features, z)[None], (128, 128), mode="bilinear", align_corners=False)[0] for z in embedded.maps
+        F.interpolate(torch.einsum("kd,dhw->khw", texts.features, z)[None], (128, 128), mode="bilinear", align_corners=False)[0]
+        for z in embedded.maps
     )
     made = segmenter.similarity(embedded, texts)
     torch.testing.assert_close(made[..., :32], left[..., :32], atol=1e-5, rtol=1e-5)
@@ -288,9 +292,15 @@ def test_evaluation_is_the_direct_computation_and_is_kept(method, drawn, module,
 
 
 def test_shared_pictures_go_through_the_model_once(drawn, smoke, own_home, monkeypatch):
-    other = datasets.Dataset("other", vocabulary.own_words(["tree", "sea", "moon", "barn"], "other"), drawn.samples[:2], "the same pictures")
+    other = datasets.Dataset(
+        "other", vocabulary.own_words(["tree", "sea", "moon", "barn"], "other"), drawn.samples[:2], "the same pictures"
+    )
     seen, predict = [], evaluation.predict
-    monkeypatch.setattr(evaluation, "predict", lambda method, sample, spaces, *rest: seen.append((sample.name, len(spaces))) or predict(method, sample, spaces, *rest))
+    monkeypatch.setattr(
+        evaluation,
+        "predict",
+        lambda method, sample, spaces, *rest: seen.append((sample.name, len(spaces))) or predict(method, sample, spaces, *rest),
+    )
     records = evaluation.evaluate("dense_high_resolution", [drawn, other], smoke(EvaluateParams))
     assert [(r.dataset, r.images) for r in records] == [("drawn", 6), ("other", 2)]
     assert sorted(seen) == [(f"drawn_{i}", 2 if i < 2 else 1) for i in range(6)]

