@@ -22,7 +22,10 @@ EXAMPLES = """examples:
 def _value(text: str) -> Any:
     import yaml
 
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ParameterError(f"--set {text}: the value is not readable as YAML; quote it") from None
 
 
 def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -64,7 +67,14 @@ def _fetch(options: argparse.Namespace) -> None:
 def _label(options: argparse.Namespace) -> None:
     from fmbseg import jobs, steps
 
-    p = _params(options, "03_stage_1_2_label_masks", photographs=options.photographs, vocabulary=options.classes_file, limit=options.limit, workers=options.workers)
+    p = _params(
+        options,
+        "03_stage_1_2_label_masks",
+        photographs=options.photographs,
+        vocabulary=options.classes_file,
+        limit=options.limit,
+        workers=options.workers,
+    )
     samples = jobs.shard(steps.photographs(p), options.shard, options.num_shards)
     store = steps.make_labels(samples, p, options.out)
     done = sum(store.has(sample) for sample in samples)
@@ -74,7 +84,14 @@ def _label(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from fmbseg import steps
 
-    p = _params(options, "04_train_alignment", photographs=options.photographs, vocabulary=options.classes_file, limit=options.limit, workers=options.workers)
+    p = _params(
+        options,
+        "04_train_alignment",
+        photographs=options.photographs,
+        vocabulary=options.classes_file,
+        limit=options.limit,
+        workers=options.workers,
+    )
     samples = steps.photographs(p)
     store = steps.make_labels(samples, p)
     path = options.out or steps.module_path(p)
@@ -86,8 +103,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from fmbseg import steps
 
     p = _params(
-        options, "05_evaluate", data_root=options.data_root, benchmarks=options.benchmarks, methods=options.methods,
-        eval_limit=options.limit, workers=options.workers,
+        options,
+        "05_evaluate",
+        data_root=options.data_root,
+        benchmarks=options.benchmarks,
+        methods=options.methods,
+        eval_limit=options.limit,
+        workers=options.workers,
     )
     frame = steps.evaluate(steps.benchmarks(p), p, options.module)
     print(frame[["dataset", "method", "images", "miou", "precision", "coverage", "notes"]].to_string(index=False))
@@ -114,10 +136,11 @@ def _segment(options: argparse.Namespace) -> None:
             failed += 1
             continue
         result = segmenter.segment(image, space)
-        out = options.out / path.stem
-        pseudo_labels.write_label_map(out.with_name(f"{path.stem}.labels.png"), result.labels, space.palette)
-        plots.save(plots.label_figure(image, {"segmentation": result.labels}, space), out.with_name(f"{path.stem}.overlay.png"))
-        storage.write_json(out.with_name(f"{path.stem}.json"), segment.describe(result))
+        stem = path.name if [p.stem for p in paths].count(path.stem) > 1 else path.stem
+        out = options.out / stem
+        pseudo_labels.write_label_map(out.with_name(f"{stem}.labels.png"), result.labels, space.palette)
+        plots.save(plots.label_figure(image, {"segmentation": result.labels}, space), out.with_name(f"{stem}.overlay.png"))
+        storage.write_json(out.with_name(f"{stem}.json"), segment.describe(result))
         tqdm.write(f"{path} -> {out}.labels.png, .overlay.png, .json")
     if failed == len(paths):
         raise ParameterError("no picture could be read")
@@ -132,7 +155,12 @@ def _reproduce(options: argparse.Namespace) -> None:
         import pandas as pd
 
         print(pd.read_csv(table).to_string(index=False, na_rep=""))
-    for what, where in (("tables", folder), ("figures", folder / "figures"), ("records", folder / "records"), ("executed notebooks", folder / "notebooks")):
+    for what, where in (
+        ("tables", folder),
+        ("figures", folder / "figures"),
+        ("records", folder / "records"),
+        ("executed notebooks", folder / "notebooks"),
+    ):
         print(f"{what:20s}{where}")
 
 
@@ -144,7 +172,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fmbseg", description="Annotation-free semantic segmentation with vision foundation models.", epilog=EXAMPLES,
+        prog="fmbseg",
+        description="Annotation-free semantic segmentation with vision foundation models.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -177,7 +207,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "Label photographs (Stage 1) and train the alignment module on them.")
     common(sub, collection=True)
-    sub.add_argument("--out", type=Path, metavar="FILE.safetensors", help="where the module is written (default: the profile's place in the cache)")
+    sub.add_argument(
+        "--out", type=Path, metavar="FILE.safetensors", help="where the module is written (default: the profile's place in the cache)"
+    )
 
     sub = command("evaluate", _evaluate, "Every method on every benchmark that is here; one record each.")
     common(sub)
@@ -188,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, help="how many images a benchmark, evenly spread")
     sub.add_argument("--workers", type=int, help="processes of one thread each")
 
-    sub = command("segment", _segment, "Segment pictures into any words.", 'fmbseg segment photo.jpg --classes "cat, sofa, rug" --background "wall, floor" --out cut/')
+    sub = command(
+        "segment",
+        _segment,
+        "Segment pictures into any words.",
+        'fmbseg segment photo.jpg --classes "cat, sofa, rug" --background "wall, floor" --out cut/',
+    )
     common(sub)
     sub.add_argument("photographs", nargs="+", help="pictures or folders of pictures")
     sub.add_argument("--classes", required=True, help="words, separated by commas")
@@ -196,7 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("cut"), help="folder for label maps, overlays and JSON (default cut/)")
     sub.add_argument("--module", type=Path, help="trained module (default: the profile's)")
 
-    sub = command("reproduce", _reproduce, "Run a profile's notebooks headlessly and write its tables.", "fmbseg reproduce embedded --set limit=20")
+    sub = command(
+        "reproduce", _reproduce, "Run a profile's notebooks headlessly and write its tables.", "fmbseg reproduce embedded --set limit=20"
+    )
     sub.add_argument("profile", help="folder of params/: embedded, smoke, paper")
     sub.add_argument("--notebooks", nargs="+", help="only these, such as 05_evaluate 08_tables")
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a parameter for every notebook that has it; may be given again")

@@ -15,7 +15,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"{path.name}: not a plain checkpoint of tensors ({error}); it was not loaded") from error
+        raise WeightsError(f"{path.name}: not a plain checkpoint of tensors (damaged, or it holds code); it was not loaded") from error
 
 
 def mobile_sam(checkpoint: Path, target: Path) -> None:

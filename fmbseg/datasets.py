@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as rle
 
 from fmbseg import images, storage, vocabulary, weights
 from fmbseg.errors import DataError, ParameterError, WeightsError
 from fmbseg.images import IGNORED
+from fmbseg.truth import lookup, read_index, read_instances, read_panoptic, shifted
 from fmbseg.vocabulary import LabelSpace, label_space
 
 
@@ -29,6 +29,9 @@ class Sample:
     image: Path
     truth: Callable[[], np.ndarray] | None = None
 
+    def __str__(self) -> str:
+        return str(self.image)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -38,50 +41,6 @@ class Dataset:
     space: LabelSpace
     samples: tuple[Sample, ...]
     source: str
-
-
-# ---------------------------------------------------------------- reading truth
-
-
-def _lookup(pairs: dict, keep_ignored: bool = True) -> np.ndarray:
-    """A table of 256 entries: raw id -> class, all others 255."""
-    table = np.full(256, IGNORED, dtype=np.uint8)
-    for raw, index in pairs.items():
-        table[int(raw)] = index
-    return table
-
-
-def read_index(path: Path, table: tuple[int, ...] | None = None) -> np.ndarray:
-    """An index PNG, its raw ids sent through a 256-entry table."""
-    mask = images.read_mask(path)
-    return mask if table is None else np.array(table, dtype=np.uint8)[mask]
-
-
-def _shifted(classes: int) -> tuple[int, ...]:
-    """0 becomes ignored, every other id one less (ADE20K's reduce-zero-label; the columns without background)."""
-    return tuple(_lookup({raw: raw - 1 for raw in range(1, classes + 1)}).tolist())
-
-
-def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """A COCO panoptic PNG (id = R + 256 G + 65536 B): each (id, class) segment painted, all else ignored."""
-    raw = np.array(Image.open(path).convert("RGB"), dtype=np.uint32)
-    ids = raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
-    truth = np.full(ids.shape, IGNORED, dtype=np.uint8)
-    for segment, index in segments:
-        truth[ids == segment] = index
-    return truth
-
-
-def read_instances(size: tuple[int, int], outlines: tuple, background: int) -> np.ndarray:
-    """COCO instances: (class, segmentation, area, crowd) painted large first; the rest is background; crowds ignored."""
-    truth = np.full(size, background, dtype=np.uint8)
-    for index, segmentation, _, crowd in sorted(outlines, key=lambda o: -o[2]):
-        if isinstance(segmentation, list):
-            coded = rle.merge(rle.frPyObjects(segmentation, *size))
-        else:
-            coded = rle.frPyObjects(segmentation, *size)
-        truth[rle.decode(coded).astype(bool)] = IGNORED if crowd else index
-    return truth
 
 
 # ---------------------------------------------------------------- the embedded sets
@@ -192,20 +151,20 @@ def _pairs(root: Path, image_glob: str, mask_of: Callable[[Path], Path], stems: 
 def _voc(root: Path, space: LabelSpace) -> list[Sample]:
     base = root / "VOCdevkit/VOC2012"
     stems = (base / "ImageSets/Segmentation/val.txt").read_text().split()
-    table = None if space.background else _shifted(20)
+    table = None if space.background else shifted(20)
     return _pairs(base, "JPEGImages/*.jpg", lambda p: base / "SegmentationClass" / f"{p.stem}.png", stems, table)
 
 
 def _context(root: Path, space: LabelSpace) -> list[Sample]:
     base = root / "VOCdevkit/VOC2010"
     stems = (base / "ImageSets/SegmentationContext/val.txt").read_text().split()
-    table = None if space.background else _shifted(59)
+    table = None if space.background else shifted(59)
     return _pairs(base, "JPEGImages/*.jpg", lambda p: base / "SegmentationClassContext" / f"{p.stem}.png", stems, table)
 
 
 def _coco(root: Path, space: LabelSpace) -> list[Sample]:
     base = root / "coco"
-    table = _lookup(vocabulary.assets()["id_maps"]["coco_stuff171_raw"])
+    table = lookup(vocabulary.assets()["id_maps"]["coco_stuff171_raw"])
     if space.name != "coco_stuff171":  # things -> 1..80, stuff -> 0; without background: 0..79 and ignored
         stuff = 0 if space.background else IGNORED
         things = np.where(table < 80, table + int(space.background), stuff).astype(np.uint8)
@@ -216,7 +175,7 @@ def _coco(root: Path, space: LabelSpace) -> list[Sample]:
 def _ade(root: Path, space: LabelSpace) -> list[Sample]:
     base = root / "ADEChallengeData2016"
     masks = base / "annotations/validation"
-    return _pairs(base, "images/validation/*.jpg", lambda p: masks / f"{p.stem}.png", None, _shifted(150))
+    return _pairs(base, "images/validation/*.jpg", lambda p: masks / f"{p.stem}.png", None, shifted(150))
 
 
 def _cityscapes(root: Path, space: LabelSpace) -> list[Sample]:
@@ -225,7 +184,7 @@ def _cityscapes(root: Path, space: LabelSpace) -> list[Sample]:
     def mask_of(path: Path) -> Path:
         return base / "gtFine/val" / path.parent.name / f"{path.stem.removesuffix('_leftImg8bit')}_gtFine_labelIds.png"
 
-    table = tuple(_lookup(vocabulary.assets()["id_maps"]["cityscapes19_ids"]).tolist())
+    table = tuple(lookup(vocabulary.assets()["id_maps"]["cityscapes19_ids"]).tolist())
     return _pairs(base, "leftImg8bit/val/*/*_leftImg8bit.png", mask_of, None, table)
 
 
@@ -307,7 +266,8 @@ def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | 
     kept = [p for p in found if p.stem not in stems and storage.image_sha256(p) not in hashes]
     if not kept:
         raise DataError(f"{name}: every picture in it is an evaluation picture; give others to train on")
-    return [Sample("__".join(p.relative_to(root).with_suffix("").parts), p) for p in kept]
+    short = ["__".join(p.relative_to(root).with_suffix("").parts) for p in kept]
+    return [Sample(name if short.count(name) == 1 else "__".join(p.relative_to(root).parts), p) for name, p in zip(short, kept)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -66,7 +66,9 @@ def _stage1(sample: Sample, space: LabelSpace, params: LabelParams, device: str)
     return table[labels]
 
 
-def predict(method: str, sample: Sample, spaces: Sequence[LabelSpace], params: EvaluateParams, module: str, device: str) -> list[np.ndarray]:
+def predict(
+    method: str, sample: Sample, spaces: Sequence[LabelSpace], params: EvaluateParams, module: str, device: str
+) -> list[np.ndarray]:
     """(height, width) ``uint8`` label maps of one picture in several label spaces; models see the picture once."""
     if method in STAGES:
         staged = params.model_copy(update={"stages": STAGES[method]})
@@ -91,7 +93,9 @@ class Task:
         return str(self.image)
 
 
-def _count(task: Task, method: str, spaces: tuple[LabelSpace, ...], params: EvaluateParams, module: str, content: str, device: str) -> list[Confusion]:
+def _count(
+    task: Task, method: str, spaces: tuple[LabelSpace, ...], params: EvaluateParams, module: str, content: str, device: str
+) -> list[Confusion]:
     """The picture's own confusion matrix for each of its columns, from disk where it is there."""
     own = [spaces[i] for i, _ in task.columns]
     sources = [(s.name, s.prompts) for s in own]

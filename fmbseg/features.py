@@ -62,8 +62,8 @@ def extract(image: np.ndarray, clip: ImageText, params: FeatureParams) -> ImageF
     scaled = images.resize(image, images.target_size(*image.shape[:2], params.short_side, params.long_limit, cell))
     height, width = scaled.shape[0] // cell, scaled.shape[1] // cell
     if min(height, width) < size:  # a long, thin picture: one crop must fit
-        scale = size / min(height, width)
-        height, width = (max(size, round(side * scale)) for side in (height, width))
+        scale = size / min(image.shape[:2])
+        height, width = (max(size, round(side * scale)) for side in image.shape[:2])
         scaled = images.resize(image, (height * cell, width * cell))
     crops = windows.windows(height, width, size, stride)
     tiles, tokens = [], []

@@ -81,8 +81,7 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
     mask = np.array(picture, dtype=np.uint8)
     if size is not None and mask.shape != tuple(size):
         raise ImageError(
-            f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels and its picture {size[1]} x {size[0]};"
-            " both must be of one size"
+            f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels and its picture {size[1]} x {size[0]}; both must be of one size"
         )
     return mask
 

@@ -40,9 +40,7 @@ def text_terms(per_patch: torch.Tensor, labels: torch.Tensor, classes: int) -> t
     return sums / labels.bincount(minlength=classes).clamp(min=1)
 
 
-def patch_patch_terms(
-    z: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, others: torch.Tensor | None = None
-) -> torch.Tensor:
+def patch_patch_terms(z: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, others: torch.Tensor | None = None) -> torch.Tensor:
     """Eq. 4, l_im(z_i) of every patch: (n,).
 
     The mean over the patches l of its class (itself among them, as Eq. 4 is written) of minus their similarity, which is

@@ -142,7 +142,9 @@ class LossParams(Params):
 
     loss: Literal["tsupcon", "prototype", "supcon"] = Field("tsupcon", description="Eq. 1, Eq. 2 alone, or SupCon alone")
     temperature: Float = Field(1.0, gt=0, description="dot products are divided by it; 1 is Eq. 3 and 4 as written")
-    text_weight: Float | None = Field(None, ge=0, description="weight of the mean of l_t over the classes present; none: as Eq. 1, K/(BN+K)")
+    text_weight: Float | None = Field(
+        None, ge=0, description="weight of the mean of l_t over the classes present; none: as Eq. 1, K/(BN+K)"
+    )
     image_weight: Float | None = Field(None, ge=0, description="weight of the mean of l_im over the patches; none: as Eq. 1, BN/(BN+K)")
 
 
@@ -201,11 +203,15 @@ class EvaluateParams(LabelParams, AlignParams, SegmentParams):
     """Everything a number of Table 1 depends on."""
 
     eval_limit: int | None = Field(None, ge=1, description="how many images a benchmark, evenly spread; none: all")
-    dense_enlarge: Float = Field(1.0, gt=0, description="ours: windows are enlarged by this for the dense baseline of a convolutional tower")
+    dense_enlarge: Float = Field(
+        1.0, gt=0, description="ours: windows are enlarged by this for the dense baseline of a convolutional tower"
+    )
 
 
 class EvaluateNotebook(RunParams, EvaluateParams):
-    benchmarks: Names = Field(("voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"), description="columns")
+    benchmarks: Names = Field(
+        ("voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"), description="columns"
+    )
     methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
     examples: Count = Field(2, description="photographs shown a benchmark")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +26,20 @@ from fmbseg.vocabulary import LabelSpace
 SIMILARITY = "viridis"  # one hue order, even lightness: readable without colour vision and in print
 
 
+class Picture(Figure):
+    """A figure that shows itself in a notebook without pyplot, which would keep every one of them open."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=80)
+        return stream.getvalue()
+
+
 def panels(count: int, columns: int = 4, size: float = 3.2) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` pictures without axes, at most ``columns`` a row."""
     columns = min(columns, max(count, 1))
     rows = -(-max(count, 1) // columns)
-    figure = Figure(figsize=(columns * size, rows * size * 0.85), layout="constrained")
+    figure = Picture(figsize=(columns * size, rows * size * 0.85), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
     for axis in axes:
         axis.set_axis_off()
@@ -92,7 +102,15 @@ def crops_and_votes(image: np.ndarray, features: ImageFeatures, winners: Sequenc
     for crop, name in zip(features.crops, winners):
         x, y, width, height = features.crop_box(crop)
         axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white", linewidth=1.2, alpha=0.8))
-        axis.text(x + width / 2, y + height / 2, name, ha="center", va="center", fontsize=8, bbox={"facecolor": "white", "alpha": 0.75, "pad": 1.5, "lw": 0})
+        axis.text(
+            x + width / 2,
+            y + height / 2,
+            name,
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.75, "pad": 1.5, "lw": 0},
+        )
     axis.set_title(f"{len(features.crops)} crops and their votes", fontsize=10)
     return figure
 
@@ -123,7 +141,9 @@ def query_figure(image: np.ndarray, query: QueryMask) -> Figure:
             continue
         mask, best = query.masks[i - 1], query.scores[i - 1] == query.scores.max()
         axis.imshow(np.where(mask[..., None], np.array([0.9, 0.6, 0.0, 0.6]), np.zeros(4)))
-        axis.set_title(f"confidence {query.scores[i - 1]:.2f}" + (" (chosen)" if best else ""), fontsize=9, fontweight="bold" if best else None)
+        axis.set_title(
+            f"confidence {query.scores[i - 1]:.2f}" + (" (chosen)" if best else ""), fontsize=9, fontweight="bold" if best else None
+        )
     return figure
 
 
@@ -159,7 +179,7 @@ def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpa
 
 def loss_curve(steps: pd.DataFrame, smooth: int = 10) -> Figure:
     """Loss a step, its running mean, and the learning rate."""
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = Picture(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()
     axis.plot(steps["step"], steps["loss"], color="0.75", label="loss")
     axis.plot(steps["step"], steps["loss"].rolling(smooth, min_periods=1).mean(), color="#0072b2", label=f"mean of {smooth} steps")
@@ -176,7 +196,7 @@ def loss_curve(steps: pd.DataFrame, smooth: int = 10) -> Figure:
 def table_figure(frame: pd.DataFrame) -> Figure:
     """mIoU of every method as bars, one group a column."""
     wide = frame.pivot_table(index="dataset", columns="row", values="miou", sort=False)
-    figure = Figure(figsize=(1.5 + 2.2 * len(wide), 3.4), layout="constrained")
+    figure = Picture(figsize=(1.5 + 2.2 * len(wide), 3.4), layout="constrained")
     axis = figure.subplots()
     colours = matplotlib.colormaps["cividis"](np.linspace(0.05, 0.95, wide.shape[1]))
     wide.plot.bar(ax=axis, color=colours, edgecolor="0.3", width=0.8, rot=0)

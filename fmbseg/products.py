@@ -79,7 +79,9 @@ def _set_image(sam: SamSegmenter, path: Path, params: QueryParams) -> np.ndarray
     return image
 
 
-def queries(path: Path, space: LabelSpace, params: LabelParams, device: str = "cpu", given: tuple[int, ...] | None = None) -> list[QueryMask]:
+def queries(
+    path: Path, space: LabelSpace, params: LabelParams, device: str = "cpu", given: tuple[int, ...] | None = None
+) -> list[QueryMask]:
     """Detected classes of one picture with Stage 1.1's masks. given: image-level labels in place of detection."""
     clip, sam = clip_of(params, device), load_sam(params.sam, device)
     content = params.content(FeatureParams, DetectParams, QueryParams)
@@ -89,19 +91,30 @@ def queries(path: Path, space: LabelSpace, params: LabelParams, device: str = "c
         found = detect.detect(found_features, texts, params) if given is None else detect.given(list(given), texts)
         image = _set_image(sam, path, params) if found else images.read_image(path)
         masks = stage1_query.query_masks(image, found_features, found, texts, sam, params)
-        storage.write_json(target, [
-            {
-                "index": q.detected.index, "name": q.detected.name, "votes": q.detected.votes, "points": q.points.tolist(),
-                "masks": [encode_rle(m) for m in q.masks], "scores": q.scores.tolist(), "chosen": encode_rle(q.chosen),
-            }
-            for q in masks
-        ])
+        storage.write_json(
+            target,
+            [
+                {
+                    "index": q.detected.index,
+                    "name": q.detected.name,
+                    "votes": q.detected.votes,
+                    "points": q.points.tolist(),
+                    "masks": [encode_rle(m) for m in q.masks],
+                    "scores": q.scores.tolist(),
+                    "chosen": encode_rle(q.chosen),
+                }
+                for q in masks
+            ],
+        )
 
     store = _store("queries", ".json", clip.key, sam.key, content, space.names, space.prompts, given)
     return [
         QueryMask(
-            Detected(r["index"], r["name"], r["votes"]), np.array(r["points"], dtype=np.float32),
-            np.stack([decode_rle(m) for m in r["masks"]]), np.array(r["scores"]), decode_rle(r["chosen"]),
+            Detected(r["index"], r["name"], r["votes"]),
+            np.array(r["points"], dtype=np.float32),
+            np.stack([decode_rle(m) for m in r["masks"]]),
+            np.array(r["scores"]),
+            decode_rle(r["chosen"]),
         )
         for r in storage.read_json(store.get(path, make))
     ]
@@ -114,9 +127,10 @@ def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> lis
     def make(target: Path) -> None:
         image = _set_image(sam, path, params)
         found = stage1_masks.automatic_masks(image, sam, params)
-        storage.write_json(target, [
-            {"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found
-        ])
+        storage.write_json(
+            target,
+            [{"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found],
+        )
 
     store = _store("masks", ".json", sam.key, params.content(MaskParams))
     return [

@@ -115,19 +115,24 @@ class LabelStore:
 
     def has(self, sample: Sample) -> bool:
         record = self.folder / f"{sample.name}.json"
-        return self.path(sample).is_file() and record.is_file() and storage.read_json(record)["sha256"] == storage.image_sha256(sample.image)
+        return (
+            self.path(sample).is_file() and record.is_file() and storage.read_json(record)["sha256"] == storage.image_sha256(sample.image)
+        )
 
     def write(self, sample: Sample, label: PseudoLabel) -> None:
         """Write the record after the map: a picture with a record is whole."""
         write_label_map(self.path(sample), label.labels, self.space.palette)
         present = np.unique(label.labels[label.labels != IGNORED])
-        storage.write_json(self.folder / f"{sample.name}.json", {
-            "image": str(sample.image),
-            "sha256": storage.image_sha256(sample.image),
-            "detected": [{"name": d.name, "votes": d.votes} for d in label.detected],
-            "classes": [self.space.names[k] for k in present],
-            "coverage": float((label.labels != IGNORED).mean()),
-        })
+        storage.write_json(
+            self.folder / f"{sample.name}.json",
+            {
+                "image": str(sample.image),
+                "sha256": storage.image_sha256(sample.image),
+                "detected": [{"name": d.name, "votes": d.votes} for d in label.detected],
+                "classes": [self.space.names[k] for k in present],
+                "coverage": float((label.labels != IGNORED).mean()),
+            },
+        )
 
     def read(self, sample: Sample) -> np.ndarray:
         """(height, width) ``uint8`` class indices, 255 where unlabelled."""

@@ -109,18 +109,40 @@ def notes_of(params: Params) -> list[str]:
 
 
 def of_evaluation(
-    method: str, dataset: Dataset, space: LabelSpace, confusion: Confusion, images: int, failed: int,
-    params: EvaluateParams, module: str, seconds: float,
+    method: str,
+    dataset: Dataset,
+    space: LabelSpace,
+    confusion: Confusion,
+    images: int,
+    failed: int,
+    params: EvaluateParams,
+    module: str,
+    seconds: float,
 ) -> Record:
     """The record of one number of Table 1."""
     from fmbseg.params import EvaluateParams, SegmentParams
 
     iou = {name: None if value != value else round(100 * float(value), 3) for name, value in zip(space.names, confusion.iou())}
-    protocol = params.part(SegmentParams) | {"templates": params.templates, "background": list(space.prompts[0]) if space.background else None}
+    protocol = params.part(SegmentParams) | {
+        "templates": params.templates,
+        "background": list(space.prompts[0]) if space.background else None,
+    }
     return Record(
-        "evaluate", method, params.part(EvaluateParams), dataset.name, dataset.source, images, failed, protocol,
-        round(confusion.miou(), 3), round(confusion.precision(), 3), round(confusion.coverage(), 3), iou, round(seconds, 1),
-        used_weights(params, module if method == "fmbseg" else ""), notes=notes_of(params),
+        "evaluate",
+        method,
+        params.part(EvaluateParams),
+        dataset.name,
+        dataset.source,
+        images,
+        failed,
+        protocol,
+        round(confusion.miou(), 3),
+        round(confusion.precision(), 3),
+        round(confusion.coverage(), 3),
+        iou,
+        round(seconds, 1),
+        used_weights(params, module if method == "fmbseg" else ""),
+        notes=notes_of(params),
     )
 
 
@@ -135,7 +157,10 @@ def load(folder: str | Path) -> pd.DataFrame:
         record = storage.read_json(file)
         if not isinstance(record, dict) or "kind" not in record:
             continue
-        row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))} | {"file": str(file), "notes": "; ".join(record["notes"])}
+        row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))} | {
+            "file": str(file),
+            "notes": "; ".join(record["notes"]),
+        }
         row |= {f"param.{k}": v for k, v in record["parameters"].items()}
         row |= {f"iou.{k}": v for k, v in record["iou"].items()}
         rows.append(row)

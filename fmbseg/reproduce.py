@@ -43,8 +43,23 @@ def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
 
     root = storage.project_root()
     out.parent.mkdir(parents=True, exist_ok=True)  # papermill does not make it
-    command = [sys.executable, "-m", "papermill", str(root / "notebooks" / f"{name}.ipynb"), str(out), "--cwd", str(root / "notebooks"),
-               "--kernel", "python3", "--no-progress-bar", "--log-output", "--log-level", "WARNING", "-y", yaml.safe_dump(dict(values))]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(root / "notebooks" / f"{name}.ipynb"),
+        str(out),
+        "--cwd",
+        str(root / "notebooks"),
+        "--kernel",
+        "python3",
+        "--no-progress-bar",
+        "--log-output",
+        "--log-level",
+        "WARNING",
+        "-y",
+        yaml.safe_dump(dict(values)),
+    ]
     run = subprocess.run(command, stderr=None, stdout=None)
     if run.returncode != 0:
         raise DataError(f"{name} stopped with an error, told above; its executed copy is {out}. What was computed is kept: run again")

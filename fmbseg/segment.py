@@ -138,7 +138,9 @@ class Segmenter:
             tiles.append((window, resize_map(similar, (window.height, window.width))[0]))
         return stitch(tiles, *embedded.scaled)
 
-    def segment(self, image: np.ndarray, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None) -> Segmentation:
+    def segment(
+        self, image: np.ndarray, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None
+    ) -> Segmentation:
         """Segment a (height, width, 3) RGB ``uint8`` picture into any words.
 
         classes: words, one comma-separated string, or a label space; background: words that together are class 0,
@@ -155,10 +157,15 @@ def describe(result: Segmentation) -> dict:
     found = []
     for k in np.unique(result.labels):
         where = result.labels == k
-        found.append({
-            "name": result.space.names[k], "index": int(k), "pixels": int(where.sum()),
-            "share": round(float(where.mean()), 4), "mean_similarity": round(float(similarity[k][where].mean()), 4),
-        })
+        found.append(
+            {
+                "name": result.space.names[k],
+                "index": int(k),
+                "pixels": int(where.sum()),
+                "share": round(float(where.mean()), 4),
+                "mean_similarity": round(float(similarity[k][where].mean()), 4),
+            }
+        )
     return {"height": result.labels.shape[0], "width": result.labels.shape[1], "classes": sorted(found, key=lambda c: -c["pixels"])}
 
 

@@ -45,9 +45,7 @@ def mean_features(masks: list[np.ndarray], features: ImageFeatures) -> torch.Ten
     return F.normalize(weights.flatten(1) @ features.map.flatten(1).T, dim=-1)
 
 
-def label_masks(
-    masks: list[np.ndarray], features: ImageFeatures, detected: list[Detected], texts: ClassTexts
-) -> list[LabelledMask]:
+def label_masks(masks: list[np.ndarray], features: ImageFeatures, detected: list[Detected], texts: ClassTexts) -> list[LabelledMask]:
     """Give every mask the detected class whose text is nearest to its mean feature."""
     if not masks or not detected:
         return []

@@ -80,7 +80,9 @@ def pooled_views(path: Path) -> Path:
             images.resize(image[top : top + side, left : left + side], (SIDE, SIDE)),
             images.resize(image, images.target_size(height, width, SIDE, 600)),
         ]
-        pooled = [_network().forward_features(images.normalise(v[None], (127 / 255,) * 3, (128 / 255,) * 3)).mean(dim=(2, 3))[0] for v in views]
+        pooled = [
+            _network().forward_features(images.normalise(v[None], (127 / 255,) * 3, (128 / 255,) * 3)).mean(dim=(2, 3))[0] for v in views
+        ]
         storage.write_tensors(target, {"views": torch.stack(pooled)})
 
     return store.get(path, make)
@@ -187,10 +189,10 @@ def held_out(data: Named, recipe: Recipe, folds: int = 4, seed: int = 0) -> dict
     totals = np.zeros(3)
     for k in range(folds):
         left_out = torch.from_numpy(fold == k)
-        touched = (data.owned[:, left_out].sum(dim=1) > 0)
+        touched = data.owned[:, left_out].sum(dim=1) > 0
         tensors = fit(data, torch.where(~touched & ~spared)[0], ~left_out, recipe)
         is_common = torch.from_numpy(common)
-        common_photographs = (data.owned[:, is_common].sum(dim=1) > 0)
+        common_photographs = data.owned[:, is_common].sum(dim=1) > 0
         new_common, new_rare = left_out & is_common, left_out & ~is_common
         totals += [
             accuracy(data, tensors, torch.where(spared & ~touched & common_photographs)[0], torch.where(is_common)[0]),

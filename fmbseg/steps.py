@@ -111,13 +111,29 @@ def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path:
     result = training.train(samples, store, texts, params, params.seed, params.device)
     path = path or module_path(params)
     key = storage.digest(store.key, params.content(training.AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples])
-    alignment.save(path, result.alignment, {
-        "key": key, "encoder": params.encoder, "clip": params.clip, "crop_input": params.crop_input, "templates": params.templates,
-        "classes": [store.space.names[k] for k in result.classes], "notes": records.notes_of(params),
-    })
+    alignment.save(
+        path,
+        result.alignment,
+        {
+            "key": key,
+            "encoder": params.encoder,
+            "clip": params.clip,
+            "crop_input": params.crop_input,
+            "templates": params.templates,
+            "classes": [store.space.names[k] for k in result.classes],
+            "notes": records.notes_of(params),
+        },
+    )
     record = records.Record(
-        "train", params.module, params.model_dump(), params.photographs, f"{len(samples)} unlabelled photographs", len(samples),
-        seconds=round(result.seconds, 1), weights=records.used_weights(params, str(path)), notes=records.notes_of(params),
+        "train",
+        params.module,
+        params.model_dump(),
+        params.photographs,
+        f"{len(samples)} unlabelled photographs",
+        len(samples),
+        seconds=round(result.seconds, 1),
+        weights=records.used_weights(params, str(path)),
+        notes=records.notes_of(params),
         protocol={"first_loss": result.steps[0]["loss"], "last_loss": result.steps[-1]["loss"], "steps": len(result.steps)},
     )
     record.write(results_folder(params) / "records", "train")

@@ -30,8 +30,7 @@ def project_root() -> Path:
         if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
             return folder
     raise DataError(
-        f"{Path.cwd()}: neither this folder nor one above it holds notebooks/ and params/;"
-        " run this command inside a clone of the project"
+        f"{Path.cwd()}: neither this folder nor one above it holds notebooks/ and params/; run this command inside a clone of the project"
     )
 
 
@@ -127,7 +126,10 @@ class Store:
 
 def image_sha256(path: str | Path) -> str:
     path = Path(path)
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or leave it out") from error
     return _image_sha256(str(path), status.st_size, status.st_mtime_ns)
 
 

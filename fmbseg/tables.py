@@ -9,8 +9,15 @@ import pandas as pd
 from fmbseg import storage
 
 COLUMNS = {
-    "PV-21": "voc21", "PV-20": "voc20", "PC-59": "context59", "PC-60": "context60", "CO-80": "coco_object80",
-    "CO-81": "coco_object81", "CS-171": "coco_stuff171", "City": "cityscapes19", "ADE": "ade150",
+    "PV-21": "voc21",
+    "PV-20": "voc20",
+    "PC-59": "context59",
+    "PC-60": "context60",
+    "CO-80": "coco_object80",
+    "CO-81": "coco_object81",
+    "CS-171": "coco_stuff171",
+    "City": "cityscapes19",
+    "ADE": "ade150",
 }
 """Columns of Table 1 and the benchmark behind each; the ones with background beside those without (see NOTES)."""
 
@@ -54,9 +61,7 @@ def table1(records: pd.DataFrame) -> pd.DataFrame:
     paper = published(1).assign(origin="published").set_index(["origin", "method"])
     ours = reproduced(records)
     names = {benchmark: column for column, benchmark in COLUMNS.items()}
-    ours["column"] = [
-        names.get(dataset) or f"{_short(dataset)} (n={int(n)})" for dataset, n in zip(ours["dataset"], ours["images"])
-    ]
+    ours["column"] = [names.get(dataset) or f"{_short(dataset)} (n={int(n)})" for dataset, n in zip(ours["dataset"], ours["images"])]
     ours.loc[ours["dataset"].isin(names), "column"] += [f" (n={int(n)})" for n in ours.loc[ours["dataset"].isin(names), "images"]]
     ours["origin"] = ["reproduced, " + note if note else "reproduced" for note in ours["notes"]]
     wide = ours.pivot_table(index=["origin", "row"], columns="column", values="miou", sort=False)
@@ -73,7 +78,12 @@ def missing(records: pd.DataFrame) -> pd.DataFrame:
     """Columns of Table 1 without a number of ours, each with the reason."""
     here = set(records[records.kind == "evaluate"]["dataset"])
     rows = [
-        (column, "its data set is not under data_root; embedded photographs stand in where they can" if column.startswith("CO") else "its data set is not under data_root")
+        (
+            column,
+            "its data set is not under data_root; embedded photographs stand in where they can"
+            if column.startswith("CO")
+            else "its data set is not under data_root",
+        )
         for column, benchmark in COLUMNS.items()
         if benchmark not in here
     ]

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fmbseg import images, jobs, losses, products
+from fmbseg import jobs, losses, products
 from fmbseg.alignment import Alignment
 from fmbseg.datasets import Sample
 from fmbseg.errors import DataError
@@ -43,7 +43,10 @@ class PatchDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.samples[index]
         patches = products.encoder_patches(sample.image, self.params, self.device)
-        return patches, patch_labels(self.store.read(sample), tuple(patches.shape[1:]), self.params.min_labelled)
+        return patches, self.labels(sample, tuple(patches.shape[1:]))
+
+    def labels(self, sample: Sample, grid: tuple[int, int]) -> torch.Tensor:
+        return patch_labels(self.store.read(sample), grid, self.params.min_labelled)
 
 
 def _encode(sample: Sample, params: AlignParams, device: str) -> None:
@@ -71,16 +74,21 @@ def standardise(alignment: Alignment, data: PatchDataset, at_most: int = 256) ->
 
 def labelled_classes(data: PatchDataset) -> tuple[int, ...]:
     """The classes that label any patch, sorted. Raises DataError when there is none."""
+    grid = tuple(data[0][0].shape[1:])  # every picture is squashed to the same square
     found: set[int] = set()
     for sample in data.samples:
-        found.update(torch.from_numpy(data.store.read(sample)).unique().tolist())
-    found.discard(images.IGNORED)
+        found.update(data.labels(sample, grid).unique().tolist())
+    found.discard(-1)
     if not found:
-        raise DataError(f"{data.store.folder}: no pixel is labelled; lower min_votes or give more photographs or other words")
+        raise DataError(
+            f"{data.store.folder}: no patch is labelled; lower min_votes or min_labelled, or give more photographs or other words"
+        )
     return tuple(sorted(found))
 
 
-def train(samples: list[Sample], store: LabelStore, texts: ClassTexts, params: AlignParams, seed: int = 0, device: str = "cpu") -> TrainResult:
+def train(
+    samples: list[Sample], store: LabelStore, texts: ClassTexts, params: AlignParams, seed: int = 0, device: str = "cpu"
+) -> TrainResult:
     """Train M on the pictures' pseudo labels: SGD, cosine to zero, 5 pictures a batch (Sec. 4.1).
 
     texts: of the whole vocabulary; the loss uses those of the classes that occur. The same seed gives the same module.
@@ -113,9 +121,11 @@ def train(samples: list[Sample], store: LabelStore, texts: ClassTexts, params: A
                     optimiser.zero_grad()
                     loss.backward()
                     optimiser.step()
-                    steps.append({"step": len(steps), "epoch": epoch, "loss": loss.item(), "learning_rate": rate, "patches": int((y >= 0).sum())})
+                    schedule.step()
+                    steps.append(
+                        {"step": len(steps), "epoch": epoch, "loss": loss.item(), "learning_rate": rate, "patches": int((y >= 0).sum())}
+                    )
                     progress.set_postfix(loss=f"{steps[-1]['loss']:.3f}", refresh=False)
-                schedule.step()
                 progress.update()
     return TrainResult(alignment.cpu().eval(), steps, classes, time.perf_counter() - started)
 

@@ -24,8 +24,32 @@ if TYPE_CHECKING:
     from fmbseg.backbones.clip import ImageText
 
 BACKGROUND_WORDS = (
-    "sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sand", "desk", "bed", "building",
-    "cloud", "lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain", "stair", "floor", "hill", "rail", "fence",
+    "sky",
+    "wall",
+    "tree",
+    "wood",
+    "grass",
+    "road",
+    "sea",
+    "river",
+    "mountain",
+    "sand",
+    "desk",
+    "bed",
+    "building",
+    "cloud",
+    "lamp",
+    "door",
+    "window",
+    "wardrobe",
+    "ceiling",
+    "shelf",
+    "curtain",
+    "stair",
+    "floor",
+    "hill",
+    "rail",
+    "fence",
 )
 """Stuff words that count as class 0 of VOC-21 (Sec. 4.1: "different Stuff categories"; the words are ours)."""
 
@@ -80,7 +104,18 @@ def assets() -> dict:
 
 
 _WITHOUT_BACKGROUND = {"voc20": "voc21", "context59": "context60", "coco_object80": "coco_object81"}
-SPACES = ("voc21", "voc20", "context60", "context59", "coco_object81", "coco_object80", "coco_stuff171", "coco_panoptic133", "cityscapes19", "ade150")
+SPACES = (
+    "voc21",
+    "voc20",
+    "context60",
+    "context59",
+    "coco_object81",
+    "coco_object80",
+    "coco_stuff171",
+    "coco_panoptic133",
+    "cityscapes19",
+    "ade150",
+)
 
 
 @functools.cache
@@ -108,7 +143,7 @@ def own_words(words: Sequence[str], name: str = "words") -> LabelSpace:
     cleaned = [" ".join(word.split()) for word in words]
     cleaned = [word for word in cleaned if word]
     if not cleaned:
-        raise ParameterError(f"{name}: no word given; give at least one, such as \"cat, sofa\"")
+        raise ParameterError(f'{name}: no word given; give at least one, such as "cat, sofa"')
     repeated = sorted({word for word in cleaned if cleaned.count(word) > 1})
     if repeated:
         raise ParameterError(f"{name}: given more than once: {', '.join(repeated)}; give every word once")

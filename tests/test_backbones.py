@@ -36,7 +36,9 @@ def test_value_path_of_open_clips_own_tower_is_the_last_block_written_by_hand():
     clip = load_clip("random:ViT-S-32")
     pixels = crops()
     out = clip.encode_crops(pixels)
-    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(1, 3, 1, 1)
+    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(
+        1, 3, 1, 1
+    )
     expected = hand_written_value(clip.tower, normalised)
     torch.testing.assert_close(out.maps.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.tokens, clip.model.encode_image(normalised), atol=1e-5, rtol=1e-4)
@@ -46,7 +48,9 @@ def test_plain_path_is_the_projected_patch_tokens():
     clip = load_clip("random:ViT-S-32")
     clip.tower.output_tokens = True
     pixels = crops()
-    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(1, 3, 1, 1)
+    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(
+        1, 3, 1, 1
+    )
     _, tokens = clip.tower(normalised)
     clip.tower.output_tokens = False
     out = clip.encode_crops(pixels, path="plain").maps

@@ -160,7 +160,7 @@ def test_nothing_labelled_is_refused(drawn, texts, smoke, tmp_path):
     store, samples = LabelStore(tmp_path / "labels", drawn.space, smoke(LabelParams)), list(drawn.samples[:2])
     for sample in samples:
         store.write(sample, PseudoLabel(np.full_like(sample.truth(), IGNORED), [], [], []))
-    with pytest.raises(DataError, match="no pixel is labelled; lower min_votes"):
+    with pytest.raises(DataError, match="no patch is labelled; lower min_votes"):
         training.train(samples, store, texts, smoke(AlignParams))
 
 

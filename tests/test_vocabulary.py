@@ -7,8 +7,16 @@ from fmbseg.errors import DataError, ParameterError
 from fmbseg.vocabulary import BACKGROUND_WORDS, ClassTexts, class_texts, label_space, own_words
 
 SIZES = {
-    "voc21": 21, "voc20": 20, "context60": 60, "context59": 59, "coco_object81": 81, "coco_object80": 80,
-    "coco_stuff171": 171, "coco_panoptic133": 133, "cityscapes19": 19, "ade150": 150,
+    "voc21": 21,
+    "voc20": 20,
+    "context60": 60,
+    "context59": 59,
+    "coco_object81": 81,
+    "coco_object80": 80,
+    "coco_stuff171": 171,
+    "coco_panoptic133": 133,
+    "cityscapes19": 19,
+    "ade150": 150,
 }
 
 

@@ -329,8 +329,8 @@ def test_checkpoint_of_other_shapes_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 half a zip"])
 def test_damaged_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "toy.pt").write_bytes(content)
-    with pytest.raises(WeightsError, match="toy.pt: not a plain checkpoint"):
-        conversion.plain(tmp_path / "toy.pt", tmp_path / "model.safetensors")
+    message = refusal(conversion.plain, tmp_path / "toy.pt", tmp_path / "model.safetensors")
+    assert message.startswith("toy.pt: not a plain checkpoint")
 
 
 # ---------------------------------------------------------------- the table
@@ -352,3 +352,8 @@ def test_table_names_source_licence_size_and_hash():
 def test_unknown_name_is_refused_with_the_known_ones():
     assert "known are mobile_sam" in refusal(weights.find, "mobilesam")
     assert "known are mobile_sam" in refusal(weights.require, "../etc")
+
+
+def test_refusal_of_a_pickle_with_code_is_one_sentence(tmp_path):
+    torch.save({"b": Code(tmp_path / "ran")}, tmp_path / "model.pt")
+    assert "not a plain checkpoint" in refusal(conversion.plain, tmp_path / "model.pt", tmp_path / "model.safetensors")

@@ -87,7 +87,9 @@ class ImageText:
             return trunk.blocks
         if hasattr(trunk, "forward_features"):
             return None
-        raise ParameterError(f"{self.key}: a tower of type {type(self.tower).__name__} gives no dense features; choose a ViT or a timm tower")
+        raise ParameterError(
+            f"{self.key}: a tower of type {type(self.tower).__name__} gives no dense features; choose a ViT or a timm tower"
+        )
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -147,12 +149,20 @@ def _lit_config(folder: Path) -> dict:
         "embed_dim": 384,
         "custom_text": True,
         "vision_cfg": {
-            "timm_model_name": "tf_efficientnet_lite2", "timm_model_pretrained": False, "timm_pool": "avg",
-            "timm_proj": "linear", "timm_proj_bias": True, "image_size": 260,
+            "timm_model_name": "tf_efficientnet_lite2",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "timm_proj_bias": True,
+            "image_size": 260,
         },
         "text_cfg": {
-            "hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "hf_model_pretrained": False,
-            "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear", "context_length": 64,
+            "hf_model_name": str(folder),
+            "hf_tokenizer_name": str(folder),
+            "hf_model_pretrained": False,
+            "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": "linear",
+            "context_length": 64,
         },
     }
 
@@ -169,8 +179,12 @@ def assemble_lit() -> Path:
     target = storage.home() / "weights" / f"{LIT}-{key}.safetensors"
     if target.is_file():
         return target
-    state = {f"visual.trunk.{k}": v for k, v in storage.read_tensors(image / "model.safetensors")[0].items() if not k.startswith("classifier")}
-    state |= {f"text.transformer.{k}": v for k, v in storage.read_tensors(text / "model.safetensors")[0].items() if not k.startswith("pooler")}
+    state = {
+        f"visual.trunk.{k}": v for k, v in storage.read_tensors(image / "model.safetensors")[0].items() if not k.startswith("classifier")
+    }
+    state |= {
+        f"text.transformer.{k}": v for k, v in storage.read_tensors(text / "model.safetensors")[0].items() if not k.startswith("pooler")
+    }
     state.pop("text.transformer.embeddings.position_ids", None)
     state |= storage.read_tensors(projection)[0]
     state["logit_scale"] = torch.tensor(100.0).log()
@@ -197,7 +211,9 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None) -> 
     else:
         architecture, _, pretrained = (CLIP_NAMES.get(name) or name.removeprefix("random:")).partition(" ")
         if architecture not in open_clip.list_models() or bool(pretrained) == random:
-            raise ParameterError(f"clip = {name!r}: no such model; known are {', '.join(CLIP_NAMES)}, or \"MODEL TAG\" as open_clip lists them")
+            raise ParameterError(
+                f'clip = {name!r}: no such model; known are {", ".join(CLIP_NAMES)}, or "MODEL TAG" as open_clip lists them'
+            )
         key = name
         if name in CLIP_NAMES:
             weights.require(name)
@@ -206,5 +222,7 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None) -> 
         options["force_preprocess_cfg"] = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = open_clip.create_model(architecture, pretrained=None if random else pretrained, device=device, pretrained_text=False, **options)
+        model = open_clip.create_model(
+            architecture, pretrained=None if random else pretrained, device=device, pretrained_text=False, **options
+        )
     return ImageText(model, open_clip.get_tokenizer(architecture), f"{key}@{image_size or model.visual.image_size}", device)

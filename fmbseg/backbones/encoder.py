@@ -36,7 +36,9 @@ class Encoder(nn.Module):
         """Patches of (B, height, width, 3) ``uint8`` pictures whose sides are multiples of the patch:
         (B, width, h, w) ``float32``. Raises ParameterError for other sides."""
         if pixels.shape[1] % self.patch or pixels.shape[2] % self.patch:
-            raise ParameterError(f"{self.key}: input of {pixels.shape[2]} x {pixels.shape[1]} pixels; both sides must be multiples of {self.patch}")
+            raise ParameterError(
+                f"{self.key}: input of {pixels.shape[2]} x {pixels.shape[1]} pixels; both sides must be multiples of {self.patch}"
+            )
         return self.features(pixels).float()
 
 
@@ -135,7 +137,9 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
     for part in name.split("+"):
         base = part.strip().removeprefix("random:")
         if base not in _BUILDERS:
-            raise ParameterError(f"encoder = {name!r}: no such encoder {base!r}; known are {', '.join(ENCODER_NAMES)}, and several joined by +")
+            raise ParameterError(
+                f"encoder = {name!r}: no such encoder {base!r}; known are {', '.join(ENCODER_NAMES)}, and several joined by +"
+            )
         here = base == part.strip()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
