@@ -39,7 +39,7 @@ def panels(count: int, columns: int = 4, size: float = 3.2) -> tuple[Figure, lis
     """A figure of ``count`` pictures without axes, at most ``columns`` a row."""
     columns = min(columns, max(count, 1))
     rows = -(-max(count, 1) // columns)
-    figure = Picture(figsize=(columns * size, rows * size * 0.85), layout="constrained")
+    figure = Picture(figsize=(columns * size, rows * size), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
     for axis in axes:
         axis.set_axis_off()
@@ -167,7 +167,7 @@ def automatic_figure(image: np.ndarray, masks: Sequence[AutomaticMask], labelled
 
 def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpace) -> Figure:
     """The picture beside label maps, such as truth and prediction (Figure 4), with one legend."""
-    figure, axes = panels(1 + len(maps), columns=4, size=3.4)
+    figure, axes = panels(1 + len(maps), columns=5, size=3.2)
     axes[0].imshow(image)
     axes[0].set_title("photograph", fontsize=9)
     for axis, (title, labels) in zip(axes[1:], maps.items()):
@@ -200,7 +200,9 @@ def table_figure(frame: pd.DataFrame) -> Figure:
     axis = figure.subplots()
     colours = matplotlib.colormaps["cividis"](np.linspace(0.05, 0.95, wide.shape[1]))
     wide.plot.bar(ax=axis, color=colours, edgecolor="0.3", width=0.8, rot=0)
+    numbers = frame.groupby("dataset")["images"].max()
+    axis.set_xticklabels([f"{name.removeprefix('embedded_')}\nn={int(numbers[name])}" for name in wide.index], fontsize=8)
     axis.set_ylabel("mIoU (%)")
-    axis.set_xlabel("")
+    axis.set_xlabel("; ".join(sorted(set(frame["notes"]) - {""})), fontsize=8)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
