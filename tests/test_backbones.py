@@ -194,3 +194,12 @@ def test_hub_weights_that_are_not_here_name_the_command(monkeypatch):
     for load, name in ((load_encoder, "dinov2_vits14"), (load_sam, "sam_vitb"), (load_clip, "clip_vitb16")):
         with pytest.raises(WeightsError, match=f"fmbseg fetch {name}"):
             load(name)
+
+
+def test_encoder_key_covers_the_stages_it_reads():
+    """Kept patches are found by this key: the same weights read at other stages are another encoder."""
+    from fmbseg.backbones.encoder import FeaturePyramid
+
+    network = load_encoder("random:efficientnet_lite2").network
+    one, other = (FeaturePyramid("name", network, stages, 16, (0.5,) * 3, (0.5,) * 3) for stages in ([3], [4]))
+    assert one.key != other.key

@@ -65,7 +65,7 @@ class FeaturePyramid(Encoder):
 
     def __init__(self, key: str, network: nn.Module, stages: list[int], patch: int, mean: tuple, std: tuple):
         channels = [network.feature_info[stage]["num_chs"] for stage in stages]
-        super().__init__(key, sum(channels), patch)
+        super().__init__(f"{key} stages {stages}", sum(channels), patch)
         self.network, self.stages, self.mean, self.std = network, stages, mean, std
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
