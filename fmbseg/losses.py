@@ -51,7 +51,7 @@ def patch_patch_terms(z: torch.Tensor, labels: torch.Tensor, temperature: float 
     classes, index, counts = labels.unique(return_inverse=True, return_counts=True)
     means = z.new_zeros(len(classes), z.shape[1]).index_add(0, index, z) / counts[:, None]
     others = log_sum_others(z, temperature) if others is None else others
-    return others - (z * means[index]).sum(dim=1) / temperature
+    return others - (z * means.index_select(0, index)).sum(dim=1) / temperature
 
 
 def tsupcon(
