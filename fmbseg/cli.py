@@ -45,6 +45,12 @@ def _params(options: argparse.Namespace, notebook: str, **given: Any):
     return params.load(notebook, options.profile, {k: v for k, v in given.items() if v is not None} | _settings(options.set))
 
 
+def _collection_params(options: argparse.Namespace, notebook: str):
+    """Parameters of a command that takes a collection: what ``label`` and ``train`` have in common."""
+    given = {"photographs": options.photographs, "vocabulary": options.classes_file, "limit": options.limit, "workers": options.workers}
+    return _params(options, notebook, **given)
+
+
 def _fetch(options: argparse.Namespace) -> None:
     from fmbseg import weights
 
@@ -67,14 +73,7 @@ def _fetch(options: argparse.Namespace) -> None:
 def _label(options: argparse.Namespace) -> None:
     from fmbseg import jobs, steps
 
-    p = _params(
-        options,
-        "03_stage_1_2_label_masks",
-        photographs=options.photographs,
-        vocabulary=options.classes_file,
-        limit=options.limit,
-        workers=options.workers,
-    )
+    p = _collection_params(options, "03_stage_1_2_label_masks")
     samples = jobs.shard(steps.photographs(p), options.shard, options.num_shards)
     store = steps.make_labels(samples, p, options.out)
     done = sum(store.has(sample) for sample in samples)
@@ -84,14 +83,7 @@ def _label(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from fmbseg import steps
 
-    p = _params(
-        options,
-        "04_train_alignment",
-        photographs=options.photographs,
-        vocabulary=options.classes_file,
-        limit=options.limit,
-        workers=options.workers,
-    )
+    p = _collection_params(options, "04_train_alignment")
     samples = steps.photographs(p)
     store = steps.make_labels(samples, p)
     path = options.out or steps.module_path(p)

@@ -60,7 +60,7 @@ class Dinov2(Encoder):
 class FeaturePyramid(Encoder):
     """Several feature maps of one convolutional network, side by side on the grid of stride ``patch``.
 
-    levels: (stage, channels); each map is scaled to the grid, bilinear.
+    stages: indices of the network's stages; each map is scaled to the grid, bilinear.
     """
 
     def __init__(self, key: str, network: nn.Module, stages: list[int], patch: int, mean: tuple, std: tuple):
