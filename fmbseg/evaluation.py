@@ -49,7 +49,7 @@ def _segmenter(method: str, module: str, params: EvaluateParams, device: str) ->
     if method == "fmbseg":
         return Segmenter.load(module, device, params)
     side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
-    clip = products.load_clip(params.clip, device, side)
+    clip = products.load_clip(params.clip, device, side, params.precision)
     return Segmenter(DenseClip(clip, params.path, params.dense_enlarge), clip, params, params.templates)
 
 
@@ -84,10 +84,10 @@ def predict(
 
 @dataclass(frozen=True)
 class Task:
-    """One picture and the columns it belongs to: (index of the data set, sample)."""
+    """One picture and the columns it belongs to: (index of the data set, its name, sample)."""
 
     image: Path
-    columns: tuple[tuple[int, Sample], ...]
+    columns: tuple[tuple[int, str, Sample], ...]
 
     def __str__(self) -> str:
         return str(self.image)
@@ -97,15 +97,15 @@ def _count(
     task: Task, method: str, spaces: tuple[LabelSpace, ...], params: EvaluateParams, module: str, content: str, device: str
 ) -> list[Confusion]:
     """The picture's own confusion matrix for each of its columns, from disk where it is there."""
-    own = [spaces[i] for i, _ in task.columns]
-    sources = [(s.name, s.prompts) for s in own]
+    own = [spaces[i] for i, _, _ in task.columns]
+    sources = [(name, space.prompts) for (_, name, _), space in zip(task.columns, own)]
     store = storage.Store(storage.home() / "cache" / "counts", ".safetensors", content, sources)
 
     def make(target: Path) -> None:
-        sample = task.columns[0][1]
+        sample = task.columns[0][2]
         predictions = predict(method, sample, own, params, module, device)
         tensors = {}
-        for i, ((_, column), space, prediction) in enumerate(zip(task.columns, own, predictions)):
+        for i, ((_, _, column), space, prediction) in enumerate(zip(task.columns, own, predictions)):
             counts = Confusion(len(space))
             counts.add(column.truth(), prediction)
             tensors[str(i)] = torch.from_numpy(counts.counts)
@@ -121,7 +121,7 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
         raise ParameterError(f"method {method!r}: unknown; known are {', '.join(METHODS)}")
     weights = [products.clip_of(params, device).key]
     if method in STAGES:
-        weights.append(products.load_sam(params.sam, device).key)
+        weights.append(products.sam_of(params, device).key)
     used = params.content(*{"fmbseg": (SegmentParams,), "dense": (SegmentParams, FeatureParams, DetectParams)}.get(method, (LabelParams,)))
     used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}
     if method == "fmbseg":
@@ -141,17 +141,17 @@ def evaluate(
     started = time.perf_counter()
     key = method_key(method, params, module, device)
     spaces = tuple(protocol_space(d, params) for d in datasets)
-    columns: dict[Path, list[tuple[int, Sample]]] = {}
+    columns: dict[Path, list[tuple[int, str, Sample]]] = {}
     for i, dataset in enumerate(datasets):
         for sample in jobs.spread(dataset.samples, params.eval_limit):
-            columns.setdefault(sample.image, []).append((i, sample))
+            columns.setdefault(sample.image, []).append((i, dataset.name, sample))
     tasks = [Task(image, tuple(found)) for image, found in columns.items()]
     count = partial(_count, method=method, spaces=spaces, params=params, module=module, content=key, device=device)
     counts = [Confusion(len(space)) for space in spaces]
     numbers = [0] * len(datasets)
     done = jobs.each(count, tasks, f"{method} on {', '.join(d.name for d in datasets)}", workers)
     for task, confusions in done.results:
-        for (i, _), confusion in zip(task.columns, confusions):
+        for (i, _, _), confusion in zip(task.columns, confusions):
             counts[i], numbers[i] = counts[i] + confusion, numbers[i] + 1
     seconds = time.perf_counter() - started
     return [

@@ -1,22 +1,18 @@
 """One strict schema a step: what may be set, its default, and whether the paper or we chose it.
 
-Defaults are the paper's profile; ``params/<profile>/`` holds what another profile sets differently. An unknown key,
-a wrong type or a value out of range is refused by one sentence that names the key.
+Defaults are the paper's profile; ``params/<profile>/`` holds what another profile sets differently (``profiles.py``
+reads it). An unknown key, a wrong type or a value out of range is refused by one sentence that names the key.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from fmbseg import storage
 from fmbseg.errors import ParameterError
 
 
@@ -69,7 +65,11 @@ class RunParams(Params):
     data_root: str = Field("", description="folder of the benchmarks in their official layouts; empty: embedded data only")
 
 
-class FeatureParams(Params):
+class ModelParams(Params):
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen models: float32, or bfloat16 matrix products")
+
+
+class FeatureParams(ModelParams):
     """High-resolution features (Sec. 3.1, 3.2)."""
 
     clip: str = Field("clip_vitl14", description="image-text model")
@@ -91,7 +91,7 @@ class DetectParams(Params):
     templates: Literal["one", "plain", "seven", "eighty"] = Field("one", description="prompt templates whose features are averaged")
 
 
-class QueryParams(Params):
+class QueryParams(ModelParams):
     """Stage 1.1 (Sec. 3.2)."""
 
     sam: str = Field("sam_vith", description="ours: the paper does not name its SAM")
@@ -100,7 +100,7 @@ class QueryParams(Params):
     separate_points: bool = Field(False, description="ours: one query a point, masks joined, instead of one joint query")
 
 
-class MaskParams(Params):
+class MaskParams(ModelParams):
     """Automatic masks of Stage 1.2 (Sec. 3.2); defaults are the SAM package's own."""
 
     points_per_side: Count = Field(32, description="the SAM package's grid of points")
@@ -121,7 +121,7 @@ class CombineParams(Params):
     drop_undetected: bool = Field(False, description="ours: drop a mask to which a class that was NOT detected is nearer than any that was")
 
 
-class PatchParams(Params):
+class PatchParams(ModelParams):
     """Encoder patches and their labels (Sec. 3.3)."""
 
     encoder: str = Field("dinov2_vitl14", description="frozen encoder to be aligned")
@@ -159,7 +159,7 @@ class OptimiserParams(Params):
     images_per_batch: Count = Field(5, description="the paper's")
 
 
-class SegmentParams(Params):
+class SegmentParams(ModelParams):
     """Deployment (Sec. 3.3) and the evaluation protocol."""
 
     segment_short_side: Count = Field(448, description="the picture's short side, unless the long one would pass the limit")
@@ -244,53 +244,3 @@ def make(schema: type[P], values: Mapping[str, Any], source: str = "parameters")
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(schema.model_fields)}"
             raise ParameterError(f"{source}: unknown parameter {key!r}; {hint}") from None
         raise ParameterError(f"{source}: {key} = {values.get(key)!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A parameter file as a dictionary. Raises ParameterError when it is missing or not a mapping."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        values = {} if values is None else values
-    except FileNotFoundError as error:
-        raise ParameterError(f"{path}: no such parameter file") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ParameterError(f"{path}: holds a {type(values).__name__}; a parameter file is lines of  name: value")
-    return values
-
-
-def load(notebook: str, profile: str, overrides: Mapping[str, Any] | None = None) -> RunParams:
-    """A notebook's parameters: schema defaults, the profile's shared.yaml, its file for this notebook, then overrides.
-
-    shared.yaml may hold keys of any step; a notebook takes those of its own schema.
-    """
-    if notebook not in NOTEBOOKS:
-        raise ParameterError(f"notebook {notebook!r}: unknown; known are {', '.join(NOTEBOOKS)}")
-    schema, folder = NOTEBOOKS[notebook], storage.project_root() / "params" / profile
-    if not profile.isidentifier() or not folder.is_dir():
-        known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())
-        raise ParameterError(f"profile {profile!r}: no such folder of params/; known are {', '.join(known)}")
-    shared = read_yaml(folder / "shared.yaml") if (folder / "shared.yaml").is_file() else {}
-    everywhere = {name for known in NOTEBOOKS.values() for name in known.model_fields}
-    for key in shared.keys() - everywhere:
-        raise ParameterError(f"{folder / 'shared.yaml'}: unknown parameter {key!r}; no notebook has it")
-    own = read_yaml(folder / f"{notebook}.yaml") if (folder / f"{notebook}.yaml").is_file() else {}
-    make(schema, own, str(folder / f"{notebook}.yaml"))
-    values = {k: v for k, v in shared.items() if k in schema.model_fields} | own | {"profile": profile} | dict(overrides or {})
-    return make(schema, values, f"{notebook} ({profile})")
-
-
-def of_notebook(notebook: str, namespace: Mapping[str, Any]) -> RunParams:
-    """The parameters of the notebook that calls this with its ``globals()``.
-
-    Its own ``parameters`` cell names the profile. Whatever papermill injected (its cell starts with
-    "# Parameters") overrides the profile's files; unknown names are refused here, where papermill only warns.
-    """
-    injected: dict[str, Any] = {}
-    for source in namespace.get("In", []):
-        if source.startswith("# Parameters"):
-            for node in ast.parse(source).body:
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    injected[node.targets[0].id] = namespace[node.targets[0].id]
-    return load(notebook, injected.pop("profile", namespace.get("profile", "embedded")), injected)

@@ -43,18 +43,22 @@ def _store(product: str, suffix: str, *content) -> Store:
 
 
 def clip_of(params: FeatureParams, device: str = "cpu") -> ImageText:
-    return load_clip(params.clip, device, params.crop_input)
+    return load_clip(params.clip, device, params.crop_input, params.precision)
+
+
+def sam_of(params: QueryParams, device: str = "cpu") -> SamSegmenter:
+    return load_sam(params.sam, device, params.precision)
 
 
 @functools.lru_cache(maxsize=8)
-def _texts(clip: str, device: str, image_size: int | None, prompts: tuple, names: tuple, templates: str) -> ClassTexts:
+def _texts(clip: ImageText, prompts: tuple, names: tuple, templates: str) -> ClassTexts:
     space = LabelSpace("", names, prompts, np.zeros((len(names), 3), np.uint8))
-    return class_texts(load_clip(clip, device, image_size), space, templates)
+    return class_texts(clip, space, templates)
 
 
 def texts_of(space: LabelSpace, params: LabelParams, device: str = "cpu") -> ClassTexts:
     """Text features of a label space, kept in memory for the next call."""
-    return _texts(params.clip, device, params.crop_input, space.prompts, space.names, params.templates)
+    return _texts(clip_of(params, device), space.prompts, space.names, params.templates)
 
 
 def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> ImageFeatures:
@@ -83,7 +87,7 @@ def queries(
     path: Path, space: LabelSpace, params: LabelParams, device: str = "cpu", given: tuple[int, ...] | None = None
 ) -> list[QueryMask]:
     """Detected classes of one picture with Stage 1.1's masks. given: image-level labels in place of detection."""
-    clip, sam = clip_of(params, device), load_sam(params.sam, device)
+    clip, sam = clip_of(params, device), sam_of(params, device)
     content = params.content(FeatureParams, DetectParams, QueryParams)
 
     def make(target: Path) -> None:
@@ -122,7 +126,7 @@ def queries(
 
 def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> list[AutomaticMask]:
     """Stage 1.2's unlabelled masks of one picture; they do not depend on any word."""
-    sam = load_sam(params.sam, device)
+    sam = sam_of(params, device)
 
     def make(target: Path) -> None:
         image = _set_image(sam, path, params)
@@ -141,7 +145,7 @@ def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> lis
 
 def encoder_patches(path: Path, params: PatchParams, device: str = "cpu") -> torch.Tensor:
     """(width, h, w) patches of one picture squashed to the encoder's square input, kept in fp16."""
-    encoder = load_encoder(params.encoder, device)
+    encoder = load_encoder(params.encoder, device, params.precision)
     side = params.image_size // encoder.patch * encoder.patch
 
     def make(target: Path) -> None:

@@ -94,7 +94,7 @@ def used_weights(params: Params, module: str = "") -> dict[str, str]:
 
     found = {"clip": products.clip_of(params).key}
     if getattr(params, "sam", None):
-        found["sam"] = products.load_sam(params.sam).key
+        found["sam"] = products.sam_of(params).key
     if module:
         found["module"] = storage.file_sha256(module)
     return found

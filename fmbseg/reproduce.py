@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmbseg import params, steps, storage
+from fmbseg import params, profiles, steps, storage
 from fmbseg.errors import DataError
 
 
@@ -21,15 +21,12 @@ def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[st
     """
     names = list(notebooks) or list(params.NOTEBOOKS)
     overrides = dict(overrides or {})
-    known = {field for name in names for field in params.NOTEBOOKS[name].model_fields} if set(names) <= set(params.NOTEBOOKS) else set()
-    for key in overrides.keys() - known if known else ():
-        params.make(params.NOTEBOOKS[names[-1]], {key: overrides[key]}, "override")
-    plans = {}
-    for name in names:
-        fields = params.NOTEBOOKS[name].model_fields if name in params.NOTEBOOKS else {}
-        plans[name] = {k: v for k, v in overrides.items() if k in fields}
-        checked = params.load(name, profile, plans[name])
-    folder = steps.results_folder(checked)
+    schemas = {name: profiles.schema_of(name) for name in names}
+    for key in overrides.keys() - {field for schema in schemas.values() for field in schema.model_fields}:
+        params.make(schemas[names[-1]], {key: overrides[key]}, "override")  # no notebook has it: says so
+    plans = {name: {k: v for k, v in overrides.items() if k in schema.model_fields} for name, schema in schemas.items()}
+    checked = [profiles.load(name, profile, plan) for name, plan in plans.items()]
+    folder = steps.results_folder(checked[-1])
     for i, (name, injected) in enumerate(plans.items(), 1):
         started = time.perf_counter()
         print(f"[{i}/{len(plans)}] {name}", flush=True)

@@ -104,9 +104,11 @@ class Segmenter:
     def load(cls, path: str | Path, device: str = "cpu", params: SegmentParams | None = None) -> Segmenter:
         """A trained module with the encoder and the image-text model that it was trained with."""
         module, metadata = alignment_module.load(path)
-        encoder = load_encoder(metadata["encoder"], device)
+        params = params or SegmentParams()
+        encoder = load_encoder(metadata["encoder"], device, params.precision)
         embedder = AlignedEncoder(encoder, module, f"fmbseg {metadata['key']}", device)
-        return cls(embedder, load_clip(metadata["clip"], device, metadata.get("crop_input")), params, metadata.get("templates", "one"))
+        clip = load_clip(metadata["clip"], device, metadata.get("crop_input"), params.precision)
+        return cls(embedder, clip, params, metadata.get("templates", "one"))
 
     def texts(self, space: LabelSpace) -> ClassTexts:
         """Text features of a label space, encoded once."""

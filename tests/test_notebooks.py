@@ -48,7 +48,7 @@ def test_no_path_device_or_profile_outside_the_parameters(path):
         for text in re.findall(r"(?<![\w.])[rf]?([\"'])(.*?)\1", cell.source):
             assert not re.search(r"^(cpu|cuda|mps|embedded|paper|smoke)\b|^[~.]{0,2}/|/\w+/|\.(png|jpg|yaml|safetensors)$", text[1]), text
         assert "os.environ" not in cell.source and "Path(" not in cell.source and "open(" not in cell.source
-    assert f'params.of_notebook("{path.stem}", globals())' in cells[1].source
+    assert f'profiles.of_notebook("{path.stem}", globals())' in cells[1].source
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fmbseg import params
+from fmbseg import params, profiles
 from fmbseg.errors import ParameterError
 from fmbseg.params import EvaluateNotebook, FeatureParams, LossParams, OptimiserParams, QueryParams, TrainNotebook
 
@@ -116,24 +116,24 @@ def test_table_shows_value_default_and_meaning():
 
 def test_layers_of_load(project):
     project("small", shared={"seed": 1, "epochs": 1, "clip": "shared", "examples": 1}, own={"epochs": 2, "examples": 2})
-    made = params.load(NOTEBOOK, "small", {"examples": 4})
+    made = profiles.load(NOTEBOOK, "small", {"examples": 4})
     assert (made.sam, made.seed, made.clip, made.epochs, made.examples) == ("sam_vith", 1, "shared", 2, 4)
     assert made.profile == "small" and isinstance(made, TrainNotebook)
-    assert params.load(NOTEBOOK, "small").examples == 2
+    assert profiles.load(NOTEBOOK, "small").examples == 2
 
 
 def test_profile_without_files_has_the_defaults(project, tmp_path, monkeypatch):
     project("paper")
     (tmp_path / "notebooks" / "deeper").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks" / "deeper")
-    assert params.load(NOTEBOOK, "paper") == TrainNotebook(profile="paper")
+    assert profiles.load(NOTEBOOK, "paper") == TrainNotebook(profile="paper")
 
 
 def test_shared_keys_of_other_notebooks_are_left_out(project):
     project("small", shared={"benchmarks": ["voc20"], "epochs": 3})
-    assert params.load(NOTEBOOK, "small").epochs == 3
-    assert list(params.load("05_evaluate", "small").benchmarks) == ["voc20"]
-    assert params.load("08_tables", "small").seed == 0
+    assert profiles.load(NOTEBOOK, "small").epochs == 3
+    assert list(profiles.load("05_evaluate", "small").benchmarks) == ["voc20"]
+    assert profiles.load("08_tables", "small").seed == 0
 
 
 @pytest.mark.parametrize(
@@ -152,22 +152,22 @@ def test_shared_keys_of_other_notebooks_are_left_out(project):
 def test_bad_file_or_override_is_refused(project, files, overrides, words):
     project("small", **files)
     with pytest.raises(ParameterError) as caught:
-        params.load(NOTEBOOK, "small", overrides)
+        profiles.load(NOTEBOOK, "small", overrides)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_key_that_is_not_text_is_refused(project):
     project("small", own="1: 2\n")
     with pytest.raises(ParameterError):
-        params.load(NOTEBOOK, "small")
+        profiles.load(NOTEBOOK, "small")
 
 
 def test_unknown_profile_and_notebook_are_refused(project):
     project("small")
     with pytest.raises(ParameterError, match="profile 'large': no such folder of params/; known are small"):
-        params.load(NOTEBOOK, "large")
+        profiles.load(NOTEBOOK, "large")
     with pytest.raises(ParameterError, match="notebook '99_none': unknown; known are 01_feature_extraction"):
-        params.load("99_none", "small")
+        profiles.load("99_none", "small")
 
 
 def namespace(*cells):
@@ -182,18 +182,18 @@ def test_notebook_takes_injected_names_only(project):
     project("small", own={"epochs": 2})
     project("other", own={"epochs": 7})
     plain = namespace('profile = "small"\nepochs = 5')
-    assert params.of_notebook(NOTEBOOK, plain).epochs == 2
+    assert profiles.of_notebook(NOTEBOOK, plain).epochs == 2
     injected = namespace('profile = "small"', '# Parameters\nprofile = "other"\nlearning_rate = "1e-3"\n', "seed = 9")
-    made = params.of_notebook(NOTEBOOK, injected)
+    made = profiles.of_notebook(NOTEBOOK, injected)
     assert (made.profile, made.epochs, made.learning_rate, made.seed) == ("other", 7, 1e-3, 0)
 
 
 def test_notebook_without_a_profile_is_embedded(project):
     project("embedded", own={"epochs": 3})
-    assert params.of_notebook(NOTEBOOK, {"In": []}) == params.of_notebook(NOTEBOOK, {}) == TrainNotebook(profile="embedded", epochs=3)
+    assert profiles.of_notebook(NOTEBOOK, {"In": []}) == profiles.of_notebook(NOTEBOOK, {}) == TrainNotebook(profile="embedded", epochs=3)
 
 
 def test_unknown_injected_name_is_refused(project):
     project("small")
     with pytest.raises(ParameterError, match="unknown parameter 'epoch'; did you mean epochs?"):
-        params.of_notebook(NOTEBOOK, namespace('profile = "small"', "# Parameters\nepoch = 1"))
+        profiles.of_notebook(NOTEBOOK, namespace('profile = "small"', "# Parameters\nepoch = 1"))

@@ -16,6 +16,8 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from fmbseg import storage, weights
+from fmbseg.backbones.precision import Precision, autocast
+from fmbseg.backbones.precision import key as precision_key
 from fmbseg.errors import ParameterError
 from fmbseg.images import normalise
 
@@ -69,8 +71,14 @@ class ImageText:
     model: an open_clip CLIP or CustomTextCLIP; key: what its results depend on (name and hash of its weights).
     """
 
-    def __init__(self, model: nn.Module, tokenizer, key: str, device: str = "cpu"):
-        self.model, self.tokenizer, self.key, self.device = model.to(device).eval().requires_grad_(False), tokenizer, key, device
+    def __init__(self, model: nn.Module, tokenizer, key: str, device: str = "cpu", precision: Precision = "fp32"):
+        self.model, self.tokenizer, self.device, self.precision = (
+            model.to(device).eval().requires_grad_(False),
+            tokenizer,
+            device,
+            precision,
+        )
+        self.key = precision_key(key, precision)
         self.tower = model.visual
         self.mean, self.std = open_clip.get_model_preprocess_cfg(model)["mean"], open_clip.get_model_preprocess_cfg(model)["std"]
         self.image_size = int(self.tower.image_size[0])
@@ -105,6 +113,11 @@ class ImageText:
         attention has one path only: its last feature map through the projection.
         """
         x = normalise(crops.to(self.device), self.mean, self.std)
+        with autocast(self.device, self.precision):
+            found = self._encode(x, path, residual)
+        return CropFeatures(found.tokens.float(), found.maps.float())
+
+    def _encode(self, x: torch.Tensor, path: DensePath, residual: bool) -> CropFeatures:
         if self.blocks is None:
             features = self.tower.trunk.forward_features(x)
             return CropFeatures(self.tower.head(features.mean(dim=(2, 3))), self._project_map(features))
@@ -120,7 +133,7 @@ class ImageText:
             for hook in hooks:
                 hook.remove()
         dense = value_path(block, caught[0], residual) if path == "value" else caught[1]
-        return CropFeatures(tokens.float(), self._project_tokens(dense, x.shape[-2:]).float())
+        return CropFeatures(tokens, self._project_tokens(dense, x.shape[-2:]))
 
     def _project_map(self, features: torch.Tensor) -> torch.Tensor:
         return self.tower.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -192,7 +205,7 @@ def assemble_lit() -> Path:
 
 
 @functools.lru_cache(maxsize=2)
-def load_clip(name: str, device: str = "cpu", image_size: int | None = None) -> ImageText:
+def load_clip(name: str, device: str = "cpu", image_size: int | None = None, precision: Precision = "fp32") -> ImageText:
     """An image-text model by name: ``clip_vitl14``, ``clip_vitb16`` or the embedded stand-in; kept for the next call.
 
     Any "MODEL TAG" that open_clip knows works too (``"ViT-B-32 laion2b_s34b_b79k"``), and ``random:MODEL`` gives
@@ -225,4 +238,5 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None) -> 
         model = open_clip.create_model(
             architecture, pretrained=None if random else pretrained, device=device, pretrained_text=False, **options
         )
-    return ImageText(model, open_clip.get_tokenizer(architecture), f"{key}@{image_size or model.visual.image_size}", device)
+    key = f"{key}@{image_size or model.visual.image_size}"
+    return ImageText(model, open_clip.get_tokenizer(architecture), key, device, precision)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fmbseg import images, storage, weights
+from fmbseg.backbones.precision import Precision, autocast
+from fmbseg.backbones.precision import key as precision_key
 from fmbseg.errors import ParameterError
 from fmbseg.images import normalise
 
@@ -25,7 +27,7 @@ class Encoder(nn.Module):
 
     def __init__(self, key: str, width: int, patch: int):
         super().__init__()
-        self.key, self.width, self.patch = key, width, patch
+        self.key, self.width, self.patch, self.precision = key, width, patch, "fp32"
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, height, width, 3) ``uint8`` -> (B, width, height // patch, width // patch)."""
@@ -39,7 +41,8 @@ class Encoder(nn.Module):
             raise ParameterError(
                 f"{self.key}: input of {pixels.shape[2]} x {pixels.shape[1]} pixels; both sides must be multiples of {self.patch}"
             )
-        return self.features(pixels).float()
+        with autocast(str(pixels.device), self.precision):
+            return self.features(pixels).float()
 
 
 class Dinov2(Encoder):
@@ -127,7 +130,7 @@ ENCODER_NAMES = tuple(_BUILDERS)
 
 
 @functools.lru_cache(maxsize=2)
-def load_encoder(name: str, device: str = "cpu") -> Encoder:
+def load_encoder(name: str, device: str = "cpu", precision: Precision = "fp32") -> Encoder:
     """A frozen encoder by name, several joined by "+" (``efficientnet_lite2+mobile_sam``); kept for the next call.
 
     ``random:NAME`` gives the architecture with random weights (tests).
@@ -146,4 +149,5 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
             key = f"{base}@{weights.key(base)}" if here and base not in DINOV2 else part.strip()
             parts.append(_BUILDERS[base](key, here))
     encoder = parts[0] if len(parts) == 1 else SideBySide(parts)
+    encoder.key, encoder.precision = precision_key(encoder.key, precision), precision
     return encoder.eval().requires_grad_(False).to(device)

@@ -14,6 +14,8 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 
 from fmbseg import storage, weights
+from fmbseg.backbones import precision as lowered
+from fmbseg.backbones.precision import Precision
 from fmbseg.errors import ParameterError
 
 _REGISTRY = {"sam_vith": "vit_h", "sam_vitl": "vit_l", "sam_vitb": "vit_b"}
@@ -106,8 +108,10 @@ class SamSegmenter:
     model: a ``segment_anything`` Sam; key: what its results depend on (name and hash of its weights).
     """
 
-    def __init__(self, model: Sam, key: str, device: str = "cpu"):
-        self.model, self.key = model.to(device).eval(), key
+    def __init__(self, model: Sam, key: str, device: str = "cpu", precision: Precision = "fp32"):
+        self.model, self.key = model.to(device).eval(), lowered.key(key, precision)
+        for part in (model.image_encoder, model.mask_decoder):
+            lowered.lower(part, device, precision)
         self._predictor = _KeepingPredictor(self.model)
 
     def set_image(self, image: np.ndarray, embedding: Path | None = None) -> None:
@@ -179,7 +183,7 @@ def _build(name: str) -> Sam:
 
 
 @functools.lru_cache(maxsize=1)
-def load_sam(name: str, device: str = "cpu") -> SamSegmenter:
+def load_sam(name: str, device: str = "cpu", precision: Precision = "fp32") -> SamSegmenter:
     """SAM by name: ``mobile_sam``, ``sam_vitb``, ``sam_vitl``, ``sam_vith``; kept for the next call.
 
     ``random:NAME`` gives the architecture with random weights (tests).
@@ -191,8 +195,8 @@ def load_sam(name: str, device: str = "cpu") -> SamSegmenter:
     if base != name:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return SamSegmenter(_build(base), name, device)
+            return SamSegmenter(_build(base), name, device, precision)
     folder = weights.require(base)
     model = _build(base)
     model.load_state_dict(storage.read_tensors(folder / "model.safetensors")[0])
-    return SamSegmenter(model, f"{name}@{weights.key(base)}", device)
+    return SamSegmenter(model, f"{name}@{weights.key(base)}", device, precision)

@@ -1,0 +1,153 @@
+"""What each command does: a few lines over the steps. Modules are imported in the functions, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fmbseg.errors import FmbsegError, ParameterError
+
+
+def _value(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ParameterError(f"--set {text}: the value is not readable as YAML; quote it") from None
+
+
+def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    settings = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ParameterError(f"--set {pair}: give it as NAME=VALUE, such as --set epochs=5")
+        settings[name.strip()] = _value(value)
+    return settings
+
+
+def _params(options: argparse.Namespace, notebook: str, **given: Any):
+    """A notebook's parameters with the command line's on top; options left out change nothing."""
+    from fmbseg import profiles
+
+    return profiles.load(notebook, options.profile, {k: v for k, v in given.items() if v is not None} | _settings(options.set))
+
+
+def _collection_params(options: argparse.Namespace, notebook: str):
+    """Parameters of a command that takes a collection: what ``label`` and ``train`` have in common."""
+    given = {"photographs": options.photographs, "vocabulary": options.classes_file, "limit": options.limit, "workers": options.workers}
+    return _params(options, notebook, **given)
+
+
+def fetch(options: argparse.Namespace) -> None:
+    from fmbseg import weights
+
+    if options.list:
+        print(weights.table().to_string(index=False))
+        return
+    if options.names:
+        wanted = [weights.find(name) for name in options.names]
+    else:
+        wanted = [w for w in weights.TABLE if options.profile in w.profiles]
+        if not wanted:
+            known = sorted({profile for w in weights.TABLE for profile in w.profiles})
+            raise ParameterError(f"profile {options.profile!r}: no weights belong to it; known are {', '.join(known)}")
+    for i, weight in enumerate(wanted, 1):
+        print(f"[{i}/{len(wanted)}] {weight.name} ({weight.megabytes:.0f} MB, {weight.licence})", flush=True)
+        folder = weights.fetch(weight, options.again)
+        print(f"      {folder or 'in the cache of its hub'}", flush=True)
+
+
+def label(options: argparse.Namespace) -> None:
+    from fmbseg import jobs, steps
+
+    p = _collection_params(options, "03_stage_1_2_label_masks")
+    samples = jobs.shard(steps.photographs(p), options.shard, options.num_shards)
+    store = steps.make_labels(samples, p, options.out)
+    done = sum(store.has(sample) for sample in samples)
+    print(f"{done} of {len(samples)} photographs labelled in {store.folder}")
+
+
+def train(options: argparse.Namespace) -> None:
+    from fmbseg import steps
+
+    p = _collection_params(options, "04_train_alignment")
+    samples = steps.photographs(p)
+    store = steps.make_labels(samples, p)
+    path = options.out or steps.module_path(p)
+    result = steps.train(samples, store, p, path)
+    print(f"{len(result.classes)} classes, {len(result.steps)} steps, {result.seconds:.0f} s; the module is {path}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from fmbseg import steps
+
+    p = _params(
+        options,
+        "05_evaluate",
+        data_root=options.data_root,
+        benchmarks=options.benchmarks,
+        methods=options.methods,
+        eval_limit=options.limit,
+        workers=options.workers,
+    )
+    frame = steps.evaluate(steps.benchmarks(p), p, options.module)
+    print(frame[["dataset", "method", "images", "miou", "precision", "coverage", "notes"]].to_string(index=False))
+
+
+def segment(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from fmbseg import images, plots, pseudo_labels, segment, steps, storage
+
+    p = _params(options, "05_evaluate")
+    module = options.module or steps.module_path(p)
+    if not Path(module).is_file():
+        raise ParameterError(f"{module}: no trained module there; run: fmbseg train, or: fmbseg reproduce embedded, or give --module")
+    space = segment.words_space(options.classes, options.background)
+    paths = [found for given in options.photographs for found in (images.find_images(given) if Path(given).is_dir() else [Path(given)])]
+    segmenter = segment.Segmenter.load(module, p.device, p)
+    failed = 0
+    for path in tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1):
+        try:
+            image = images.read_image(path)
+        except FmbsegError as error:
+            tqdm.write(f"left out {error}")
+            failed += 1
+            continue
+        result = segmenter.segment(image, space)
+        stem = path.name if [p.stem for p in paths].count(path.stem) > 1 else path.stem
+        out = options.out / stem
+        pseudo_labels.write_label_map(out.with_name(f"{stem}.labels.png"), result.labels, space.palette)
+        plots.save(plots.label_figure(image, {"segmentation": result.labels}, space), out.with_name(f"{stem}.overlay.png"))
+        storage.write_json(out.with_name(f"{stem}.json"), segment.describe(result))
+        tqdm.write(f"{path} -> {out}.labels.png, .overlay.png, .json")
+    if failed == len(paths):
+        raise ParameterError("no picture could be read")
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    from fmbseg import reproduce
+
+    folder = reproduce.reproduce(options.profile, options.notebooks or (), _settings(options.set))
+    table = folder / "table1.csv"
+    if table.is_file():
+        import pandas as pd
+
+        print(pd.read_csv(table).to_string(index=False, na_rep=""))
+    for what, where in (
+        ("tables", folder),
+        ("figures", folder / "figures"),
+        ("records", folder / "records"),
+        ("executed notebooks", folder / "notebooks"),
+    ):
+        print(f"{what:20s}{where}")
+
+
+def doctor(options: argparse.Namespace) -> None:
+    from fmbseg import doctor
+
+    print(doctor.report(options.data_root or ""))
