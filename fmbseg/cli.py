@@ -56,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard", type=int, default=0, help="this part of the photographs ...")
     sub.add_argument("--num-shards", type=int, default=1, help="... of so many")
 
-    sub = command("train", commands.train, "Label photographs (Stage 1) and train the alignment module on them.")
+    sub = command(
+        "train",
+        commands.train,
+        "Label photographs (Stage 1) and train the alignment module on them.",
+        "On several GPUs: torchrun --nproc-per-node 8 -m fmbseg.cli train --profile paper",
+    )
     common(sub, collection=True)
     sub.add_argument(
         "--out", type=Path, metavar="FILE.safetensors", help="where the module is written (default: the profile's place in the cache)"

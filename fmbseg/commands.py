@@ -72,14 +72,18 @@ def label(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    from fmbseg import steps
+    from fmbseg import distributed, steps
 
     p = _collection_params(options, "04_train_alignment")
-    samples = steps.photographs(p)
-    store = steps.make_labels(samples, p)
-    path = options.out or steps.module_path(p)
-    result = steps.train(samples, store, p, path)
-    print(f"{len(result.classes)} classes, {len(result.steps)} steps, {result.seconds:.0f} s; the module is {path}")
+    with distributed.group(p.device) as device:
+        p = p.model_copy(update={"device": device})
+        samples = steps.photographs(p)
+        store = steps.make_labels(distributed.share(samples), p)
+        distributed.wait()
+        path = options.out or steps.module_path(p)
+        result = steps.train(samples, store, p, path)
+        if distributed.rank() == 0:
+            print(f"{len(result.classes)} classes, {len(result.steps)} steps, {result.seconds:.0f} s; the module is {path}")
 
 
 def evaluate(options: argparse.Namespace) -> None:

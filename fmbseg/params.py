@@ -27,6 +27,7 @@ def _number(value: Any) -> Any:
 
 
 SPEED_ONLY = {"crop_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
+SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
 COLLECTION_ONLY = {"photographs", "limit", "eval_limit"}  # which pictures, not what is made of each
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
@@ -46,7 +47,7 @@ class Params(BaseModel):
 
     def content(self, *schemas: type[Params]) -> dict[str, Any]:
         """The fields of inherited schemas that change what is computed: what a cache key has to cover."""
-        names = {name for schema in schemas for name in schema.model_fields} - SPEED_ONLY - COLLECTION_ONLY
+        names = {name for schema in schemas for name in schema.model_fields} - SPEED_ONLY - SEVERAL_ONLY - COLLECTION_ONLY
         return {name: getattr(self, name) for name in sorted(names)}
 
     def table(self) -> pd.DataFrame:
@@ -156,7 +157,10 @@ class OptimiserParams(Params):
     momentum: Share = Field(0.9, description="ours; SGD only")
     weight_decay: Float = Field(1e-4, ge=0, description="ours")
     epochs: Count = Field(10, description="the paper's")
-    images_per_batch: Count = Field(5, description="the paper's")
+    images_per_batch: Count = Field(5, description="the paper's; of all GPUs together")
+    negatives: Literal["batch", "device"] = Field(
+        "batch", description="ours, several GPUs only: patches are contrasted with the whole batch, or with their own GPU's part of it"
+    )
 
 
 class SegmentParams(ModelParams):

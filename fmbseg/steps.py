@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fmbseg import alignment, datasets, evaluation, jobs, products, pseudo_labels, records, storage, training, vocabulary
+from fmbseg import alignment, datasets, distributed, evaluation, jobs, products, pseudo_labels, records, storage, training, vocabulary
 from fmbseg.datasets import Dataset, Sample
 from fmbseg.errors import DataError, WeightsError
 from fmbseg.params import CollectionParams, EvaluateNotebook, LabelParams, RunParams, TrainNotebook
@@ -102,15 +102,22 @@ def module_path(params: TrainNotebook) -> Path:
 
 
 def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: Path | None = None) -> TrainResult:
-    """Encode, train, and write the module with its record. Photographs without a pseudo label are left out."""
+    """Encode, train, and write the module with its record. Photographs without a pseudo label are left out.
+
+    Under torchrun every rank trains and the first alone writes.
+    """
     samples = [sample for sample in samples if store.has(sample)]
     if not samples:
         raise DataError(f"{store.folder}: no photograph has a pseudo label; run notebook 03 or fmbseg label first")
     training.prepare(samples, params, params.device, params.workers)
     _, texts = words(params)
     result = training.train(samples, store, texts, params, params.seed, params.device)
+    if distributed.rank():
+        return result
     path = path or module_path(params)
-    key = storage.digest(store.key, params.content(training.AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples])
+    several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
+    content = [params.content(training.AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples], *several]
+    key = storage.digest(store.key, *content)
     alignment.save(
         path,
         result.alignment,
@@ -134,7 +141,12 @@ def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path:
         seconds=round(result.seconds, 1),
         weights=records.used_weights(params, str(path)),
         notes=records.notes_of(params),
-        protocol={"first_loss": result.steps[0]["loss"], "last_loss": result.steps[-1]["loss"], "steps": len(result.steps)},
+        protocol={
+            "first_loss": result.steps[0]["loss"],
+            "last_loss": result.steps[-1]["loss"],
+            "steps": len(result.steps),
+            "processes": distributed.size(),
+        },
     )
     record.write(results_folder(params) / "records", "train")
     return result
