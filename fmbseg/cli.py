@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a parameter for every notebook that has it; may be given again")
 
     sub = command("doctor", commands.doctor, "What is installed, which weights and data are here, and what brings what is missing.")
-    sub.add_argument("--data-root", help="folder of the benchmarks in their official layouts")
+    sub.add_argument("--data-root", "--data", help="folder of the benchmarks in their official layouts")
     return parser
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import torch
 
-from fmbseg import datasets, records, storage, weights
+from fmbseg import datasets, layouts, records, storage, weights
 from fmbseg.errors import FmbsegError
 
 
@@ -32,11 +33,44 @@ def report(data_root: str = "") -> str:
             lines.append(f"  damaged  {what}   ->  fmbseg fetch {weight.name} --again   ({', '.join(damaged)})")
         else:
             lines.append(_line(here, what, f"fmbseg fetch {weight.name}"))
-    lines += ["", f"benchmarks{' under ' + data_root if data_root else ''}"]
+    return "\n".join([*lines, "", *_data(data_root)])
+
+
+def _data(data_root: str) -> list[str]:
+    """Which benchmarks and photographs are here, how many of how many, what is missing and where it officially comes from."""
+    root = Path(data_root).expanduser() if data_root else None
+    lines = [f"benchmarks under {root}" if root else "benchmarks (give --data-root FOLDER for those in official layouts)"]
+    wanted: dict[str, str] = {}
     for name in datasets.BENCHMARKS:
+        layout = layouts.LAYOUTS.get(name)
         try:
             found = datasets.load_benchmark(name, data_root)
-            lines.append(_line(True, f"{name:28s}{len(found.samples)} images, {len(found.space)} classes"))
+            official = f" of the official {layout.images}" if layout else ""
+            lines.append(_line(True, f"{name:28s}{len(found.samples)}{official} images, {len(found.space)} classes"))
         except FmbsegError as error:
-            lines.append(_line(False, name, str(error).removeprefix(f"{name}: ")))
-    return "\n".join(lines)
+            missing = layout.missing(root) if layout and root else []
+            if layout and (missing or not root):
+                wanted[layout.folder] = layout.bring
+                there = layout.count(root) if root else 0
+                what = ", ".join(missing) or layout.folder
+                lines.append(_line(False, f"{name:28s}{f'{there} images are here; ' if there else ''}no {what}", "see below"))
+            else:
+                lines.append(_line(False, name, str(error).removeprefix(f"{name}: ")))
+    if root:
+        for folder in sorted(p for p in root.glob("*") if all((p / part).exists() for part in datasets.FOLDER_PARTS)):
+            lines.append(_folder_line(folder))
+    lines += ["", "photographs to train on"]
+    there = layouts.TRAIN.count(root) if root else 0
+    lines.append(_line(there > 0, f"{'coco_stuff_train':28s}{there} of the official {layouts.TRAIN.images} images", layouts.TRAIN.bring))
+    if wanted:
+        lines += ["", "official sources of the benchmarks that are missing"]
+        lines += [f"  {folder:24s}{bring}" for folder, bring in wanted.items()]
+    return lines
+
+
+def _folder_line(folder: Path) -> str:
+    try:
+        found = datasets.folder_set(folder)
+        return _line(True, f"{'folder:' + folder.name:28s}{len(found.samples)} images, {len(found.space)} classes")
+    except FmbsegError as error:
+        return _line(False, f"folder:{folder.name}", str(error))

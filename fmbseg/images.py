@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fmbseg.errors import ImageError
 
@@ -54,6 +54,16 @@ def read_image(path: str | Path) -> np.ndarray:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     image = np.array(picture.convert("RGB"))  # a copy of its own, writable
     return check_image(image, str(path))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels of a picture, upright as its EXIF says, from its header alone."""
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return picture.size if turned else picture.size[::-1]
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: cannot be read as a picture ({error}); replace or remove it") from error
 
 
 def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +10,39 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from fmbseg import images
+from fmbseg.errors import DataError
 from fmbseg.images import IGNORED
 
+Table = tuple[int, ...]
+"""256 entries, raw id -> class: 255 where the id is ignored, -1 where the data set has no such id."""
 
-def lookup(pairs: dict) -> np.ndarray:
-    """A table of 256 entries: raw id -> class, all others 255."""
-    table = np.full(256, IGNORED, dtype=np.uint8)
-    for raw, index in pairs.items():
+
+def lookup(classes: Mapping[int | str, int], known: Iterable[int] = ()) -> Table:
+    """A table from raw id -> class. known: ids that the data set has and that are ignored, as 255 is."""
+    table = [-1] * 256
+    for raw in (*known, IGNORED):
+        table[raw] = IGNORED
+    for raw, index in classes.items():
         table[int(raw)] = index
-    return table
+    return tuple(table)
 
 
-def read_index(path: Path, table: tuple[int, ...] | None = None) -> np.ndarray:
-    """An index PNG, its raw ids sent through a 256-entry table."""
-    mask = images.read_mask(path)
-    return mask if table is None else np.array(table, dtype=np.uint8)[mask]
-
-
-def shifted(classes: int) -> tuple[int, ...]:
+def shifted(classes: int) -> Table:
     """0 becomes ignored, every other id one less (ADE20K's reduce-zero-label; the columns without background)."""
-    return tuple(lookup({raw: raw - 1 for raw in range(1, classes + 1)}).tolist())
+    return lookup({raw: raw - 1 for raw in range(1, classes + 1)}, known=[0])
+
+
+def read_index(path: Path, table: Table, picture: Path) -> np.ndarray:
+    """An index PNG, its raw ids sent through a table.
+
+    Raises ImageError when the mask has not the size of its picture, DataError when it holds an id that the data set has not.
+    """
+    mask = images.read_mask(path, images.image_size(picture))
+    truth = np.array(table, dtype=np.int16)[mask]
+    if (truth < 0).any():
+        last = max(raw for raw in range(IGNORED) if table[raw] >= 0)
+        raise DataError(f"{path}: holds id {mask[truth < 0][0]}, which the data set has not; its ids are 0 to {last}, and {IGNORED}")
+    return truth.astype(np.uint8)
 
 
 def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarray:

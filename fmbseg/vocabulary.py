@@ -115,6 +115,7 @@ SPACES = (
     "coco_panoptic133",
     "cityscapes19",
     "ade150",
+    "camvid11",
 )
 
 

@@ -46,6 +46,15 @@ def photograph(sample):
 
 
 @pytest.fixture(scope="session")
+def data_root():
+    """Official data sets, or a part of them: $FMBSEG_DATA_ROOT, data/ of the project, or shared/data beside it; else skips."""
+    for folder in (os.environ.get("FMBSEG_DATA_ROOT"), ROOT / "data", ROOT.parent / "shared" / "data"):
+        if folder and Path(folder).is_dir():
+            return str(folder)
+    pytest.skip("no official data set is here; set FMBSEG_DATA_ROOT to their folder")
+
+
+@pytest.fixture(scope="session")
 def label_params():
     return make(LabelParams, EMBEDDED)
 

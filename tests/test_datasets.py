@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmbseg import datasets, images, storage, vocabulary, weights
+from fmbseg import datasets, doctor, embedded, images, layouts, storage, vocabulary, weights
 from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
 from fmbseg.metrics import Confusion
 
 VOC12, VOC10 = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
+COCO = "coco/annotations/val2017/*.png"
 
 
 def picture(path, size=(8, 10), value=90):
@@ -44,11 +45,14 @@ def root(tmp_path):
             mask(root / base / masks / f"{stem}.png", ids + [0] * 6, palette=True)
         split(root / base / "ImageSets" / kind / "val.txt", ["b_1", "a_1"])
     picture(root / "coco/images/val2017/000000000139.jpg")
-    mask(root / "coco/annotations/val2017/000000000139.png", [0, 10, 12, 11, 89, 91, 181, 255, 200, 43])
+    mask(root / "coco/annotations/val2017/000000000139.png", [0, 10, 12, 11, 89, 91, 181, 255, 25, 43])
     picture(root / "cityscapes/leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
-    mask(root / "cityscapes/gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", [7, 8, 33, 31, 0, 9, 29, 30, 34, 255])
+    mask(root / "cityscapes/gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", [7, 8, 33, 31, 0, 9, 29, 30, 3, 255])
     picture(root / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg")
     mask(root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png", [0, 1, 2, 150, 0, 0, 0, 0, 0, 0])
+    picture(root / "camvid/images/0016E5_07959.jpg")
+    mask(root / "camvid/masks/0016E5_07959.png", [0, 1, 2, 255] + [0] * 6)
+    (root / "camvid/classes.txt").write_text("pavement\ntree\nbicyclist\n")
     return root
 
 
@@ -70,6 +74,7 @@ def names_in(name, row):
         ("coco_object80", ["person", "fire hydrant", "stop sign", "-", "toothbrush", "-", "-", "-", "-", "bottle"]),
         ("cityscapes19", ["road", "sidewalk", "bicycle", "train", *["-"] * 6]),
         ("ade150", ["-", "wall", "building", "flag", *["-"] * 6]),
+        ("camvid11", ["sidewalk", "vegetation", "rider", "-", *["sidewalk"] * 6]),
     ],
 )
 def test_official_layouts(name, row, root):
@@ -88,37 +93,44 @@ def test_the_split_says_which_pictures_and_in_which_order(name, root):
     assert [s.name for s in datasets.load_benchmark(name, str(root)).samples] == ["b_1", "a_1"]
 
 
-COCO = "coco/annotations/val2017/*.png"
-
-
 @pytest.mark.parametrize(
-    "name, ids, pattern",
+    "name, ids, pattern, last",
     [
-        ("coco_stuff171", 171, COCO),
-        ("coco_object81", 81, COCO),
-        ("coco_object80", 80, COCO),
-        ("cityscapes19", 19, "cityscapes/gtFine/val/*/*.png"),
-        ("ade150", 150, "ADEChallengeData2016/annotations/validation/*.png"),
+        ("voc21", 21, f"{VOC12}/SegmentationClass/b_1.png", 20),
+        ("voc20", 20, f"{VOC12}/SegmentationClass/b_1.png", 20),
+        ("context60", 60, f"{VOC10}/SegmentationClassContext/b_1.png", 59),
+        ("context59", 59, f"{VOC10}/SegmentationClassContext/b_1.png", 59),
+        ("coco_stuff171", 171, COCO, 181),
+        ("coco_object81", 81, COCO, 181),
+        ("coco_object80", 80, COCO, 181),
+        ("cityscapes19", 19, "cityscapes/gtFine/val/*/*.png", 33),
+        ("ade150", 150, "ADEChallengeData2016/annotations/validation/*.png", 150),
     ],
 )
-def test_every_class_has_a_raw_id(name, ids, pattern, root):
-    """All 256 raw ids through the table: every class (but background) occurs, once but for background."""
+def test_every_class_has_a_raw_id_and_no_other_id_is_read(name, ids, pattern, last, root):
+    """All raw ids through the table: every class (but background) occurs once, 255 is ignored, an id past the last is refused."""
     (mask_file,) = root.glob(pattern)
-    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 32)).save(mask_file)
-    truth = datasets.load_benchmark(name, str(root)).samples[0].truth()
+    raw = np.full((8, 32), 255, np.uint8)
+    raw.flat[: last + 1] = np.arange(last + 1)
+    Image.fromarray(raw).save(mask_file)
+    sample = datasets.load_benchmark(name, str(root)).samples[0]
+    picture(sample.image, (8, 32))
+    truth = sample.truth()
     found, counts = np.unique(truth[truth != 255], return_counts=True)
     assert found.tolist() == list(range(ids)) and truth[7, 31] == 255
     assert (counts == 1).sum() == (80 if name == "coco_object81" else ids)
     if name == "coco_object81":
         assert counts[0] == 91
+    raw[3, 3] = last + 1
+    Image.fromarray(raw).save(mask_file)
+    with pytest.raises(DataError) as caught:
+        sample.truth()
+    assert f"{mask_file}: holds id {last + 1}, which the data set has not; its ids are 0 to {last}, and 255" == str(caught.value)
 
 
-def test_index_that_is_no_class_is_refused_when_counted(root):
-    mask(root / VOC12 / "SegmentationClass/b_1.png", [21] * 10)
-    truth = datasets.load_benchmark("voc21", str(root)).samples[0].truth()
-    with pytest.raises(DataError, match="the truth holds index 21, and there are 21 classes"):
-        Confusion(21).add(truth, np.zeros_like(truth))
-    assert (datasets.load_benchmark("voc20", str(root)).samples[0].truth() == 255).all()
+def test_camvid_refuses_a_word_that_is_no_class_of_it(root):
+    (root / "camvid/classes.txt").write_text("pavement\nsidewalk\n")
+    assert "'sidewalk' is no class of CamVid's 11; they are sky, building" in refusal(DataError, "camvid11", str(root))
 
 
 def refusal(error, *arguments):
@@ -134,17 +146,20 @@ def test_missing_parts_are_one_sentence(root):
     (root / VOC10 / "JPEGImages/a_1.jpg").unlink()
     assert "the split names 1 pictures that are not there, such as a_1" in refusal(DataError, "context60", str(root))
     (root / VOC10 / "ImageSets/SegmentationContext/val.txt").unlink()
-    assert "val.txt is not there; put the official data set under data_root" in refusal(DataError, "context59", str(root))
+    message = refusal(DataError, "context59", str(root))
+    assert "split VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt; it comes as VOCtrainval_03-May-2010.tar" in message
+    assert "masks VOC" not in message
     next((root / "cityscapes/gtFine").rglob("*.png")).unlink()
     assert "has no mask at" in refusal(DataError, "cityscapes19", str(root))
     next((root / "coco/images").rglob("*.jpg")).unlink()
     assert "no picture found" in refusal(DataError, "coco_stuff171", str(root))
 
 
-@pytest.mark.parametrize("name", list(datasets._LAYOUTS))
+@pytest.mark.parametrize("name", list(layouts.LAYOUTS))
 def test_no_data_root_is_one_sentence(name, tmp_path):
     assert "needs data_root, the folder that holds" in refusal(DataError, name)
-    assert "is not there; put the official data set" in refusal(DataError, name, str(tmp_path))
+    message = refusal(DataError, name, str(tmp_path))
+    assert f"{name}: not under {tmp_path}: images" in message and " site" in message
 
 
 def test_unknown_benchmark_names_the_known_ones():
@@ -187,11 +202,30 @@ def test_incomplete_folder_is_one_sentence(folder, tmp_path):
     assert "has no classes.txt" in refusal(DataError, f"folder:{folder}")
 
 
-def test_mask_of_another_size_is_refused(folder):
-    Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "masks/a.png")
-    truth = datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
-    with pytest.raises(FmbsegError, match="size"):
-        Confusion(3).add(truth, np.zeros((8, 10), np.uint8))
+def test_mask_of_another_size_is_one_sentence(folder):
+    Image.fromarray(np.zeros((5, 6), np.uint8)).save(folder / "masks/a.png")
+    with pytest.raises(ImageError) as caught:
+        datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
+    assert str(caught.value) == f"{folder / 'masks/a.png'}: the mask is 6 x 5 pixels and its picture 10 x 8; both must be of one size"
+
+
+def test_mask_of_a_picture_turned_by_its_exif_stands_upright(folder):
+    sideways = Image.new("RGB", (8, 10))
+    sideways.getexif()[0x0112] = 6
+    sideways.save(folder / "images/a.jpg", exif=sideways.getexif())
+    sample = datasets.load_benchmark(f"folder:{folder}").samples[0]
+    assert sample.truth().shape == images.read_image(sample.image).shape[:2] == (8, 10)
+
+
+def test_id_that_is_no_line_of_the_classes_is_refused(folder):
+    mask(folder / "masks/a.png", [3] + [0] * 9)
+    with pytest.raises(DataError, match="holds id 3, which the data set has not; its ids are 0 to 2, and 255"):
+        datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
+
+
+def test_pictures_of_one_name_are_refused(folder):
+    picture(folder / "images/a.png")
+    assert "several pictures are named a" in refusal(DataError, f"folder:{folder}")
 
 
 def test_colour_mask_is_refused(folder):
@@ -235,7 +269,7 @@ def test_crowds_are_ignored_and_small_outlines_lie_on_top():
     square = [[0, 0, 8, 0, 8, 8, 0, 8]]
     small = [[2, 2, 4, 2, 4, 4, 2, 4]]
     crowd = {"size": [8, 10], "counts": [64, 16]}  # the last two columns
-    truth = datasets.read_instances((8, 10), ((2, small, 4, 0), (1, square, 64, 0), (1, crowd, 16, 1)), 0)
+    truth = embedded.read_instances((8, 10), ((2, small, 4, 0), (1, square, 64, 0), (1, crowd, 16, 1)), 0)
     assert truth[0].tolist() == [1] * 8 + [255] * 2 and truth[3, 3] == 2 and truth[6, 3] == 1
 
 
@@ -298,6 +332,43 @@ def test_pictures_of_the_data_root_are_left_out(fresh, root, tmp_path):
 def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
     picture(root / "coco/images/train2017/000000000009.jpg", value=7)
     assert [s.name for s in datasets.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
+    shutil.rmtree(root / "coco/images/train2017")
+    with pytest.raises(DataError, match="coco_stuff_train: not under .*; it comes as train2017.zip"):
+        datasets.load_collection("coco_stuff_train", str(root))
+
+
+# ---------------------------------------------------------------- what doctor says of them
+
+
+def lines_of(report):
+    return {line.split()[1]: line for line in report.splitlines() if line.startswith(("  ok", "  missing"))}
+
+
+def test_doctor_counts_what_is_here_and_names_what_is_missing(root):
+    shutil.copytree(root / "camvid", root / "mine")
+    (root / "mine/classes.txt").write_text("a\nb\n")
+    shutil.rmtree(root / VOC10 / "SegmentationClassContext")
+    shutil.rmtree(root / "cityscapes")
+    (root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png").unlink()
+    report = doctor.report(str(root))
+    told = lines_of(report)
+    for name, layout in layouts.LAYOUTS.items():
+        good = name not in ("context60", "context59", "cityscapes19", "ade150")
+        assert told[name].split()[0] == ("ok" if good else "missing"), name
+        assert not good or f"of the official {layout.images} images" in told[name]
+    assert "2 of the official 1449 images, 21 classes" in told["voc21"]
+    assert "3 images are here; no masks VOCdevkit/VOC2010/SegmentationClassContext   ->" in told["context60"]
+    assert "no images cityscapes/leftImg8bit/val, masks cityscapes/gtFine/val" in told["cityscapes19"]
+    assert "ADE_val_00000001.jpg: has no mask at" in told["ade150"]
+    assert "1 images, 2 classes" in told["folder:mine"] and "train2017.zip" in told["coco_stuff_train"]
+    sources = report.partition("official sources")[2]
+    assert "VOCtrainval_03-May-2010.tar" in sources and "gtFine_trainvaltest.zip" in sources
+    assert "VOCtrainval_11-May-2012.tar" not in sources and "ADEChallengeData2016.zip" not in sources
+
+
+def test_doctor_without_a_data_root_names_every_source():
+    report = doctor.report()
+    assert all(layout.bring in report for layout in {*layouts.LAYOUTS.values(), layouts.TRAIN})
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "embedded_pol"])

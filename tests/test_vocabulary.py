@@ -17,6 +17,7 @@ SIZES = {
     "coco_panoptic133": 133,
     "cityscapes19": 19,
     "ade150": 150,
+    "camvid11": 11,
 }
 
 
@@ -39,6 +40,12 @@ def test_own_colours_differ_and_are_the_same_for_every_run():
 
 def test_every_size_is_tested():
     assert set(SIZES) == set(vocabulary.SPACES)
+
+
+def test_camvid_is_part_of_cityscapes():
+    camvid, cityscapes = label_space("camvid11"), label_space("cityscapes19")
+    for name, colour in zip(camvid.names, camvid.palette):
+        np.testing.assert_array_equal(colour, cityscapes.palette[cityscapes.names.index(name)])
 
 
 @pytest.mark.parametrize("without, with_one", [("voc20", "voc21"), ("context59", "context60"), ("coco_object80", "coco_object81")])
