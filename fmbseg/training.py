@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,12 +92,18 @@ def labelled_classes(data: PatchDataset) -> tuple[int, ...]:
 
 
 def train(
-    samples: list[Sample], store: LabelStore, texts: ClassTexts, params: AlignParams, seed: int = 0, device: str = "cpu"
+    samples: list[Sample],
+    store: LabelStore,
+    texts: ClassTexts,
+    params: AlignParams,
+    seed: int = 0,
+    device: str = "cpu",
+    initial: Alignment | None = None,
 ) -> TrainResult:
     """Train M on the pictures' pseudo labels: SGD, cosine to zero, 5 pictures a batch (Sec. 4.1).
 
     texts: of the whole vocabulary; the loss uses those of the classes that occur. The same seed gives the same module.
-    Under torchrun every rank takes its part of each batch, and all end with the same module.
+    initial: a trained module to go on from (fine-tuning), in place of a new one; it is left as it is. Under torchrun every rank takes its part of each batch, and all end with the same module.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -106,13 +113,17 @@ def train(
     column = torch.full((256,), -1)  # class index -> row of the prototypes; -1, which indexes the last, stays -1
     column[list(classes)] = torch.arange(len(classes))
 
-    alignment = Alignment(data[0][0].shape[0], prototypes.shape[1], ModuleParams(**params.part(ModuleParams)))
-    standardise(alignment, data)
+    if initial is None:
+        alignment = Alignment(data[0][0].shape[0], prototypes.shape[1], ModuleParams(**params.part(ModuleParams)))
+        standardise(alignment, data)
+    else:
+        alignment = copy.deepcopy(initial)
     alignment.to(device).train()
     network = distributed.parallel(alignment)
     loss_of = loss_function(params)
     optimiser = _optimiser(alignment, params)
     generator = torch.Generator().manual_seed(seed)
+    drawn = torch.Generator().manual_seed(seed + distributed.rank())
     batches = BatchSampler(RandomSampler(data, generator=generator), params.images_per_batch, drop_last=False)
     loader = DataLoader(data, batch_sampler=distributed.Share(batches), generator=generator)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.epochs * len(loader))
@@ -122,7 +133,10 @@ def train(
         for epoch in range(params.epochs):
             for patches, labels in loader:
                 z = network(patches.float().to(device)).permute(0, 2, 3, 1).flatten(0, 2)
-                y = column[labels.flatten()].to(device)
+                y = column[labels.flatten()]
+                if params.patch_share < 1:
+                    y[torch.rand(len(y), generator=drawn) >= params.patch_share] = -1
+                y = y.to(device)
                 loss, value, count = distributed.batch_loss(loss_of, z, y, prototypes, params.negatives == "batch")
                 rate = optimiser.param_groups[0]["lr"]
                 if count:

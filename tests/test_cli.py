@@ -9,7 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 from fmbseg import cli, datasets, steps, storage, weights
-from fmbseg.params import TrainNotebook
+from fmbseg.notebooks import TrainNotebook
 
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "doctor")
 
