@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder for the label maps (default: in the cache)")
     sub.add_argument("--shard", type=int, default=0, help="this part of the photographs ...")
     sub.add_argument("--num-shards", type=int, default=1, help="... of so many")
+    sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help="who works: this machine, or a Ray cluster")
+    sub.add_argument("--gpus-per-worker", type=float, metavar="N", help="ray only: GPUs of each worker (default: 1 on cuda, else 0)")
 
     sub = command(
         "train",

@@ -66,9 +66,10 @@ def label(options: argparse.Namespace) -> None:
 
     p = _collection_params(options, "03_stage_1_2_label_masks")
     samples = jobs.shard(steps.photographs(p), options.shard, options.num_shards)
-    store = steps.make_labels(samples, p, options.out)
-    done = sum(store.has(sample) for sample in samples)
-    print(f"{done} of {len(samples)} photographs labelled in {store.folder}")
+    store, failures = steps.label(samples, p, options.out, options.engine, options.gpus_per_worker)
+    print(f"{len(samples) - len(failures)} of {len(samples)} photographs labelled in {store.folder}")
+    if failures:
+        print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
 
 
 def train(options: argparse.Namespace) -> None:

@@ -16,6 +16,9 @@ from fmbseg.errors import FmbsegError
 
 T = TypeVar("T")
 
+EXPECTED = (FmbsegError, MemoryError, torch.OutOfMemoryError)
+"""Errors that are one item's and stop no other; any other error is a bug and stops the run."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -55,7 +58,7 @@ def each(function: Callable[[T], Any], items: Sequence[T], title: str, workers: 
 
     With several workers, each is a process of one thread (two of one thread beat one of two on a CPU), so the
     function and its items must be importable and picklable.
-    An item that raises one of our own errors, or MemoryError, is a failure; any other error is a bug and stops the run.
+    An item that raises an EXPECTED error (one of our own, or memory that ran out) is a failure; any other stops the run.
     """
     outcomes: list[Any] = [None] * len(items)
     with progress(len(items), title) as bar:
@@ -79,8 +82,13 @@ def each(function: Callable[[T], Any], items: Sequence[T], title: str, workers: 
 def _guarded(function: Callable[[T], Any], item: T) -> Any:
     try:
         return function(item)
-    except (FmbsegError, MemoryError) as error:
-        return Failure(str(item), str(error) or type(error).__name__)
+    except EXPECTED as error:
+        return Failure(str(item), reason(error))
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _one_thread() -> None:

@@ -11,7 +11,20 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fmbseg import alignment, datasets, distributed, evaluation, jobs, products, pseudo_labels, records, storage, training, vocabulary
+from fmbseg import (
+    alignment,
+    cluster,
+    datasets,
+    distributed,
+    evaluation,
+    jobs,
+    products,
+    pseudo_labels,
+    records,
+    storage,
+    training,
+    vocabulary,
+)
 from fmbseg.datasets import Dataset, Sample
 from fmbseg.errors import DataError, WeightsError
 from fmbseg.notebooks import EvaluateNotebook, TrainNotebook
@@ -79,11 +92,23 @@ def label_folder(params: LabelParams) -> Path:
     return storage.home() / "labels" / storage.digest(params.content(LabelParams))
 
 
+def label(
+    samples: list[Sample], params: RunParams, folder: Path | None = None, engine: str = "processes", gpus: float | None = None
+) -> tuple[LabelStore, list[jobs.Failure]]:
+    """Pseudo labels of both stages for every photograph, on disk; resumable. Returns the store and what failed, with reasons.
+
+    engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
+    """
+    space, folder = vocabulary.vocabulary(params.vocabulary), folder or label_folder(params)
+    if engine == "ray":
+        gpus = float(params.device.startswith("cuda")) if gpus is None else gpus
+        return cluster.label_collection(samples, folder, space, params, params.device, params.workers, gpus)
+    return pseudo_labels.label_collection(samples, folder, space, params, params.device, params.workers)
+
+
 def make_labels(samples: list[Sample], params: RunParams, folder: Path | None = None) -> LabelStore:
-    """Pseudo labels of both stages for every photograph, on disk; resumable."""
-    space = vocabulary.vocabulary(params.vocabulary)
-    store, _ = pseudo_labels.label_collection(samples, folder or label_folder(params), space, params, params.device, params.workers)
-    return store
+    """The store of ``label``, for steps that go on with what succeeded."""
+    return label(samples, params, folder)[0]
 
 
 def label_table(samples: list[Sample], store: LabelStore) -> pd.DataFrame:
