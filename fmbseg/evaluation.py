@@ -176,6 +176,7 @@ def evaluate_modules(
 ) -> list[list[records.Record]]:
     """``evaluate`` for several modules of one encoder: one list each. The encoder sees every picture once for all of them."""
     started = time.perf_counter()
+    params = EvaluateParams(**params.part(EvaluateParams))  # what a notebook has beside does not matter here
     runs = tuple((method, module, method_key(method, params, module, device)) for module in modules)
     spaces = tuple(protocol_space(d, params) for d in datasets)
     columns: dict[Path, list[tuple[int, str, Sample]]] = {}
