@@ -55,8 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder for the label maps (default: in the cache)")
     sub.add_argument("--shard", type=int, default=0, help="this part of the photographs ...")
     sub.add_argument("--num-shards", type=int, default=1, help="... of so many")
+    sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help="who works: this machine, or a Ray cluster")
+    sub.add_argument("--gpus-per-worker", type=float, metavar="N", help="ray only: GPUs of each worker (default: 1 on cuda, else 0)")
 
-    sub = command("train", commands.train, "Label photographs (Stage 1) and train the alignment module on them.")
+    sub = command(
+        "train",
+        commands.train,
+        "Label photographs (Stage 1) and train the alignment module on them.",
+        "On several GPUs: torchrun --nproc-per-node 8 -m fmbseg.cli train --profile paper",
+    )
     common(sub, collection=True)
     sub.add_argument(
         "--out", type=Path, metavar="FILE.safetensors", help="where the module is written (default: the profile's place in the cache)"

@@ -66,20 +66,25 @@ def label(options: argparse.Namespace) -> None:
 
     p = _collection_params(options, "03_stage_1_2_label_masks")
     samples = jobs.shard(steps.photographs(p), options.shard, options.num_shards)
-    store = steps.make_labels(samples, p, options.out)
-    done = sum(store.has(sample) for sample in samples)
-    print(f"{done} of {len(samples)} photographs labelled in {store.folder}")
+    store, failures = steps.label(samples, p, options.out, options.engine, options.gpus_per_worker)
+    print(f"{len(samples) - len(failures)} of {len(samples)} photographs labelled in {store.folder}")
+    if failures:
+        print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
 
 
 def train(options: argparse.Namespace) -> None:
-    from fmbseg import steps
+    from fmbseg import distributed, steps
 
     p = _collection_params(options, "04_train_alignment")
-    samples = steps.photographs(p)
-    store = steps.make_labels(samples, p)
-    path = options.out or steps.module_path(p)
-    result = steps.train(samples, store, p, path)
-    print(f"{len(result.classes)} classes, {len(result.steps)} steps, {result.seconds:.0f} s; the module is {path}")
+    with distributed.group(p.device) as device:
+        p = p.model_copy(update={"device": device})
+        samples = steps.photographs(p)
+        store = steps.make_labels(distributed.share(samples), p)
+        distributed.wait()
+        path = options.out or steps.module_path(p)
+        result = steps.train(samples, store, p, path)
+        if distributed.rank() == 0:
+            print(f"{len(result.classes)} classes, {len(result.steps)} steps, {result.seconds:.0f} s; the module is {path}")
 
 
 def evaluate(options: argparse.Namespace) -> None:

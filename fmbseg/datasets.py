@@ -67,17 +67,21 @@ def load_benchmark(name: str, data_root: str = "") -> Dataset:
 # ---------------------------------------------------------------- unlabelled photographs
 
 POOL = ("pool_objects_scenes", "pool_coco_45", "pool_pets_streets")
+COLLECTIONS = {"embedded_pool": POOL, "embedded_objects": POOL, "embedded_coco": ("pool_coco_45",)}
 
 
 def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | None = None) -> list[Sample]:
-    """Unlabelled photographs: ``embedded_pool`` (255), ``embedded_objects`` (155 of them), ``coco_stuff_train``, ``drawn``, or any folder of pictures.
+    """Unlabelled photographs: a collection's name, or any folder of pictures.
+
+    Collections: ``embedded_pool`` (255), ``embedded_objects`` (155 of them), ``embedded_coco`` (45 of them, of COCO),
+    ``coco_stuff_train`` (under data_root) and ``drawn``.
 
     A photograph that is also in an evaluation set that is here (same bytes or same file name) is left out.
     """
     if name == "drawn":
         return [Sample(s.name, s.image) for s in embedded.drawn().samples]
-    if name in ("embedded_pool", "embedded_objects"):
-        found = [path for pool in POOL for path in images.find_images(weights.require(pool))]
+    if name in COLLECTIONS:
+        found = [path for pool in COLLECTIONS[name] for path in images.find_images(weights.require(pool))]
         root = weights.require(POOL[0]).parent
         if name == "embedded_objects":  # 100 photographs of one town's streets and parks hold few kinds of things
             found = [path for path in found if path.parent.name != "enhancement"]

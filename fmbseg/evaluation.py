@@ -22,17 +22,22 @@ from fmbseg.errors import DataError, ParameterError
 from fmbseg.images import IGNORED
 from fmbseg.metrics import Confusion
 from fmbseg.params import DetectParams, EvaluateParams, FeatureParams, LabelParams, SegmentParams
-from fmbseg.segment import DenseClip, Segmenter, label_map
+from fmbseg.segment import DenseClip, EmbeddedImage, Segmenter, label_map
 from fmbseg.stage1_query import class_similarity
 from fmbseg.vocabulary import LabelSpace
 
 STAGES = {"stage1.1": "1.1", "stage1.2": "1.2", "stage1": "both"}
+GIVEN = "+labels"
+"""Ending of a Stage 1 method that is given the image-level labels (of the truth) in place of detection."""
 METHODS = {
     "dense": "dense zero-shot features of the sliding window (MaskCLIP style)",
     "dense_high_resolution": "dense zero-shot features of the overlapping crops, as Stage 1 sees them (Sec. 3.2)",
     "stage1.1": "Stage 1.1 alone, no training",
     "stage1.2": "Stage 1.2 alone, no training",
     "stage1": "Stage 1.1 and 1.2 combined, no training",
+    "stage1.1+labels": "Stage 1.1 given the picture's image-level labels",
+    "stage1.2+labels": "Stage 1.2 given the picture's image-level labels",
+    "stage1+labels": "Stage 1.1 and 1.2 combined, given the picture's image-level labels",
     "fmbseg": "FMbSeg: the aligned encoder",
 }
 
@@ -44,7 +49,7 @@ def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
     return dataset.space
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=32)  # the models behind them are shared
 def _segmenter(method: str, module: str, params: EvaluateParams, device: str) -> Segmenter:
     if method == "fmbseg":
         return Segmenter.load(module, device, params)
@@ -53,33 +58,54 @@ def _segmenter(method: str, module: str, params: EvaluateParams, device: str) ->
     return Segmenter(DenseClip(clip, params.path, params.dense_enlarge), clip, params, params.templates)
 
 
-def _stage1(sample: Sample, space: LabelSpace, params: LabelParams, device: str) -> np.ndarray:
+def _stage1(sample: Sample, space: LabelSpace, params: LabelParams, device: str, given: bool) -> np.ndarray:
     """Stage 1 as a prediction: every background word is looked for by itself, then all of them are class 0.
 
     With a background, an unlabelled pixel is background; without, it stays unlabelled and counts as missed.
+    given: the classes of the truth, less the background, take the place of detection (the semi-supervised variant).
     """
     words = [(word, k) for k, prompts in enumerate(space.prompts) for word in prompts]
     split = LabelSpace(space.name, tuple(w for w, _ in words), tuple((w,) for w, _ in words), vocabulary.palette(len(words)))
-    labels = pseudo_labels.label_picture(sample.image, split, params, device).labels
+    present = None
+    if given:
+        classes = set(np.unique(sample.truth()).tolist()) - {IGNORED} - ({0} if space.background else set())
+        present = tuple(i for i, (_, k) in enumerate(words) if k in classes)
+    labels = pseudo_labels.label_picture(sample.image, split, params, device, present).labels
     table = np.full(256, 0 if space.background else IGNORED, dtype=np.uint8)
     table[: len(words)] = [k for _, k in words]
     return table[labels]
 
 
-def predict(
-    method: str, sample: Sample, spaces: Sequence[LabelSpace], params: EvaluateParams, module: str, device: str
-) -> list[np.ndarray]:
-    """(height, width) ``uint8`` label maps of one picture in several label spaces; models see the picture once."""
-    if method in STAGES:
-        staged = params.model_copy(update={"stages": STAGES[method]})
-        return [_stage1(sample, space, staged, device) for space in spaces]
+Columns = Sequence[tuple[Sample, LabelSpace]]
+"""One picture as the sample of several benchmarks, each with the benchmark's label space."""
+
+
+def predict(method: str, columns: Columns, params: EvaluateParams, module: str, device: str) -> list[np.ndarray]:
+    """(height, width) ``uint8`` label maps of one picture, one a column; models see the picture once."""
+    path, spaces = columns[0][0].image, [space for _, space in columns]
+    stage, given = STAGES.get(method.removesuffix(GIVEN)), method.endswith(GIVEN)
+    if stage:
+        staged = params.model_copy(update={"stages": stage})
+        return [_stage1(sample, space, staged, device, given) for sample, space in columns]
     if method == "dense_high_resolution":
-        features = products.clip_features(sample.image, params, device)
+        features = products.clip_features(path, params, device)
         return [label_map(class_similarity(features, products.texts_of(space, params, device)), features.size) for space in spaces]
     segmenter = _segmenter(method, module, params, device)
-    image = images.read_image(sample.image)
-    embedded = segmenter.embed(image)
-    return [label_map(segmenter.similarity(embedded, segmenter.texts(space)), image.shape[:2]) for space in spaces]
+    aligned = method == "fmbseg"
+    embedded = segmenter.aligned(_patches(path, segmenter)) if aligned else segmenter.embed(images.read_image(path))
+    return [label_map(segmenter.similarity(embedded, segmenter.texts(space)), embedded.size) for space in spaces]
+
+
+def _patches(path: Path, segmenter: Segmenter) -> EmbeddedImage:
+    """The frozen encoder's patches of a picture's windows, kept for the next module."""
+    key = (path, segmenter.embedder.encoder.key, segmenter.params)
+    if key not in _last:
+        _last.clear()
+        _last[key] = segmenter.through_windows(images.read_image(path), segmenter.embedder.encode)
+    return _last[key]
+
+
+_last: dict[tuple, EmbeddedImage] = {}
 
 
 @dataclass(frozen=True)
@@ -94,25 +120,29 @@ class Task:
 
 
 def _count(
-    task: Task, method: str, spaces: tuple[LabelSpace, ...], params: EvaluateParams, module: str, content: str, device: str
-) -> list[Confusion]:
-    """The picture's own confusion matrix for each of its columns, from disk where it is there."""
-    own = [spaces[i] for i, _, _ in task.columns]
-    sources = [(name, space.prompts) for (_, name, _), space in zip(task.columns, own)]
-    store = storage.Store(storage.home() / "cache" / "counts", ".safetensors", content, sources)
+    task: Task, runs: tuple[tuple[str, str, str], ...], spaces: tuple[LabelSpace, ...], params: EvaluateParams, device: str
+) -> list[list[Confusion]]:
+    """The picture's own confusion matrices, for every run and each of its columns, from disk where they are there.
 
-    def make(target: Path) -> None:
-        sample = task.columns[0][2]
-        predictions = predict(method, sample, own, params, module, device)
-        tensors = {}
-        for i, ((_, _, column), space, prediction) in enumerate(zip(task.columns, own, predictions)):
-            counts = Confusion(len(space))
-            counts.add(column.truth(), prediction)
-            tensors[str(i)] = torch.from_numpy(counts.counts)
-        storage.write_tensors(target, tensors)
+    runs: (method, module, key of all that its predictions depend on) each.
+    """
+    columns = [(sample, spaces[i]) for i, _, sample in task.columns]
+    sources = [(name, space.prompts) for (_, name, _), (_, space) in zip(task.columns, columns)]
+    counted = []
+    for method, module, content in runs:
+        store = storage.Store(storage.home() / "cache" / "counts", ".safetensors", content, sources)
 
-    tensors = storage.read_tensors(store.get(task.image, make))[0]
-    return [Confusion(len(space), tensors[str(i)].numpy()) for i, space in enumerate(own)]
+        def make(target: Path, method: str = method, module: str = module) -> None:
+            tensors = {}
+            for i, ((sample, space), prediction) in enumerate(zip(columns, predict(method, columns, params, module, device))):
+                counts = Confusion(len(space))
+                counts.add(sample.truth(), prediction)
+                tensors[str(i)] = torch.from_numpy(counts.counts)
+            storage.write_tensors(target, tensors)
+
+        tensors = storage.read_tensors(store.get(task.image, make))[0]
+        counted.append([Confusion(len(space), tensors[str(i)].numpy()) for i, (_, space) in enumerate(columns)])
+    return counted
 
 
 def method_key(method: str, params: EvaluateParams, module: str, device: str) -> str:
@@ -120,7 +150,7 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     if method not in METHODS:
         raise ParameterError(f"method {method!r}: unknown; known are {', '.join(METHODS)}")
     weights = [products.clip_of(params, device).key]
-    if method in STAGES:
+    if method.removesuffix(GIVEN) in STAGES:
         weights.append(products.sam_of(params, device).key)
     used = params.content(*{"fmbseg": (SegmentParams,), "dense": (SegmentParams, FeatureParams, DetectParams)}.get(method, (LabelParams,)))
     used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}
@@ -138,23 +168,35 @@ def evaluate(
 
     module: the trained module's file, for "fmbseg". A picture that fails is told, left out and counted in the record.
     """
+    return evaluate_modules(method, [module], datasets, params, device, workers)[0]
+
+
+def evaluate_modules(
+    method: str, modules: Sequence[str], datasets: Sequence[Dataset], params: EvaluateParams, device: str = "cpu", workers: int = 1
+) -> list[list[records.Record]]:
+    """``evaluate`` for several modules of one encoder: one list each. The encoder sees every picture once for all of them."""
     started = time.perf_counter()
-    key = method_key(method, params, module, device)
+    runs = tuple((method, module, method_key(method, params, module, device)) for module in modules)
     spaces = tuple(protocol_space(d, params) for d in datasets)
     columns: dict[Path, list[tuple[int, str, Sample]]] = {}
     for i, dataset in enumerate(datasets):
         for sample in jobs.spread(dataset.samples, params.eval_limit):
             columns.setdefault(sample.image, []).append((i, dataset.name, sample))
     tasks = [Task(image, tuple(found)) for image, found in columns.items()]
-    count = partial(_count, method=method, spaces=spaces, params=params, module=module, content=key, device=device)
-    counts = [Confusion(len(space)) for space in spaces]
-    numbers = [0] * len(datasets)
+    count = partial(_count, runs=runs, spaces=spaces, params=params, device=device)
     done = jobs.each(count, tasks, f"{method} on {', '.join(d.name for d in datasets)}", workers)
-    for task, confusions in done.results:
-        for (i, _, _), confusion in zip(task.columns, confusions):
-            counts[i], numbers[i] = counts[i] + confusion, numbers[i] + 1
-    seconds = time.perf_counter() - started
+    counts = [[Confusion(len(space)) for space in spaces] for _ in runs]
+    numbers = [0] * len(datasets)
+    for task, counted in done.results:
+        for c, (i, _, _) in enumerate(task.columns):
+            numbers[i] += 1
+            for of_run, confusions in zip(counts, counted):
+                of_run[i] = of_run[i] + confusions[c]
+    seconds = (time.perf_counter() - started) / len(runs)
     return [
-        records.of_evaluation(method, dataset, space, confusion, n, len(done.failures), params, module, seconds)
-        for dataset, space, confusion, n in zip(datasets, spaces, counts, numbers)
+        [
+            records.of_evaluation(method, dataset, space, confusion, n, len(done.failures), params, module, seconds)
+            for dataset, space, confusion, n in zip(datasets, spaces, of_run, numbers)
+        ]
+        for (_, module, _), of_run in zip(runs, counts)
     ]

@@ -11,9 +11,13 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from fmbseg import distributed
 from fmbseg.errors import FmbsegError
 
 T = TypeVar("T")
+
+EXPECTED = (FmbsegError, MemoryError, torch.OutOfMemoryError)
+"""Errors that are one item's and stop no other; any other error is a bug and stops the run."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ def spread(items: Sequence[T], limit: int | None) -> list[T]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
+def progress(total: int, title: str, unit: str = "image") -> tqdm:
+    """A progress bar; of several processes (torchrun) the first alone shows one. Plain tqdm: the notebook kind freezes under papermill."""
+    return tqdm(total=total, desc=title, unit=unit, mininterval=2.0, disable=distributed.rank() > 0)
+
+
 @dataclass(frozen=True)
 class Done:
     """results: (item, what the function returned) in the order of the items; failures: the others."""
@@ -48,22 +57,22 @@ def each(function: Callable[[T], Any], items: Sequence[T], title: str, workers: 
     """``function`` on every item.
 
     With several workers, each is a process of one thread (two of one thread beat one of two on a CPU), so the
-    function and its items must be importable and picklable. Plain tqdm: the notebook kind freezes under papermill.
-    An item that raises one of our own errors, or MemoryError, is a failure; any other error is a bug and stops the run.
+    function and its items must be importable and picklable.
+    An item that raises an EXPECTED error (one of our own, or memory that ran out) is a failure; any other stops the run.
     """
     outcomes: list[Any] = [None] * len(items)
-    with tqdm(total=len(items), desc=title, unit="image", mininterval=2.0) as progress:
+    with progress(len(items), title) as bar:
         if workers == 1 or len(items) < 2:
             for i, item in enumerate(items):
                 outcomes[i] = _guarded(function, item)
-                progress.update()
+                bar.update()
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_one_thread) as pool:
                 futures = {pool.submit(_guarded, function, item): i for i, item in enumerate(items)}
                 for future in as_completed(futures):
                     outcomes[futures[future]] = future.result()
-                    progress.update()
+                    bar.update()
     failures = [o for o in outcomes if isinstance(o, Failure)]
     for failure in failures:
         tqdm.write(f"left out {failure.item}: {failure.reason}")
@@ -73,8 +82,13 @@ def each(function: Callable[[T], Any], items: Sequence[T], title: str, workers: 
 def _guarded(function: Callable[[T], Any], item: T) -> Any:
     try:
         return function(item)
-    except (FmbsegError, MemoryError) as error:
-        return Failure(str(item), str(error) or type(error).__name__)
+    except EXPECTED as error:
+        return Failure(str(item), reason(error))
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _one_thread() -> None:

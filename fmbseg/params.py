@@ -27,12 +27,15 @@ def _number(value: Any) -> Any:
 
 
 SPEED_ONLY = {"crop_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
+SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
 COLLECTION_ONLY = {"photographs", "limit", "eval_limit"}  # which pictures, not what is made of each
 
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+_AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Names = Annotated[tuple[str, ...], _AsTuple]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _AsTuple, Field(min_length=1)]
 
 
 class Params(BaseModel):
@@ -46,7 +49,7 @@ class Params(BaseModel):
 
     def content(self, *schemas: type[Params]) -> dict[str, Any]:
         """The fields of inherited schemas that change what is computed: what a cache key has to cover."""
-        names = {name for schema in schemas for name in schema.model_fields} - SPEED_ONLY - COLLECTION_ONLY
+        names = {name for schema in schemas for name in schema.model_fields} - SPEED_ONLY - SEVERAL_ONLY - COLLECTION_ONLY
         return {name: getattr(self, name) for name in sorted(names)}
 
     def table(self) -> pd.DataFrame:
@@ -146,6 +149,7 @@ class LossParams(Params):
         None, ge=0, description="weight of the mean of l_t over the classes present; none: as Eq. 1, K/(BN+K)"
     )
     image_weight: Float | None = Field(None, ge=0, description="weight of the mean of l_im over the patches; none: as Eq. 1, BN/(BN+K)")
+    patch_share: Share = Field(1.0, gt=0, description="ours: share of a batch's labelled patches, drawn at random, that enter the loss")
 
 
 class OptimiserParams(Params):
@@ -156,7 +160,10 @@ class OptimiserParams(Params):
     momentum: Share = Field(0.9, description="ours; SGD only")
     weight_decay: Float = Field(1e-4, ge=0, description="ours")
     epochs: Count = Field(10, description="the paper's")
-    images_per_batch: Count = Field(5, description="the paper's")
+    images_per_batch: Count = Field(5, description="the paper's; of all GPUs together")
+    negatives: Literal["batch", "device"] = Field(
+        "batch", description="ours, several GPUs only: patches are contrasted with the whole batch, or with their own GPU's part of it"
+    )
 
 
 class SegmentParams(ModelParams):
@@ -177,6 +184,9 @@ class CollectionParams(Params):
     photographs: str = Field("coco_stuff_train", description="a collection's name or a folder of photographs")
     limit: int | None = Field(None, ge=1, description="how many of them, evenly spread; none: all")
     vocabulary: str = Field("coco_stuff171", description="a label space's name, several joined by +, or a text file with a word a line")
+    image_level_names: str = Field(
+        "", description="the paper's semi-supervised variant: a JSON file, photograph -> its names, in place of detection; empty: none"
+    )
 
 
 class LabelParams(CollectionParams, FeatureParams, DetectParams, QueryParams, MaskParams, CombineParams):
@@ -185,18 +195,6 @@ class LabelParams(CollectionParams, FeatureParams, DetectParams, QueryParams, Ma
 
 class AlignParams(PatchParams, ModuleParams, LossParams, OptimiserParams):
     """Everything the training depends on, given pseudo labels."""
-
-
-class FeaturesNotebook(RunParams, CollectionParams, FeatureParams, DetectParams):
-    examples: Count = Field(3, description="photographs shown")
-
-
-class StageNotebook(RunParams, LabelParams):
-    examples: Count = Field(3, description="photographs shown")
-
-
-class TrainNotebook(RunParams, LabelParams, AlignParams):
-    examples: Count = Field(3, description="photographs shown")
 
 
 class EvaluateParams(LabelParams, AlignParams, SegmentParams):
@@ -208,27 +206,6 @@ class EvaluateParams(LabelParams, AlignParams, SegmentParams):
     )
 
 
-class EvaluateNotebook(RunParams, EvaluateParams):
-    benchmarks: Names = Field(
-        ("voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"), description="columns"
-    )
-    methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
-    examples: Count = Field(2, description="photographs shown a benchmark")
-
-
-class TablesNotebook(RunParams):
-    pass
-
-
-NOTEBOOKS: dict[str, type[RunParams]] = {
-    "01_feature_extraction": FeaturesNotebook,
-    "02_stage_1_1_query_sam": StageNotebook,
-    "03_stage_1_2_label_masks": StageNotebook,
-    "04_train_alignment": TrainNotebook,
-    "05_evaluate": EvaluateNotebook,
-    "08_tables": TablesNotebook,
-}
-
 P = TypeVar("P", bound=Params)
 
 
@@ -238,7 +215,9 @@ def make(schema: type[P], values: Mapping[str, Any], source: str = "parameters")
         return schema.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
         problem = error.errors()[0]
-        key = str(problem["loc"][0]) if problem["loc"] else "?"
+        if not problem["loc"]:
+            raise ParameterError(f"{source}: {problem['msg'].removeprefix('Value error, ')}") from None
+        key = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, schema.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(schema.model_fields)}"

@@ -16,7 +16,7 @@ from pycocotools import mask as rle
 
 from fmbseg import detect, features, images, stage1_masks, stage1_query, storage
 from fmbseg.backbones.clip import ImageText, load_clip
-from fmbseg.backbones.encoder import load_encoder
+from fmbseg.backbones.encoder import Encoder, load_encoder
 from fmbseg.backbones.sam import AutomaticMask, SamSegmenter, load_sam
 from fmbseg.detect import Detected
 from fmbseg.features import ImageFeatures
@@ -48,6 +48,10 @@ def clip_of(params: FeatureParams, device: str = "cpu") -> ImageText:
 
 def sam_of(params: QueryParams, device: str = "cpu") -> SamSegmenter:
     return load_sam(params.sam, device, params.precision)
+
+
+def encoder_of(params: PatchParams, device: str = "cpu") -> Encoder:
+    return load_encoder(params.encoder, device, params.precision)
 
 
 @functools.lru_cache(maxsize=8)
@@ -145,7 +149,7 @@ def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> lis
 
 def encoder_patches(path: Path, params: PatchParams, device: str = "cpu") -> torch.Tensor:
     """(width, h, w) patches of one picture squashed to the encoder's square input, kept in fp16."""
-    encoder = load_encoder(params.encoder, device, params.precision)
+    encoder = encoder_of(params, device)
     side = params.image_size // encoder.patch * encoder.patch
 
     def make(target: Path) -> None:

@@ -11,7 +11,8 @@ import yaml
 
 from fmbseg import storage
 from fmbseg.errors import ParameterError
-from fmbseg.params import NOTEBOOKS, RunParams, make
+from fmbseg.notebooks import NOTEBOOKS
+from fmbseg.params import RunParams, make
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

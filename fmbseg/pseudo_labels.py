@@ -97,11 +97,12 @@ def label_picture(
 class LabelStore:
     """A folder of pseudo labels: NAME.png (8-bit, 255 unlabelled) and NAME.json a picture, and labels.json for all.
 
-    labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed.
+    labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. A picture
+    that failed has its reason in failed/NAME.json until it succeeds.
     """
 
     def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
-        self.folder, self.space = Path(folder), space
+        self.folder, self.failed, self.space = Path(folder), Path(folder) / "failed", space
         header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": params.content(LabelParams)}
         self.key = storage.digest(header)
         path = self.folder / "labels.json"
@@ -134,6 +135,12 @@ class LabelStore:
             },
         )
 
+    def fail(self, sample: Sample, reason: str) -> None:
+        storage.write_json(self.failed / f"{sample.name}.json", {"image": str(sample.image), "reason": reason})
+
+    def succeed(self, sample: Sample) -> None:
+        (self.failed / f"{sample.name}.json").unlink(missing_ok=True)
+
     def read(self, sample: Sample) -> np.ndarray:
         """(height, width) ``uint8`` class indices, 255 where unlabelled."""
         if not self.path(sample).is_file():
@@ -151,10 +158,16 @@ def write_label_map(path: Path, labels: np.ndarray, palette: np.ndarray) -> None
         picture.save(part, format="PNG")
 
 
-def _label_one(sample: Sample, folder: Path, space: LabelSpace, params: LabelParams, device: str) -> None:
+def label_one(sample: Sample, folder: Path, space: LabelSpace, params: LabelParams, device: str) -> None:
+    """Pseudo labels of one picture in a folder, where it has none yet. A failure is kept there and raised."""
     store = LabelStore(folder, space, params)
-    if not store.has(sample):
-        store.write(sample, label_picture(sample.image, space, params, device))
+    try:
+        if not store.has(sample):
+            store.write(sample, label_picture(sample.image, space, params, device))
+    except jobs.EXPECTED as error:
+        store.fail(sample, jobs.reason(error))
+        raise
+    store.succeed(sample)
 
 
 def label_collection(
@@ -162,7 +175,7 @@ def label_collection(
 ) -> tuple[LabelStore, list[jobs.Failure]]:
     """Pseudo labels of many pictures, resumable: what the folder holds is kept. A failed picture is told and left out."""
     store = LabelStore(folder, space, params)
-    work = partial(_label_one, folder=Path(folder), space=space, params=params, device=device)
+    work = partial(label_one, folder=Path(folder), space=space, params=params, device=device)
     return store, jobs.each(work, samples, "pseudo labels", workers).failures
 
 

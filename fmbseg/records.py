@@ -19,7 +19,9 @@ from fmbseg.errors import DataError
 if TYPE_CHECKING:
     from fmbseg.datasets import Dataset
     from fmbseg.metrics import Confusion
+    from fmbseg.notebooks import TrainNotebook
     from fmbseg.params import EvaluateParams, Params
+    from fmbseg.training import TrainResult
     from fmbseg.vocabulary import LabelSpace
 
 STAND_IN = "stand-in trained with image-level names: not annotation-free"
@@ -28,7 +30,11 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "segment-anything", "timm
 
 @dataclass(frozen=True)
 class Record:
-    """One run. kind: "evaluate" or "train"; notes: what a reader of the number has to know."""
+    """One run.
+
+    kind: "train", "evaluate", or a comparison: "architecture", "encoder", "loss", "stages", "fine_tune"; method: the
+    method or the variant; notes: what a reader of the number has to know.
+    """
 
     kind: str
     method: str
@@ -106,6 +112,28 @@ def notes_of(params: Params) -> list[str]:
     if params.clip == LIT:
         return [STAND_IN]
     return ["random weights: the number means nothing"] if params.clip.startswith("random:") else []
+
+
+def of_training(params: TrainNotebook, result: TrainResult, module: Path, **about: Any) -> Record:
+    """The record of one training. about: other fields of the record."""
+    from fmbseg import alignment, distributed
+
+    described = alignment.load(module)[1]
+    steps = result.steps
+    protocol = {"first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"], "steps": len(steps), "processes": distributed.size()}
+    values = {
+        "kind": "train",
+        "method": params.module,
+        "parameters": params.model_dump(),
+        "dataset": params.photographs,
+        "source": f"{described['photographs']} unlabelled photographs",
+        "images": described["photographs"],
+        "seconds": round(result.seconds, 1),
+        "weights": used_weights(params, str(module)),
+        "notes": notes_of(params),
+        "protocol": protocol,
+    }
+    return Record(**values | about)
 
 
 def of_evaluation(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fmbseg import params, profiles, steps, storage
 from fmbseg.errors import DataError
+from fmbseg.notebooks import NOTEBOOKS
 
 
 def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Path:
@@ -19,7 +20,7 @@ def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[st
     notebooks: names to run; none: all. overrides: parameters injected where a notebook has them; one that no notebook
     has is refused. All parameters are checked before anything runs. Raises DataError with the notebook's own message.
     """
-    names = list(notebooks) or list(params.NOTEBOOKS)
+    names = list(notebooks) or list(NOTEBOOKS)
     overrides = dict(overrides or {})
     schemas = {name: profiles.schema_of(name) for name in names}
     for key in overrides.keys() - {field for schema in schemas.values() for field in schema.model_fields}:

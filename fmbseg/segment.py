@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,9 +38,17 @@ class AlignedEncoder:
     def __init__(self, encoder: Encoder, alignment: alignment_module.Alignment, key: str, device: str = "cpu"):
         self.encoder, self.alignment, self.key, self.device = encoder, alignment.to(device).eval(), key, device
 
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The frozen part: (B, height, width, 3) ``uint8`` -> (B, width, h, w)."""
+        return self.encoder.encode(_to_multiple(pixels, self.encoder.patch).to(self.device))
+
     @torch.inference_mode()
+    def align(self, patches: torch.Tensor) -> torch.Tensor:
+        """The trained part: (B, width, h, w) -> (B, D, h, w), unit norm."""
+        return self.alignment(patches.to(self.device))
+
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.alignment(self.encoder.encode(_to_multiple(pixels, self.encoder.patch).to(self.device)))
+        return self.align(self.encode(pixels))
 
 
 class DenseClip:
@@ -117,9 +126,13 @@ class Segmenter:
             self._texts[key] = class_texts(self.clip, space, self.templates)
         return self._texts[key]
 
-    @torch.inference_mode()
     def embed(self, image: np.ndarray) -> EmbeddedImage:
         """Patch embeddings of a (height, width, 3) RGB ``uint8`` picture, in sliding windows."""
+        return self.through_windows(image, self.embedder.embed)
+
+    @torch.inference_mode()
+    def through_windows(self, image: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor]) -> EmbeddedImage:
+        """What a model, (1, height, width, 3) ``uint8`` -> (1, D, h, w), makes of every window."""
         images.check_image(image)
         p = self.params
         scaled = images.resize(image, images.target_size(*image.shape[:2], p.segment_short_side, p.segment_long_limit))
@@ -128,8 +141,13 @@ class Segmenter:
         maps = []
         for w in places:
             pixels = torch.from_numpy(scaled[w.top : w.top + w.height, w.left : w.left + w.width].copy())
-            maps.append(self.embedder.embed(pixels[None])[0].cpu())
+            maps.append(model(pixels[None])[0].cpu())
         return EmbeddedImage(image.shape[:2], (height, width), tuple(places), tuple(maps))
+
+    def aligned(self, patches: EmbeddedImage) -> EmbeddedImage:
+        """The encoder's patches of every window (``embedder.encode``) through the trained module."""
+        maps = tuple(self.embedder.align(m[None])[0].cpu() for m in patches.maps)
+        return dataclasses.replace(patches, maps=maps)
 
     @torch.inference_mode()
     def similarity(self, embedded: EmbeddedImage, texts: ClassTexts) -> torch.Tensor:

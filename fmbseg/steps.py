@@ -11,10 +11,24 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fmbseg import alignment, datasets, evaluation, jobs, products, pseudo_labels, records, storage, training, vocabulary
+from fmbseg import (
+    alignment,
+    cluster,
+    datasets,
+    distributed,
+    evaluation,
+    jobs,
+    products,
+    pseudo_labels,
+    records,
+    storage,
+    training,
+    vocabulary,
+)
 from fmbseg.datasets import Dataset, Sample
 from fmbseg.errors import DataError, WeightsError
-from fmbseg.params import CollectionParams, EvaluateNotebook, LabelParams, RunParams, TrainNotebook
+from fmbseg.notebooks import EvaluateNotebook, TrainNotebook
+from fmbseg.params import AlignParams, CollectionParams, LabelParams, RunParams
 from fmbseg.pseudo_labels import LabelStore
 from fmbseg.training import TrainResult
 from fmbseg.vocabulary import ClassTexts, LabelSpace
@@ -78,11 +92,23 @@ def label_folder(params: LabelParams) -> Path:
     return storage.home() / "labels" / storage.digest(params.content(LabelParams))
 
 
+def label(
+    samples: list[Sample], params: RunParams, folder: Path | None = None, engine: str = "processes", gpus: float | None = None
+) -> tuple[LabelStore, list[jobs.Failure]]:
+    """Pseudo labels of both stages for every photograph, on disk; resumable. Returns the store and what failed, with reasons.
+
+    engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
+    """
+    space, folder = vocabulary.vocabulary(params.vocabulary), folder or label_folder(params)
+    if engine == "ray":
+        gpus = float(params.device.startswith("cuda")) if gpus is None else gpus
+        return cluster.label_collection(samples, folder, space, params, params.device, params.workers, gpus)
+    return pseudo_labels.label_collection(samples, folder, space, params, params.device, params.workers)
+
+
 def make_labels(samples: list[Sample], params: RunParams, folder: Path | None = None) -> LabelStore:
-    """Pseudo labels of both stages for every photograph, on disk; resumable."""
-    space = vocabulary.vocabulary(params.vocabulary)
-    store, _ = pseudo_labels.label_collection(samples, folder or label_folder(params), space, params, params.device, params.workers)
-    return store
+    """The store of ``label``, for steps that go on with what succeeded."""
+    return label(samples, params, folder)[0]
 
 
 def label_table(samples: list[Sample], store: LabelStore) -> pd.DataFrame:
@@ -96,47 +122,56 @@ def label_table(samples: list[Sample], store: LabelStore) -> pd.DataFrame:
     return frame[frame["photographs"] > 0].sort_values("share", ascending=False).reset_index(drop=True)
 
 
-def module_path(params: TrainNotebook) -> Path:
-    """Where the module of this profile lies."""
-    return storage.home() / "modules" / params.profile / "alignment.safetensors"
+def module_path(params: RunParams, name: str = "alignment") -> Path:
+    """Where a module of this profile lies."""
+    return storage.home() / "modules" / params.profile / f"{name}.safetensors"
 
 
-def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: Path | None = None) -> TrainResult:
-    """Encode, train, and write the module with its record. Photographs without a pseudo label are left out."""
+def fit(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: Path, initial: Path | None = None) -> TrainResult:
+    """Encode and train, and write the module; where ``path`` holds the one of the same inputs already, it is read.
+
+    initial: a trained module to go on from. Photographs without a pseudo label are left out. Under torchrun every rank
+    trains and the first alone writes.
+    """
     samples = [sample for sample in samples if store.has(sample)]
     if not samples:
         raise DataError(f"{store.folder}: no photograph has a pseudo label; run notebook 03 or fmbseg label first")
+    start, start_key = (None, "") if initial is None else (lambda m: (m[0], m[1]["key"]))(alignment.load(initial))
+    several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
+    content = [params.content(AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples], start_key, *several]
+    key = storage.digest(store.key, products.encoder_of(params, params.device).key, *content)
+    if path.is_file():
+        made, described = alignment.load(path)
+        if described["key"] == key:
+            print(f"read {path}: trained before on the same pseudo labels with the same parameters")
+            return TrainResult(made, pd.DataFrame(described["curve"]).to_dict("records"), tuple(described["indices"]), described["seconds"])
     training.prepare(samples, params, params.device, params.workers)
     _, texts = words(params)
-    result = training.train(samples, store, texts, params, params.seed, params.device)
-    path = path or module_path(params)
-    key = storage.digest(store.key, params.content(training.AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples])
-    alignment.save(
-        path,
-        result.alignment,
-        {
+    result = training.train(samples, store, texts, params, params.seed, params.device, start)
+    if distributed.rank() == 0:
+        described = {
             "key": key,
             "encoder": params.encoder,
             "clip": params.clip,
             "crop_input": params.crop_input,
             "templates": params.templates,
             "classes": [store.space.names[k] for k in result.classes],
+            "indices": result.classes,
+            "photographs": len(samples),
+            "curve": pd.DataFrame(result.steps).to_dict("list"),
+            "seconds": round(result.seconds, 1),
             "notes": records.notes_of(params),
-        },
-    )
-    record = records.Record(
-        "train",
-        params.module,
-        params.model_dump(),
-        params.photographs,
-        f"{len(samples)} unlabelled photographs",
-        len(samples),
-        seconds=round(result.seconds, 1),
-        weights=records.used_weights(params, str(path)),
-        notes=records.notes_of(params),
-        protocol={"first_loss": result.steps[0]["loss"], "last_loss": result.steps[-1]["loss"], "steps": len(result.steps)},
-    )
-    record.write(results_folder(params) / "records", "train")
+        }
+        alignment.save(path, result.alignment, described)
+    return result
+
+
+def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: Path | None = None) -> TrainResult:
+    """Train the profile's module (``fit``) and write the record of it."""
+    path = path or module_path(params)
+    result = fit(samples, store, params, path)
+    if distributed.rank() == 0:
+        records.of_training(params, result, path).write(results_folder(params) / "records", "train")
     return result
 
 

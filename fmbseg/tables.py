@@ -61,8 +61,7 @@ def table1(records: pd.DataFrame) -> pd.DataFrame:
     paper = published(1).assign(origin="published").set_index(["origin", "method"])
     ours = reproduced(records)
     names = {benchmark: column for column, benchmark in COLUMNS.items()}
-    ours["column"] = [names.get(dataset) or f"{_short(dataset)} (n={int(n)})" for dataset, n in zip(ours["dataset"], ours["images"])]
-    ours.loc[ours["dataset"].isin(names), "column"] += [f" (n={int(n)})" for n in ours.loc[ours["dataset"].isin(names), "images"]]
+    ours["column"] = [f"{names.get(dataset) or _short(dataset)} (n={int(n)})" for dataset, n in zip(ours["dataset"], ours["images"])]
     ours["origin"] = ["reproduced, " + note if note else "reproduced" for note in ours["notes"]]
     wide = ours.pivot_table(index=["origin", "row"], columns="column", values="miou", sort=False)
     wide.index.names = ["origin", "method"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from fmbseg import jobs, losses, products
+from fmbseg import distributed, jobs, losses, products
 from fmbseg.alignment import Alignment
 from fmbseg.datasets import Sample
 from fmbseg.errors import DataError
@@ -32,7 +32,10 @@ class TrainResult:
 
 
 class PatchDataset(Dataset):
-    """One item a picture: (width, h, w) fp16 encoder patches and (h, w) int64 labels, -1 where unlabelled."""
+    """One item a picture: (width, h, w) fp16 encoder patches and (h, w) int64 labels, -1 where unlabelled.
+
+    Item None fills up a part of a batch: some picture's patches, all unlabelled.
+    """
 
     def __init__(self, samples: list[Sample], store: LabelStore, params: AlignParams, device: str):
         self.samples, self.store, self.params, self.device = samples, store, params, device
@@ -40,10 +43,11 @@ class PatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = self.samples[index]
+    def __getitem__(self, index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        sample = self.samples[index or 0]
         patches = products.encoder_patches(sample.image, self.params, self.device)
-        return patches, self.labels(sample, tuple(patches.shape[1:]))
+        labels = self.labels(sample, tuple(patches.shape[1:]))
+        return patches, torch.full_like(labels, -1) if index is None else labels
 
     def labels(self, sample: Sample, grid: tuple[int, int]) -> torch.Tensor:
         return patch_labels(self.store.read(sample), grid, self.params.min_labelled)
@@ -54,8 +58,9 @@ def _encode(sample: Sample, params: AlignParams, device: str) -> None:
 
 
 def prepare(samples: list[Sample], params: AlignParams, device: str = "cpu", workers: int = 1) -> None:
-    """Encode every picture once, on disk, in several processes."""
-    jobs.each(partial(_encode, params=params, device=device), samples, "encoder patches", workers)
+    """Encode every picture once, on disk, in several processes; under torchrun each rank its share of them."""
+    jobs.each(partial(_encode, params=params, device=device), distributed.share(samples), "encoder patches", workers)
+    distributed.wait()
 
 
 def loss_function(params: LossParams) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -87,11 +92,18 @@ def labelled_classes(data: PatchDataset) -> tuple[int, ...]:
 
 
 def train(
-    samples: list[Sample], store: LabelStore, texts: ClassTexts, params: AlignParams, seed: int = 0, device: str = "cpu"
+    samples: list[Sample],
+    store: LabelStore,
+    texts: ClassTexts,
+    params: AlignParams,
+    seed: int = 0,
+    device: str = "cpu",
+    initial: Alignment | None = None,
 ) -> TrainResult:
     """Train M on the pictures' pseudo labels: SGD, cosine to zero, 5 pictures a batch (Sec. 4.1).
 
     texts: of the whole vocabulary; the loss uses those of the classes that occur. The same seed gives the same module.
+    initial: a trained module to go on from (fine-tuning), in place of a new one; it is left as it is. Under torchrun every rank takes its part of each batch, and all end with the same module.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -101,32 +113,40 @@ def train(
     column = torch.full((256,), -1)  # class index -> row of the prototypes; -1, which indexes the last, stays -1
     column[list(classes)] = torch.arange(len(classes))
 
-    alignment = Alignment(data[0][0].shape[0], prototypes.shape[1], ModuleParams(**params.part(ModuleParams)))
-    standardise(alignment, data)
+    if initial is None:
+        alignment = Alignment(data[0][0].shape[0], prototypes.shape[1], ModuleParams(**params.part(ModuleParams)))
+        standardise(alignment, data)
+    else:
+        alignment = copy.deepcopy(initial)
     alignment.to(device).train()
+    network = distributed.parallel(alignment)
     loss_of = loss_function(params)
     optimiser = _optimiser(alignment, params)
-    loader = DataLoader(data, params.images_per_batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.Generator().manual_seed(seed + distributed.rank())
+    batches = BatchSampler(RandomSampler(data, generator=generator), params.images_per_batch, drop_last=False)
+    loader = DataLoader(data, batch_sampler=distributed.Share(batches), generator=generator)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.epochs * len(loader))
 
     steps: list[dict[str, float]] = []
-    with tqdm(total=params.epochs * len(loader), desc="training", unit="step", mininterval=2.0) as progress:
+    with jobs.progress(params.epochs * len(loader), "training", "step") as bar:
         for epoch in range(params.epochs):
             for patches, labels in loader:
-                z = alignment(patches.float().to(device)).permute(0, 2, 3, 1).flatten(0, 2)
-                y = column[labels.flatten()].to(device)
+                z = network(patches.float().to(device)).permute(0, 2, 3, 1).flatten(0, 2)
+                y = column[labels.flatten()]
+                if params.patch_share < 1:
+                    y[torch.rand(len(y), generator=drawn) >= params.patch_share] = -1
+                y = y.to(device)
+                loss, value, count = distributed.batch_loss(loss_of, z, y, prototypes, params.negatives == "batch")
                 rate = optimiser.param_groups[0]["lr"]
-                if (y >= 0).any():
-                    loss = loss_of(z[y >= 0], y[y >= 0], prototypes)
+                if count:
                     optimiser.zero_grad()
                     loss.backward()
                     optimiser.step()
                     schedule.step()
-                    steps.append(
-                        {"step": len(steps), "epoch": epoch, "loss": loss.item(), "learning_rate": rate, "patches": int((y >= 0).sum())}
-                    )
-                    progress.set_postfix(loss=f"{steps[-1]['loss']:.3f}", refresh=False)
-                progress.update()
+                    steps.append({"step": len(steps), "epoch": epoch, "loss": value, "learning_rate": rate, "patches": count})
+                    bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                bar.update()
     return TrainResult(alignment.cpu().eval(), steps, classes, time.perf_counter() - started)
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 from fmbseg import cli, datasets, steps, storage, weights
-from fmbseg.params import TrainNotebook
+from fmbseg.notebooks import TrainNotebook
 
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "doctor")
 
@@ -204,6 +204,22 @@ def test_label_in_shards_and_evaluate(trained, capsys, monkeypatch, tmp_path):
         "evaluate-dense-drawn.json",
         "evaluate-fmbseg-drawn.json",
     ]
+
+
+def test_label_says_how_many_failed_and_where_the_reasons_are(trained, capsys, monkeypatch, tmp_path):
+    home, _, image = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/broken.png").write_bytes(b"no picture")
+    (tmp_path / "in/whole.png").write_bytes(image.read_bytes() + b" ")
+    arguments = ["label", str(tmp_path / "in"), "--profile", "smoke", "--out", str(tmp_path / "labels")]
+    status, out, _ = told(capsys, *arguments)
+    assert status == 0 and "1 of 2 photographs labelled" in out
+    assert f"1 failed; the reasons are in {tmp_path / 'labels/failed'}" in out
+    assert "cannot be read" in storage.read_json(tmp_path / "labels/failed/broken.json")["reason"]
+    (tmp_path / "in/broken.png").unlink()
+    status, out, _ = told(capsys, *arguments)
+    assert status == 0 and "1 of 1 photographs labelled" in out and "failed;" not in out
 
 
 def test_default_module_lies_in_the_profiles_place(own_home):

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from fmbseg import params, records, reproduce, steps, storage
+from fmbseg import notebooks, records, reproduce, steps, storage
 from fmbseg.errors import ParameterError
-from fmbseg.params import TrainNotebook
+from fmbseg.notebooks import TrainNotebook
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -22,7 +22,7 @@ def code_of(notebook):
 
 
 def test_every_notebook_has_a_schema():
-    assert {p.stem for p in PATHS} == set(params.NOTEBOOKS) and len(PATHS) >= 6
+    assert {p.stem for p in PATHS} == set(notebooks.NOTEBOOKS) and len(PATHS) >= 6
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -72,7 +72,7 @@ def reproduced(project):
 @pytest.mark.minutes
 def test_all_notebooks_run_and_write_the_table(project, reproduced):
     assert reproduced == project / "results" / "smoke"
-    for name in params.NOTEBOOKS:
+    for name in notebooks.NOTEBOOKS:
         executed = nbformat.read(reproduced / "notebooks" / f"{name}.ipynb", as_version=4)
         cells = code_of(executed)
         assert all(cell.execution_count for cell in cells if cell.source) and not [

@@ -2,9 +2,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fmbseg import params, profiles
+from fmbseg import notebooks, params, profiles
 from fmbseg.errors import ParameterError
-from fmbseg.params import EvaluateNotebook, FeatureParams, LossParams, OptimiserParams, QueryParams, TrainNotebook
+from fmbseg.notebooks import EvaluateNotebook, TrainNotebook
+from fmbseg.params import FeatureParams, LossParams, OptimiserParams, QueryParams
 
 NOTEBOOK = "04_train_alignment"
 
@@ -36,14 +37,14 @@ def project(tmp_path, monkeypatch):
 
 
 def test_defaults_are_valid_and_literal():
-    for schema in params.NOTEBOOKS.values():
+    for schema in notebooks.NOTEBOOKS.values():
         schema()
     assert (LossParams().temperature, LossParams().text_weight, LossParams().image_weight) == (1.0, None, None)
     assert (OptimiserParams().images_per_batch, OptimiserParams().epochs, QueryParams().points) == (5, 10, 5)
 
 
 def test_every_parameter_is_described():
-    for schema in params.NOTEBOOKS.values():
+    for schema in notebooks.NOTEBOOKS.values():
         assert all(f.description for f in schema.model_fields.values())
 
 

@@ -25,7 +25,8 @@ def pins():
 
 
 def test_every_dependency_is_pinned_within_its_range():
-    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+    extras = PROJECT["optional-dependencies"]
+    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *extras["dev"], *extras["ray"]]]
     pinned = pins()
     assert len(wanted) > 20 and {canonicalize_name(w.name) for w in wanted} == set(pinned)
     for one in wanted:
@@ -39,7 +40,9 @@ def test_conda_makes_the_same_environment():
     (pip,) = [d["pip"] for d in described["dependencies"] if isinstance(d, dict)]
     assert described["name"] == "fmbseg" and plain == ["python=3.11", "pip"]
     assert (
-        pip[0] == "-c constraints.txt" and pip.index("torch") < pip.index("-e .[dev]") and pip.index("torchvision") < pip.index("-e .[dev]")
+        pip[0] == "-c constraints.txt"
+        and pip.index("torch") < pip.index("-e .[dev,ray]")
+        and pip.index("torchvision") < pip.index("-e .[dev,ray]")
     )
     assert PROJECT["requires-python"] == ">=3.11"
 
@@ -47,7 +50,7 @@ def test_conda_makes_the_same_environment():
 def test_make_installs_torch_and_torchvision_together_first():
     text = (ROOT / "Makefile").read_text()
     installs = [line for line in text.splitlines() if "pip install" in line]
-    assert "torch torchvision" in installs[0] and '".[dev]"' in installs[-1] and all("-c constraints.txt" in line for line in installs)
+    assert "torch torchvision" in installs[0] and '".[dev,ray]"' in installs[-1] and all("-c constraints.txt" in line for line in installs)
     assert "python3.11" in text and all(re.search(rf"^{target}:", text, re.M) for target in ("tables", "test", "setup"))
 
 
@@ -64,7 +67,15 @@ def test_every_import_is_a_declared_dependency():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 used.add(node.module.split(".")[0])
     third = {canonicalize_name(names.get(name, name)) for name in used - set(sys.stdlib_module_names) - {"fmbseg"}}
-    assert third <= declared and "torch" in third
+    assert third - {"ray"} <= declared and "torch" in third
+
+
+def test_an_extra_is_imported_only_where_it_is_used():
+    """Ray is optional: no module imports it at its top, one function of one module does, and says how to install it."""
+    users = [p.name for p in MODULES if re.search(r"^\s*(import|from) ray\b", p.read_text(), re.M)]
+    assert users == ["cluster.py"] and "ray" in {Requirement(d).name for d in PROJECT["optional-dependencies"]["ray"]}
+    top = ast.parse((ROOT / "fmbseg/cluster.py").read_text()).body
+    assert not [node for node in top if isinstance(node, ast.Import) and node.names[0].name == "ray"]
 
 
 def kept_files():

@@ -393,7 +393,7 @@ def pictures(tmp_path_factory):
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +415,30 @@ def test_a_broken_picture_stops_no_other(pictures, smoke, own_home, tmp_path, un
     store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", vocabulary.label_space("voc20"), smoke(LabelParams))
     assert len(failures) == 1 and "broken.png: cannot be read as a picture" in failures[0].reason
     assert [store.has(s) for s in mixed] == [True, False, True]
-    assert files(tmp_path / "labels")["drawn_1.png"] == uninterrupted["drawn_1.png"]
+    made = files(tmp_path / "labels")
+    assert made["drawn_1.png"] == uninterrupted["drawn_1.png"] and [name for name in made if name.startswith("failed/")] == [
+        "failed/broken.json"
+    ]
+    assert storage.read_json(store.failed / "broken.json") == {"image": str(broken), "reason": failures[0].reason}
+
+
+def test_a_failure_is_forgotten_when_a_later_run_succeeds(pictures, smoke, own_home, tmp_path):
+    broken, space, params = tmp_path / "broken.png", vocabulary.label_space("voc20"), smoke(LabelParams)
+    broken.write_bytes(b"no picture")
+    store, failures = pseudo_labels.label_collection([Sample("broken", broken)], tmp_path / "labels", space, params)
+    assert len(failures) == 1 and (store.failed / "broken.json").is_file()
+    broken.write_bytes(pictures[0].image.read_bytes())
+    store, failures = pseudo_labels.label_collection([Sample("broken", broken)], tmp_path / "labels", space, params)
+    assert not failures and store.has(Sample("broken", broken)) and not list(store.failed.iterdir())
+
+
+def test_memory_that_ran_out_is_one_pictures_failure(pictures, smoke, own_home, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("out of\nmemory")
+
+    monkeypatch.setattr(pseudo_labels, "label_picture", exhausted)
+    store, failures = pseudo_labels.label_collection(pictures[:2], tmp_path / "labels", vocabulary.label_space("voc20"), smoke(LabelParams))
+    assert [f.reason for f in failures] == ["out of memory"] * 2 and len(list(store.failed.iterdir())) == 2
 
 
 def test_a_picture_that_is_gone_stops_no_other(pictures, smoke, own_home, tmp_path):

@@ -277,7 +277,7 @@ def test_evaluation_is_the_direct_computation_and_is_kept(method, drawn, module,
     (record,) = evaluation.evaluate(method, [drawn], params, str(module))
     counts, confusion = Confusion(4), np.zeros((4, 5), dtype=int)
     for sample in (drawn.samples[0], drawn.samples[2], drawn.samples[4]):
-        (prediction,) = evaluation.predict(method, sample, [drawn.space], params, str(module), "cpu")
+        (prediction,) = evaluation.predict(method, [(sample, drawn.space)], params, str(module), "cpu")
         assert prediction.shape == sample.truth().shape and prediction.dtype == np.uint8
         counts.add(sample.truth(), prediction)
         for t, p in zip(sample.truth().ravel(), prediction.ravel()):
@@ -299,7 +299,7 @@ def test_shared_pictures_go_through_the_model_once(drawn, smoke, own_home, monke
     monkeypatch.setattr(
         evaluation,
         "predict",
-        lambda method, sample, spaces, *rest: seen.append((sample.name, len(spaces))) or predict(method, sample, spaces, *rest),
+        lambda method, columns, *rest: seen.append((columns[0][0].name, len(columns))) or predict(method, columns, *rest),
     )
     records = evaluation.evaluate("dense_high_resolution", [drawn, other], smoke(EvaluateParams))
     assert [(r.dataset, r.images) for r in records] == [("drawn", 6), ("other", 2)]
@@ -339,5 +339,5 @@ def test_stage1_as_a_prediction_folds_the_background_words(drawn, smoke, monkeyp
     labels = np.array([[0, 1, 2, 3, 255]], dtype=np.uint8)
     monkeypatch.setattr(evaluation.pseudo_labels, "label_picture", lambda *_: PseudoLabel(labels, [], [], []))
     params = smoke(EvaluateParams)
-    assert evaluation.predict("stage1", drawn.samples[0], [space], params, "", "cpu")[0].tolist() == [[0, 0, 1, 2, 0]]
-    assert evaluation.predict("stage1", drawn.samples[0], [drawn.space], params, "", "cpu")[0].tolist() == [[0, 1, 2, 3, 255]]
+    assert evaluation.predict("stage1", [(drawn.samples[0], space)], params, "", "cpu")[0].tolist() == [[0, 0, 1, 2, 0]]
+    assert evaluation.predict("stage1", [(drawn.samples[0], drawn.space)], params, "", "cpu")[0].tolist() == [[0, 1, 2, 3, 255]]

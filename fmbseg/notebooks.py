@@ -1,0 +1,119 @@
+"""The schema of every notebook: the steps it depends on, and what only it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fmbseg.params import (
+    AlignParams,
+    CollectionParams,
+    Count,
+    DetectParams,
+    EvaluateParams,
+    FeatureParams,
+    Float,
+    LabelParams,
+    Names,
+    Params,
+    RunParams,
+    Seeds,
+    make,
+)
+
+
+class FeaturesNotebook(RunParams, CollectionParams, FeatureParams, DetectParams):
+    examples: Count = Field(3, description="photographs shown")
+
+
+class StageNotebook(RunParams, LabelParams):
+    examples: Count = Field(3, description="photographs shown")
+
+
+class TrainNotebook(RunParams, LabelParams, AlignParams):
+    examples: Count = Field(3, description="photographs shown")
+
+
+class BenchmarkParams(Params):
+    """Which columns are measured."""
+
+    benchmarks: Names = Field(
+        ("voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"), description="columns"
+    )
+
+
+class EvaluateNotebook(RunParams, EvaluateParams, BenchmarkParams):
+    methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
+    examples: Count = Field(2, description="photographs shown a benchmark")
+
+
+Variants = dict[str, dict[str, Any]]
+
+
+class CompareNotebook(RunParams, EvaluateParams, BenchmarkParams):
+    """Modules trained on the same pseudo labels for the same number of steps, each with several seeds."""
+
+    variants: Variants = Field(description="name: {parameter: value, ...}, one line a variant")
+    baseline: str = Field(description="the variant that the others are compared with, seed by seed")
+    seeds: Seeds = Field((0, 1, 2), description="every variant is trained once with each")
+
+    @model_validator(mode="after")
+    def _known(self) -> CompareNotebook:
+        allowed = set(AlignParams.model_fields) - {"epochs", "images_per_batch"}
+        for name, settings in self.variants.items():
+            for key in settings.keys() - allowed:
+                raise ValueError(f"variant {name!r} sets {key!r}; a variant may set {', '.join(sorted(allowed))}")
+            make(AlignParams, self.part(AlignParams) | settings, f"variant {name!r}")
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline = {self.baseline!r} is none of the variants {', '.join(self.variants)}")
+        return self
+
+
+class ArchitectureNotebook(CompareNotebook):
+    variants: Variants = Field(
+        {"linear": {"module": "linear"}, "mlp": {"module": "mlp"}, "transformer": {"module": "transformer"}},
+        description="name: {parameter: value, ...}, one line a variant",
+    )
+    baseline: str = Field("transformer", description="the variant that the others are compared with, seed by seed")
+    encoders: Names = Field((), description="frozen encoders to be compared by the same run")
+
+
+class LossNotebook(CompareNotebook):
+    variants: Variants = Field(
+        {"supcon": {"loss": "supcon"}, "prototype": {"loss": "prototype"}, "tsupcon": {"loss": "tsupcon"}},
+        description="name: {parameter: value, ...}, one line a variant",
+    )
+    baseline: str = Field("tsupcon", description="the variant that the others are compared with, seed by seed")
+
+
+class StagesNotebook(RunParams, EvaluateParams, BenchmarkParams):
+    examples: Count = Field(2, description="photographs shown")
+
+
+class FineTuneNotebook(RunParams, EvaluateParams, BenchmarkParams):
+    """A trained module, trained on with pseudo labels of a target set's own photographs (the paper's appendix)."""
+
+    target_photographs: str = Field("", description="unlabelled photographs of the target set: a collection's name or a folder")
+    target_vocabulary: str = Field("", description="the target's classes: a label space's name, or a text file with a word a line")
+    target_limit: int | None = Field(None, ge=1, description="how many of the photographs, evenly spread; none: all")
+    fine_tune_epochs: Count = Field(5, description="ours: the paper's appendix is not at hand")
+    fine_tune_rate: Float = Field(0.01, gt=0, description="ours: learning rate, lower than the first training's")
+
+
+class TablesNotebook(RunParams):
+    pass
+
+
+NOTEBOOKS: dict[str, type[RunParams]] = {
+    "01_feature_extraction": FeaturesNotebook,
+    "02_stage_1_1_query_sam": StageNotebook,
+    "03_stage_1_2_label_masks": StageNotebook,
+    "04_train_alignment": TrainNotebook,
+    "05_evaluate": EvaluateNotebook,
+    "06_ablate_architecture": ArchitectureNotebook,
+    "07_ablate_loss": LossNotebook,
+    "10_compare_stages": StagesNotebook,
+    "11_fine_tune": FineTuneNotebook,
+    "08_tables": TablesNotebook,
+}
