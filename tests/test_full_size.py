@@ -8,7 +8,7 @@ import torch
 
 from fmbseg import datasets, products, steps, storage, vocabulary
 from fmbseg.backbones import clip, encoder, sam
-from fmbseg.params import EvaluateNotebook, TrainNotebook
+from fmbseg.notebooks import EvaluateNotebook, TrainNotebook
 
 MODELS = {"clip": "random:ViT-L-14-quickgelu", "sam": "random:sam_vith", "encoder": "random:dinov2_vitl14"}
 SMALL = {"short_side": 224, "crop_size": 224, "crop_stride": 112, "image_size": 224, "points_per_side": 1, "points": 1}
@@ -33,11 +33,11 @@ def few_models():
 def test_one_picture_through_every_step(few_models, smoke, own_home, tmp_path):
     values = MODELS | SMALL | {"results_dir": str(tmp_path), "vocabulary": "voc20", "profile": "smoke"}
     p = smoke(TrainNotebook, **values)
-    model = sam.load_sam(p.sam).model  # SAM's pictures are 1024 px: a quarter of a minute of ViT-H at 256 px is enough here
-    model.image_encoder.pos_embed = torch.nn.Parameter(model.image_encoder.pos_embed[:, :16, :16].detach(), requires_grad=False)
-    model.image_encoder.img_size = 256
-    model.prompt_encoder.image_embedding_size, model.prompt_encoder.input_image_size = (16, 16), (256, 256)
-    sam.load_sam(p.sam)._predictor.transform.target_length = 256
+    model = sam.load_sam(p.sam).model  # its pictures are 1024 px, which ViT-H needs minutes for: here 224
+    model.image_encoder.pos_embed = torch.nn.Parameter(model.image_encoder.pos_embed[:, :14, :14].detach(), requires_grad=False)
+    model.image_encoder.img_size = 224
+    model.prompt_encoder.image_embedding_size, model.prompt_encoder.input_image_size = (14, 14), (224, 224)
+    sam.load_sam(p.sam)._predictor.transform.target_length = 224
 
     (sample,) = datasets.load_collection("drawn")[:1]
     features = products.clip_features(sample.image, p)
