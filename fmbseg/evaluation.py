@@ -43,16 +43,22 @@ METHODS = {
 
 
 def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
-    """The benchmark's classes with the background rule of the protocol applied (ours: which stuff words)."""
-    if params.background_words == "stuff":
-        return dataset.space.with_background_words(vocabulary.BACKGROUND_WORDS)
-    return dataset.space
+    """The benchmark's classes with the background rule of the protocol applied (ours: which stuff words).
+
+    Raises ParameterError for a list of words that is empty or repeats one.
+    """
+    if params.background_words == "name":
+        return dataset.space
+    words = vocabulary.BACKGROUND_WORDS
+    if params.background_words != "stuff":
+        words = vocabulary.own_words(params.background_words, "background_words").names
+    return dataset.space.with_background_words(words)
 
 
 @functools.lru_cache(maxsize=32)  # the models behind them are shared
 def _segmenter(method: str, module: str, params: EvaluateParams, device: str) -> Segmenter:
     if method == "fmbseg":
-        return Segmenter.load(module, device, params)
+        return Segmenter.load(module, device, params, params.templates)
     side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
     clip = products.load_clip(params.clip, device, side, params.precision)
     return Segmenter(DenseClip(clip, params.path, params.dense_enlarge), clip, params, params.templates)
@@ -89,11 +95,14 @@ def predict(method: str, columns: Columns, params: EvaluateParams, module: str, 
         return [_stage1(sample, space, staged, device, given) for sample, space in columns]
     if method == "dense_high_resolution":
         features = products.clip_features(path, params, device)
-        return [label_map(class_similarity(features, products.texts_of(space, params, device)), features.size) for space in spaces]
+        similar = [class_similarity(features, products.texts_of(space, params, device)) for space in spaces]
+        return [label_map(one, features.size, interpolation=params.interpolation) for one in similar]
     segmenter = _segmenter(method, module, params, device)
     aligned = method == "fmbseg"
     embedded = segmenter.aligned(_patches(path, segmenter)) if aligned else segmenter.embed(images.read_image(path))
-    return [label_map(segmenter.similarity(embedded, segmenter.texts(space)), embedded.size) for space in spaces]
+    return [
+        label_map(segmenter.similarity(embedded, segmenter.texts(s)), embedded.size, interpolation=params.interpolation) for s in spaces
+    ]
 
 
 def _patches(path: Path, segmenter: Segmenter) -> EmbeddedImage:
@@ -153,6 +162,8 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     if method.removesuffix(GIVEN) in STAGES:
         weights.append(products.sam_of(params, device).key)
     used = params.content(*{"fmbseg": (SegmentParams,), "dense": (SegmentParams, FeatureParams, DetectParams)}.get(method, (LabelParams,)))
+    used |= {"interpolation": params.interpolation} if method == "dense_high_resolution" else {}
+    used |= {"templates": params.templates} if method == "fmbseg" else {}
     used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}
     if method == "fmbseg":
         if not Path(module).is_file():
