@@ -69,14 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE.safetensors", help="where the module is written (default: the profile's place in the cache)"
     )
 
-    sub = command("evaluate", commands.evaluate, "Every method on every benchmark that is here; one record each.")
+    sub = command(
+        "evaluate",
+        commands.evaluate,
+        "Every method on every benchmark that is here; one record each.",
+        "A stopped run goes on where it was. Several machines: give each its --shard, bring the shard files together, then --merge.",
+    )
     common(sub)
-    sub.add_argument("--data-root", help="folder of the benchmarks in their official layouts")
+    sub.add_argument("--data-root", "--data", help="folder of the benchmarks in their official layouts")
     sub.add_argument("--benchmarks", nargs="+", help="such as voc20 voc21 folder:NAME")
     sub.add_argument("--methods", nargs="+", help="dense, dense_high_resolution, stage1.1, stage1.2, stage1, fmbseg")
     sub.add_argument("--module", type=Path, help="trained module (default: the profile's)")
     sub.add_argument("--limit", type=int, help="how many images a benchmark, evenly spread")
     sub.add_argument("--workers", type=int, help="processes of one thread each")
+    sub.add_argument("--shard", type=int, help="count this part of the pictures only, from 0 ...")
+    sub.add_argument("--num-shards", type=int, help="... of so many")
+    sub.add_argument("--merge", nargs="*", metavar="FOLDER", help="add up the shards under these folders (default: the profile's) instead")
 
     sub = command(
         "segment",

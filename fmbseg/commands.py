@@ -98,9 +98,14 @@ def evaluate(options: argparse.Namespace) -> None:
         methods=options.methods,
         eval_limit=options.limit,
         workers=options.workers,
+        shard=options.shard,
+        num_shards=options.num_shards,
     )
-    frame = steps.evaluate(steps.benchmarks(p), p, options.module)
-    print(frame[["dataset", "method", "images", "miou", "precision", "coverage", "notes"]].to_string(index=False))
+    frame = steps.evaluate(steps.benchmarks(p), p, options.module) if options.merge is None else steps.merge(p, options.merge)
+    if p.num_shards > 1 and options.merge is None:
+        print(f"counts of shard {p.shard} of {p.num_shards} written to {steps.shard_folder(p)}; add all up with: fmbseg evaluate --merge")
+    columns = ["dataset", "method", "images", "miou", "precision", "coverage", "notes"]
+    print(frame[[column for column in columns if column in frame]].to_string(index=False))
 
 
 def segment(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmbseg import images, jobs, products, pseudo_labels, records, storage, vocabulary
+from fmbseg import images, jobs, products, pseudo_labels, records, shards, storage, vocabulary
 from fmbseg.alignment import load as load_alignment
 from fmbseg.datasets import Dataset, Sample
 from fmbseg.errors import DataError, ParameterError
@@ -43,16 +43,22 @@ METHODS = {
 
 
 def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
-    """The benchmark's classes with the background rule of the protocol applied (ours: which stuff words)."""
-    if params.background_words == "stuff":
-        return dataset.space.with_background_words(vocabulary.BACKGROUND_WORDS)
-    return dataset.space
+    """The benchmark's classes with the background rule of the protocol applied (ours: which stuff words).
+
+    Raises ParameterError for a list of words that is empty or repeats one.
+    """
+    if params.background_words == "name":
+        return dataset.space
+    words = vocabulary.BACKGROUND_WORDS
+    if params.background_words != "stuff":
+        words = vocabulary.own_words(params.background_words, "background_words").names
+    return dataset.space.with_background_words(words)
 
 
 @functools.lru_cache(maxsize=32)  # the models behind them are shared
 def _segmenter(method: str, module: str, params: EvaluateParams, device: str) -> Segmenter:
     if method == "fmbseg":
-        return Segmenter.load(module, device, params)
+        return Segmenter.load(module, device, params, params.templates)
     side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
     clip = products.load_clip(params.clip, device, side, params.precision)
     return Segmenter(DenseClip(clip, params.path, params.dense_enlarge), clip, params, params.templates)
@@ -89,11 +95,14 @@ def predict(method: str, columns: Columns, params: EvaluateParams, module: str, 
         return [_stage1(sample, space, staged, device, given) for sample, space in columns]
     if method == "dense_high_resolution":
         features = products.clip_features(path, params, device)
-        return [label_map(class_similarity(features, products.texts_of(space, params, device)), features.size) for space in spaces]
+        similar = [class_similarity(features, products.texts_of(space, params, device)) for space in spaces]
+        return [label_map(one, features.size, interpolation=params.interpolation) for one in similar]
     segmenter = _segmenter(method, module, params, device)
     aligned = method == "fmbseg"
     embedded = segmenter.aligned(_patches(path, segmenter)) if aligned else segmenter.embed(images.read_image(path))
-    return [label_map(segmenter.similarity(embedded, segmenter.texts(space)), embedded.size) for space in spaces]
+    return [
+        label_map(segmenter.similarity(embedded, segmenter.texts(s)), embedded.size, interpolation=params.interpolation) for s in spaces
+    ]
 
 
 def _patches(path: Path, segmenter: Segmenter) -> EmbeddedImage:
@@ -121,27 +130,27 @@ class Task:
 
 def _count(
     task: Task, runs: tuple[tuple[str, str, str], ...], spaces: tuple[LabelSpace, ...], params: EvaluateParams, device: str
-) -> list[list[Confusion]]:
-    """The picture's own confusion matrices, for every run and each of its columns, from disk where they are there.
+) -> list[list[np.ndarray]]:
+    """The picture's own counts, for every run and each of its columns, from disk where they are there.
 
-    runs: (method, module, key of all that its predictions depend on) each.
+    runs: (method, module, key of all that its predictions depend on) each. Counts are as ``Confusion.nonzero`` gives them.
     """
     columns = [(sample, spaces[i]) for i, _, sample in task.columns]
     sources = [(name, space.prompts) for (_, name, _), (_, space) in zip(task.columns, columns)]
     counted = []
     for method, module, content in runs:
-        store = storage.Store(storage.home() / "cache" / "counts", ".safetensors", content, sources)
+        store = storage.Store(storage.home() / "cache" / "counts", ".safetensors", "nonzero", content, sources)
 
         def make(target: Path, method: str = method, module: str = module) -> None:
             tensors = {}
             for i, ((sample, space), prediction) in enumerate(zip(columns, predict(method, columns, params, module, device))):
                 counts = Confusion(len(space))
                 counts.add(sample.truth(), prediction)
-                tensors[str(i)] = torch.from_numpy(counts.counts)
+                tensors[str(i)] = torch.from_numpy(counts.nonzero())
             storage.write_tensors(target, tensors)
 
         tensors = storage.read_tensors(store.get(task.image, make))[0]
-        counted.append([Confusion(len(space), tensors[str(i)].numpy()) for i, (_, space) in enumerate(columns)])
+        counted.append([tensors[str(i)].numpy() for i in range(len(columns))])
     return counted
 
 
@@ -153,6 +162,8 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     if method.removesuffix(GIVEN) in STAGES:
         weights.append(products.sam_of(params, device).key)
     used = params.content(*{"fmbseg": (SegmentParams,), "dense": (SegmentParams, FeatureParams, DetectParams)}.get(method, (LabelParams,)))
+    used |= {"interpolation": params.interpolation} if method == "dense_high_resolution" else {}
+    used |= {"templates": params.templates} if method == "fmbseg" else {}
     used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}
     if method == "fmbseg":
         if not Path(module).is_file():
@@ -175,29 +186,51 @@ def evaluate_modules(
     method: str, modules: Sequence[str], datasets: Sequence[Dataset], params: EvaluateParams, device: str = "cpu", workers: int = 1
 ) -> list[list[records.Record]]:
     """``evaluate`` for several modules of one encoder: one list each. The encoder sees every picture once for all of them."""
+    return [[part.record for part in parts] for parts in evaluate_parts(method, modules, datasets, params, device, workers)]
+
+
+def evaluate_parts(
+    method: str,
+    modules: Sequence[str],
+    datasets: Sequence[Dataset],
+    params: EvaluateParams,
+    device: str = "cpu",
+    workers: int = 1,
+    shard: int = 0,
+    num_shards: int = 1,
+) -> list[list[shards.Part]]:
+    """``evaluate_modules`` on every ``num_shards``-th picture from ``shard``, with the confusion matrices behind the records.
+
+    Raises ParameterError for a shard that is none of 0..num_shards-1.
+    """
     started = time.perf_counter()
     params = EvaluateParams(**params.part(EvaluateParams))  # what a notebook has beside does not matter here
     runs = tuple((method, module, method_key(method, params, module, device)) for module in modules)
     spaces = tuple(protocol_space(d, params) for d in datasets)
+    chosen = [jobs.spread(dataset.samples, params.eval_limit) for dataset in datasets]
     columns: dict[Path, list[tuple[int, str, Sample]]] = {}
-    for i, dataset in enumerate(datasets):
-        for sample in jobs.spread(dataset.samples, params.eval_limit):
-            columns.setdefault(sample.image, []).append((i, dataset.name, sample))
-    tasks = [Task(image, tuple(found)) for image, found in columns.items()]
-    count = partial(_count, runs=runs, spaces=spaces, params=params, device=device)
-    done = jobs.each(count, tasks, f"{method} on {', '.join(d.name for d in datasets)}", workers)
+    for i, samples in enumerate(chosen):
+        for sample in samples:
+            columns.setdefault(sample.image, []).append((i, datasets[i].name, sample))
+    tasks = jobs.shard([Task(image, tuple(found)) for image, found in columns.items()], shard, num_shards)
     counts = [[Confusion(len(space)) for space in spaces] for _ in runs]
     numbers = [0] * len(datasets)
-    for task, counted in done.results:
+
+    def take(task: Task, counted: list[list[np.ndarray]]) -> None:
         for c, (i, _, _) in enumerate(task.columns):
             numbers[i] += 1
-            for of_run, confusions in zip(counts, counted):
-                of_run[i] = of_run[i] + confusions[c]
+            for of_run, pairs in zip(counts, counted):
+                of_run[i].add_nonzero(pairs[c])
+
+    count = partial(_count, runs=runs, spaces=spaces, params=params, device=device)
+    jobs.each(count, tasks, f"{method} on {', '.join(d.name for d in datasets)}", workers, take)
     seconds = (time.perf_counter() - started) / len(runs)
-    return [
-        [
-            records.of_evaluation(method, dataset, space, confusion, n, len(done.failures), params, module, seconds)
-            for dataset, space, confusion, n in zip(datasets, spaces, of_run, numbers)
-        ]
-        for (_, module, _), of_run in zip(runs, counts)
-    ]
+    made: list[list[shards.Part]] = []
+    for (_, module, content), of_run in zip(runs, counts):
+        made.append([])
+        for i, (dataset, space, confusion) in enumerate(zip(datasets, spaces, of_run)):
+            failed = sum(column == i for task in tasks for column, _, _ in task.columns) - numbers[i]
+            record = records.of_evaluation(method, dataset, space, confusion, numbers[i], failed, params, module, seconds)
+            key = storage.digest(content, dataset.name, space.prompts, [sample.name for sample in chosen[i]])
+            made[-1].append(shards.Part(record, confusion, shard, num_shards, len(chosen[i]), key))
+    return made

@@ -124,11 +124,11 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def resize_map(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Interpolate (batch, channel, height, width) maps to ``size``, bilinear, ``align_corners=False``."""
+def resize_map(maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
+    """Interpolate (batch, channel, height, width) maps to ``size``, ``align_corners=False``. mode: "bilinear" or "bicubic"."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size=tuple(size), mode=mode, align_corners=False)
 
 
 def normalise(images: np.ndarray | torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

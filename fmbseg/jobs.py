@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fmbseg import distributed
-from fmbseg.errors import FmbsegError
+from fmbseg.errors import FmbsegError, ParameterError
 
 T = TypeVar("T")
 
@@ -29,7 +29,12 @@ class Failure:
 
 
 def shard(items: Sequence[T], index: int, count: int) -> list[T]:
-    """Every ``count``-th item from ``index``: the shards of 0..count-1 hold each item once."""
+    """Every ``count``-th item from ``index``: the shards of 0..count-1 hold each item once.
+
+    Raises ParameterError for an index that is none of them.
+    """
+    if not 0 <= index < count:
+        raise ParameterError(f"shard = {index}, num_shards = {count}: shards are numbered 0 to {max(count - 1, 0)}")
     return list(items[index::count])
 
 
@@ -53,30 +58,44 @@ class Done:
     failures: list[Failure]
 
 
-def each(function: Callable[[T], Any], items: Sequence[T], title: str, workers: int = 1) -> Done:
+_TAKEN = object()
+
+
+def each(
+    function: Callable[[T], Any], items: Sequence[T], title: str, workers: int = 1, take: Callable[[T, Any], None] | None = None
+) -> Done:
     """``function`` on every item.
+
+    take: is given every item with its result as it comes, in any order; then no result is kept, and memory does not
+    grow with the items.
 
     With several workers, each is a process of one thread (two of one thread beat one of two on a CPU), so the
     function and its items must be importable and picklable.
     An item that raises an EXPECTED error (one of our own, or memory that ran out) is a failure; any other stops the run.
     """
     outcomes: list[Any] = [None] * len(items)
+
+    def settle(i: int, outcome: Any) -> None:
+        if take is not None and not isinstance(outcome, Failure):
+            take(items[i], outcome)
+            outcome = _TAKEN
+        outcomes[i] = outcome
+        bar.update()
+
     with progress(len(items), title) as bar:
         if workers == 1 or len(items) < 2:
             for i, item in enumerate(items):
-                outcomes[i] = _guarded(function, item)
-                bar.update()
+                settle(i, _guarded(function, item))
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_one_thread) as pool:
                 futures = {pool.submit(_guarded, function, item): i for i, item in enumerate(items)}
                 for future in as_completed(futures):
-                    outcomes[futures[future]] = future.result()
-                    bar.update()
+                    settle(futures.pop(future), future.result())
     failures = [o for o in outcomes if isinstance(o, Failure)]
     for failure in failures:
         tqdm.write(f"left out {failure.item}: {failure.reason}")
-    return Done([(i, o) for i, o in zip(items, outcomes) if not isinstance(o, Failure)], failures)
+    return Done([(i, o) for i, o in zip(items, outcomes) if o is not _TAKEN and not isinstance(o, Failure)], failures)
 
 
 def _guarded(function: Callable[[T], Any], item: T) -> Any:

@@ -41,6 +41,15 @@ class Confusion:
         flat = np.bincount(truth * (self.classes + 1) + prediction, minlength=self.counts.size)
         self.counts += flat.reshape(self.counts.shape)
 
+    def nonzero(self) -> np.ndarray:
+        """(2, n) int64, positions in the flattened matrix and their counts: a picture fills few of them."""
+        where = np.flatnonzero(self.counts)
+        return np.stack([where, self.counts.flat[where]])
+
+    def add_nonzero(self, pairs: np.ndarray) -> None:
+        """Add what ``nonzero`` gave of another matrix over the same classes."""
+        self.counts.flat[pairs[0]] += pairs[1]
+
     def __add__(self, other: Confusion) -> Confusion:
         """The matrix of both: shards add up to exactly the whole."""
         return Confusion(self.classes, self.counts + other.counts)

@@ -45,6 +45,8 @@ class BenchmarkParams(Params):
 
 class EvaluateNotebook(RunParams, EvaluateParams, BenchmarkParams):
     methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
+    shard: int = Field(0, ge=0, description="which part of the pictures this run counts, from 0 ...")
+    num_shards: Count = Field(1, description="... of so many; add them up with: fmbseg evaluate --merge")
     examples: Count = Field(2, description="photographs shown a benchmark")
 
 

@@ -26,7 +26,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-SPEED_ONLY = {"crop_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
+SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
 SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
 COLLECTION_ONLY = {"photographs", "limit", "eval_limit"}  # which pictures, not what is made of each
 
@@ -173,8 +173,10 @@ class SegmentParams(ModelParams):
     segment_long_limit: Count = Field(2048, description="the picture's long side at most")
     window: Count = Field(448, description="side of the sliding window in pixels")
     window_stride: Count = Field(224, description="pixels from one window to the next")
-    background_words: Literal["stuff", "name"] = Field(
-        "stuff", description="ours: class 0 of the columns with background: the stuff words of VOC-21, or the word itself"
+    window_batch: Count = Field(1, description="windows through the encoder at once")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of similarities, to the picture's own size")
+    background_words: Literal["stuff", "name"] | Names = Field(
+        "stuff", description="ours: class 0 of the columns with background: the stuff words of VOC-21, the word itself (name), or a list"
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -57,8 +58,12 @@ class Record:
 
     def write(self, folder: str | Path, name: str = "") -> Path:
         """Write it as JSON under ``folder``, named after kind, method and data set; returns the path."""
-        stem = name or "-".join(part for part in (self.kind, self.method, self.dataset.replace("/", "_").replace(":", "_")) if part)
-        return storage.write_json(Path(folder) / f"{stem}.json", dataclasses.asdict(self))
+        return storage.write_json(Path(folder) / f"{name or self.stem}.json", dataclasses.asdict(self))
+
+    @property
+    def stem(self) -> str:
+        """Its file's name, without the ending."""
+        return "-".join(part for part in (self.kind, self.method, self.dataset.replace("/", "_").replace(":", "_")) if part)
 
 
 def versions() -> dict[str, str]:
@@ -150,27 +155,38 @@ def of_evaluation(
     """The record of one number of Table 1."""
     from fmbseg.params import EvaluateParams, SegmentParams
 
-    iou = {name: None if value != value else round(100 * float(value), 3) for name, value in zip(space.names, confusion.iou())}
     protocol = params.part(SegmentParams) | {
         "templates": params.templates,
         "background": list(space.prompts[0]) if space.background else None,
     }
-    return Record(
+    record = Record(
         "evaluate",
         method,
         params.part(EvaluateParams),
         dataset.name,
         dataset.source,
-        images,
-        failed,
-        protocol,
-        round(confusion.miou(), 3),
-        round(confusion.precision(), 3),
-        round(confusion.coverage(), 3),
-        iou,
-        round(seconds, 1),
-        used_weights(params, module if method == "fmbseg" else ""),
+        protocol=protocol,
+        weights=used_weights(params, module if method == "fmbseg" else ""),
         notes=notes_of(params),
+    )
+    return counted(record, space.names, confusion, images, failed, seconds)
+
+
+def counted(record: Record, names: Sequence[str], confusion: Confusion, images: int, failed: int, seconds: float) -> Record:
+    """The record with the numbers of a confusion matrix over these classes; None where nothing was counted."""
+
+    def number(value: float) -> float | None:
+        return None if value != value else round(float(value), 3)
+
+    return dataclasses.replace(
+        record,
+        images=images,
+        failed=failed,
+        miou=number(confusion.miou()),
+        precision=number(confusion.precision()),
+        coverage=number(confusion.coverage()),
+        iou={name: number(100 * value) for name, value in zip(names, confusion.iou())},
+        seconds=round(seconds, 1),
     )
 
 
@@ -180,18 +196,19 @@ def load(folder: str | Path) -> pd.DataFrame:
     Raises DataError when there is none.
     """
     files = sorted(file for file in Path(folder).rglob("*.json") if not file.name.startswith("."))
-    rows = []
-    for file in files:
-        record = storage.read_json(file)
-        if not isinstance(record, dict) or "kind" not in record:
-            continue
-        row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))} | {
-            "file": str(file),
-            "notes": "; ".join(record["notes"]),
-        }
-        row |= {f"param.{k}": v for k, v in record["parameters"].items()}
-        row |= {f"iou.{k}": v for k, v in record["iou"].items()}
-        rows.append(row)
+    found = [(str(file), storage.read_json(file)) for file in files]
+    rows = [_row(record, file) for file, record in found if isinstance(record, dict) and "kind" in record]
     if not rows:
         raise DataError(f"{folder}: holds no record; run notebooks 04 and 05, or: fmbseg reproduce embedded")
     return pd.DataFrame(rows)
+
+
+def frame(made: Sequence[Record]) -> pd.DataFrame:
+    """Records as ``load`` gives them, without having been written."""
+    return pd.DataFrame([_row(dataclasses.asdict(record), "") for record in made])
+
+
+def _row(record: dict[str, Any], file: str) -> dict[str, Any]:
+    row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))} | {"file": file, "notes": "; ".join(record["notes"])}
+    row |= {f"param.{k}": v for k, v in record["parameters"].items()}
+    return row | {f"iou.{k}": v for k, v in record["iou"].items()}

@@ -110,14 +110,17 @@ class Segmenter:
         self._texts: dict[tuple, ClassTexts] = {}
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", params: SegmentParams | None = None) -> Segmenter:
-        """A trained module with the encoder and the image-text model that it was trained with."""
+    def load(cls, path: str | Path, device: str = "cpu", params: SegmentParams | None = None, templates: str | None = None) -> Segmenter:
+        """A trained module with the encoder and the image-text model that it was trained with.
+
+        templates: of the words at test time; none: those it was trained with.
+        """
         module, metadata = alignment_module.load(path)
         params = params or SegmentParams()
         encoder = load_encoder(metadata["encoder"], device, params.precision)
         embedder = AlignedEncoder(encoder, module, f"fmbseg {metadata['key']}", device)
         clip = load_clip(metadata["clip"], device, metadata.get("crop_input"), params.precision)
-        return cls(embedder, clip, params, metadata.get("templates", "one"))
+        return cls(embedder, clip, params, templates or metadata.get("templates", "one"))
 
     def texts(self, space: LabelSpace) -> ClassTexts:
         """Text features of a label space, encoded once."""
@@ -132,16 +135,16 @@ class Segmenter:
 
     @torch.inference_mode()
     def through_windows(self, image: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor]) -> EmbeddedImage:
-        """What a model, (1, height, width, 3) ``uint8`` -> (1, D, h, w), makes of every window."""
+        """What a model, (B, height, width, 3) ``uint8`` -> (B, D, h, w), makes of every window."""
         images.check_image(image)
         p = self.params
         scaled = images.resize(image, images.target_size(*image.shape[:2], p.segment_short_side, p.segment_long_limit))
         height, width = scaled.shape[:2]
         places = windows(height, width, p.window, p.window_stride)
         maps = []
-        for w in places:
-            pixels = torch.from_numpy(scaled[w.top : w.top + w.height, w.left : w.left + w.width].copy())
-            maps.append(model(pixels[None])[0].cpu())
+        pixels = [torch.from_numpy(scaled[w.top : w.top + w.height, w.left : w.left + w.width].copy()) for w in places]
+        for start in range(0, len(pixels), p.window_batch):  # windows of one picture are of one size
+            maps += model(torch.stack(pixels[start : start + p.window_batch])).cpu().unbind()
         return EmbeddedImage(image.shape[:2], (height, width), tuple(places), tuple(maps))
 
     def aligned(self, patches: EmbeddedImage) -> EmbeddedImage:
@@ -155,7 +158,7 @@ class Segmenter:
         tiles = []
         for window, z in zip(embedded.windows, embedded.maps):
             similar = texts.per_class(z.flatten(1).T @ texts.features.T).T.reshape(1, len(texts.names), *z.shape[1:])
-            tiles.append((window, resize_map(similar, (window.height, window.width))[0]))
+            tiles.append((window, resize_map(similar, (window.height, window.width), self.params.interpolation)[0]))
         return stitch(tiles, *embedded.scaled)
 
     def segment(
@@ -168,7 +171,7 @@ class Segmenter:
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
         similarity = self.similarity(self.embed(image), self.texts(space))
-        return Segmentation(label_map(similarity, image.shape[:2]), space, similarity)
+        return Segmentation(label_map(similarity, image.shape[:2], interpolation=self.params.interpolation), space, similarity)
 
 
 def describe(result: Segmentation) -> dict:
@@ -202,14 +205,14 @@ def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | 
     return LabelSpace("words", ("background", *space.names), (others.names, *space.prompts), colours, True)
 
 
-def label_map(similarity: torch.Tensor, size: tuple[int, int], chunk: int = 32) -> np.ndarray:
+def label_map(similarity: torch.Tensor, size: tuple[int, int], chunk: int = 32, interpolation: str = "bilinear") -> np.ndarray:
     """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``.
 
     In chunks of classes, so that memory does not grow with the vocabulary; a tie goes to the first class.
     """
     best = index = None
     for start in range(0, len(similarity), chunk):
-        values, where = resize_map(similarity[None, start : start + chunk], size)[0].max(dim=0)
+        values, where = resize_map(similarity[None, start : start + chunk], size, interpolation)[0].max(dim=0)
         if best is None:
             best, index = values, where
         else:

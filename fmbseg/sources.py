@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmbseg import storage
+from fmbseg.backbones.vit import VITS
 
 MOBILE_SAM_SHA256 = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
 EFFICIENTNET_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
@@ -49,6 +50,11 @@ class Weight:
 
 
 _COCO_TERMS = "annotations CC BY 4.0; photographs under their owners' Flickr terms: not redistributed"
+
+
+def _vit(name: str, megabytes: float, licence: str = "Apache-2.0 (Meta)", profiles: tuple[str, ...] = ()) -> Weight:
+    return Weight(name, "encoder", profiles, "hub", megabytes, licence, reference=VITS[name].repository)
+
 
 TABLE: tuple[Weight, ...] = (
     Weight(
@@ -170,9 +176,20 @@ TABLE: tuple[Weight, ...] = (
     ),
     Weight("clip_vitl14", "image-text", ("paper",), "hub", 1710, "MIT (OpenAI)", reference="ViT-L-14-quickgelu openai"),
     Weight("clip_vitb16", "image-text", ("base",), "hub", 599, "MIT (OpenAI)", reference="ViT-B-16-quickgelu openai"),
-    Weight("dinov2_vitl14", "encoder", ("paper",), "hub", 1217, "Apache-2.0 (Meta)", reference="facebook/dinov2-large"),
-    Weight("dinov2_vitb14", "encoder", ("base",), "hub", 346, "Apache-2.0 (Meta)", reference="facebook/dinov2-base"),
-    Weight("dinov2_vits14", "encoder", (), "hub", 88, "Apache-2.0 (Meta)", reference="facebook/dinov2-small"),
+    _vit("dinov2_vitl14", 1217, profiles=("paper",)),
+    _vit("dinov2_vitb14", 346, profiles=("base",)),
+    _vit("dinov2_vits14", 88),
+    _vit("dinov2_vitg14", 4546),
+    _vit("dinov2_vits14_reg", 88),
+    _vit("dinov2_vitb14_reg", 346),
+    _vit("dinov2_vitl14_reg", 1218),
+    _vit("dinov2_vitg14_reg", 4546),
+    _vit("dinov3_vits16", 86, "DINOv3 License (Meta), gated"),
+    _vit("dinov3_vitb16", 343, "DINOv3 License (Meta), gated"),
+    _vit("dinov3_vitl16", 1213, "DINOv3 License (Meta), gated"),
+    _vit("siglip2_vitb16", 1502, "Apache-2.0 (Google)"),  # image and text towers in one file; only the former is read
+    _vit("siglip2_vitl16", 3530, "Apache-2.0 (Google)"),
+    _vit("siglip2_so400m16", 4546, "Apache-2.0 (Google)"),
     Weight(
         "sam_vith",
         "SAM",

@@ -5,6 +5,7 @@ Each reads what earlier steps left on disk, makes what is missing and says where
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fmbseg import (
     products,
     pseudo_labels,
     records,
+    shards,
     storage,
     training,
     vocabulary,
@@ -200,10 +202,33 @@ def benchmarks(params: EvaluateNotebook) -> list[Dataset]:
 
 
 def evaluate(found: list[Dataset], params: EvaluateNotebook, module: Path | None = None) -> pd.DataFrame:
-    """Every method on every benchmark; writes one record each and returns them as a frame."""
-    folder = results_folder(params) / "records"
+    """Every method on every benchmark; writes one record each and returns them as a frame.
+
+    Of several shards, it writes this one's counts in place of records, to be merged, and returns what they alone say.
+    """
+    made = []
     for method in params.methods:
-        made = evaluation.evaluate(method, found, params, str(module or module_path(params)), params.device, params.workers)
-        for record in made:
-            record.write(folder)
+        path = str(module or module_path(params))
+        made += evaluation.evaluate_parts(method, [path], found, params, params.device, params.workers, params.shard, params.num_shards)[0]
+    if params.num_shards > 1:
+        for part in made:
+            part.write(shard_folder(params))
+        return records.frame([part.noted for part in made]).dropna(axis=1, how="all")
+    return _write_records([part.record for part in made], params)
+
+
+def shard_folder(params: RunParams) -> Path:
+    """Where the shards of this profile's evaluations are written."""
+    return results_folder(params) / "shards"
+
+
+def merge(params: EvaluateNotebook, folders: Sequence[str | Path] = ()) -> pd.DataFrame:
+    """The records of evaluations whose shards lie under these folders (none: this profile's), written and as a frame."""
+    return _write_records(shards.merge(shards.read_folders(folders or [shard_folder(params)])), params)
+
+
+def _write_records(made: Sequence[records.Record], params: RunParams) -> pd.DataFrame:
+    folder = results_folder(params) / "records"
+    for record in made:
+        record.write(folder)
     return records.load(folder).query("kind == 'evaluate'").dropna(axis=1, how="all")

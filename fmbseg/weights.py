@@ -51,21 +51,27 @@ def table() -> pd.DataFrame:
 def is_here(weight: Weight) -> bool:
     """Whether it is fetched (hub weights: whether their library's cache holds them)."""
     if weight.source == "hub":
-        return _in_hub_cache(weight)
+        return _hub_file(weight) is not None
     return (weight.folder / "manifest.json").is_file()
 
 
 def require(name: str) -> Path:
-    """Folder of fetched weights or photographs. Raises WeightsError with the command that brings them."""
+    """Folder of fetched weights or photographs (hub weights: of their revision in the hub's cache).
+
+    Raises WeightsError with the command that brings them.
+    """
     weight = find(name)
     if not is_here(weight):
         raise WeightsError(f"{name}: not here yet ({weight.megabytes:.0f} MB, {weight.licence}); run: fmbseg fetch {name}")
-    return weight.folder
+    return _hub_file(weight).parent if weight.source == "hub" else weight.folder
 
 
 def key(name: str) -> str:
-    """A short hash of the fetched files, for cache keys and records."""
-    return storage.digest(storage.read_json(require(name) / "manifest.json")["files"])
+    """A short hash of the fetched files, for cache keys and records; of hub weights, their revision there."""
+    folder = require(name)
+    if find(name).source == "hub":
+        return folder.name[:16]
+    return storage.digest(storage.read_json(folder / "manifest.json")["files"])
 
 
 def verify(weight: Weight) -> list[str]:
@@ -212,11 +218,15 @@ def _download(weight: Weight, target: Path) -> None:
         raise WeightsError(f"{weight.name}: the download has not the known sha256 ({error}); it was not kept. Run again.") from error
 
 
-def _in_hub_cache(weight: Weight) -> bool:
+def _hub_file(weight: Weight) -> Path | None:
+    """The weight file in the hub's cache; None where it, or the configuration that belongs to it, is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, files = _hub_files(weight)
-    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in files)
+    found = [Path(path) for name in files if isinstance(path := try_to_load_from_cache(repository, name), str)]
+    if weight.use != "image-text":  # open_clip knows its configurations, transformers reads them from the hub
+        found = [path for path in found if (path.parent / "config.json").is_file()]
+    return found[0] if found else None
 
 
 def _hub_files(weight: Weight) -> tuple[str, tuple[str, ...]]:
@@ -242,7 +252,8 @@ def _fetch_hub(weight: Weight) -> None:
 
             snapshot_download(weight.reference, allow_patterns=["config.json", "model.safetensors", "preprocessor_config.json"])
     except Exception as error:  # the hub's client raises a dozen kinds for a network that is not there
+        gated = "accept its licence on its page and set HF_TOKEN, " if "gated" in weight.licence else ""
         raise WeightsError(
-            f"{weight.name}: {weight.reference} could not be fetched from its hub ({type(error).__name__});"
-            f" check the network, or put it into the hub's cache by hand, and run: fmbseg fetch {weight.name}"
+            f"{weight.name}: {weight.reference} could not be fetched from its hub ({type(error).__name__}); {gated}"
+            f"check the network, or put it into the hub's cache by hand, and run: fmbseg fetch {weight.name}"
         ) from error

@@ -227,9 +227,7 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
             raise ParameterError(
                 f'clip = {name!r}: no such model; known are {", ".join(CLIP_NAMES)}, or "MODEL TAG" as open_clip lists them'
             )
-        key = name
-        if name in CLIP_NAMES:
-            weights.require(name)
+        key = f"{name}@{weights.key(name)}" if name in CLIP_NAMES else name
     options = {} if image_size is None or name == LIT else {"force_image_size": image_size}
     if name == LIT:  # EfficientNet-Lite's own normalisation: (pixel - 127) / 128
         options["force_preprocess_cfg"] = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}

@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from fmbseg import images, storage, weights
+from fmbseg.backbones import vit
 from fmbseg.backbones.precision import Precision, autocast
 from fmbseg.backbones.precision import key as precision_key
+from fmbseg.backbones.vit import VITS, Vit
 from fmbseg.errors import ParameterError
 from fmbseg.images import normalise
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-DINOV2 = {"dinov2_vits14": "facebook/dinov2-small", "dinov2_vitb14": "facebook/dinov2-base", "dinov2_vitl14": "facebook/dinov2-large"}
 
 
 class Encoder(nn.Module):
@@ -45,17 +43,16 @@ class Encoder(nn.Module):
             return self.features(pixels).float()
 
 
-class Dinov2(Encoder):
-    """DINOv2 through transformers; class and register tokens are left off."""
+class Transformer(Encoder):
+    """A vision transformer of the hub: its last layer's patch tokens, after its final norm."""
 
-    def __init__(self, key: str, model: nn.Module):
+    def __init__(self, key: str, kind: Vit, model: nn.Module):
         super().__init__(key, model.config.hidden_size, model.config.patch_size)
-        self.model = model
-        self.prefix = 1 + getattr(model.config, "num_register_tokens", 0)
+        self.kind, self.model = kind, model
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD)
-        tokens = self.model(pixel_values=x).last_hidden_state[:, self.prefix :]
+        x = normalise(pixels, *self.kind.normalisation)
+        tokens = vit.patch_tokens(self.kind, self.model, x)
         shape = (len(x), x.shape[2] // self.patch, x.shape[3] // self.patch, self.width)
         return tokens.reshape(shape).permute(0, 3, 1, 2)
 
@@ -107,16 +104,9 @@ def _mobile_sam(key: str, weights_here: bool) -> Encoder:
     return FeaturePyramid(key, sam.image_encoder.trunk, [2, 3], 16, tuple(mean), tuple(std))
 
 
-def _dinov2(name: str) -> Callable[[str, bool], Encoder]:
+def _transformer(name: str) -> Callable[[str, bool], Encoder]:
     def build(key: str, weights_here: bool) -> Encoder:
-        from transformers import Dinov2Config, Dinov2Model
-
-        if weights_here:
-            weights.require(name)
-            return Dinov2(key, Dinov2Model.from_pretrained(DINOV2[name], local_files_only=True))
-        width, layers, heads = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}[name[len("dinov2_vit")]]
-        config = Dinov2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=518, patch_size=14)
-        return Dinov2(key, Dinov2Model(config))
+        return Transformer(key, VITS[name], vit.load(VITS[name]) if weights_here else vit.build(VITS[name]))
 
     return build
 
@@ -124,7 +114,7 @@ def _dinov2(name: str) -> Callable[[str, bool], Encoder]:
 _BUILDERS: dict[str, Callable[[str, bool], Encoder]] = {
     "efficientnet_lite2": _efficientnet,
     "mobile_sam": _mobile_sam,
-    **{name: _dinov2(name) for name in DINOV2},
+    **{name: _transformer(name) for name in VITS},
 }
 ENCODER_NAMES = tuple(_BUILDERS)
 
@@ -146,7 +136,7 @@ def load_encoder(name: str, device: str = "cpu", precision: Precision = "fp32") 
         here = base == part.strip()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            key = f"{base}@{weights.key(base)}" if here and base not in DINOV2 else part.strip()
+            key = f"{base}@{weights.key(base)}" if here else part.strip()
             parts.append(_BUILDERS[base](key, here))
     encoder = parts[0] if len(parts) == 1 else SideBySide(parts)
     encoder.key, encoder.precision = precision_key(encoder.key, precision), precision

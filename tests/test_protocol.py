@@ -1,0 +1,102 @@
+"""The evaluation protocol: what is a parameter is what is used, and what is recorded."""
+
+import numpy as np
+import pytest
+import torch
+
+from fmbseg import datasets, evaluation, images, segment, vocabulary
+from fmbseg.backbones.clip import load_clip
+from fmbseg.errors import ParameterError
+from fmbseg.images import resize_map
+from fmbseg.params import EvaluateParams, SegmentParams, make
+from fmbseg.segment import DenseClip, Segmenter
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip("random:ViT-S-32")
+
+
+def test_background_words_are_a_rule_or_a_list(own_home):
+    space = vocabulary.label_space("voc21")
+    found = datasets.Dataset("voc21", space, (), "")
+    prompts = {
+        rule: evaluation.protocol_space(found, make(SegmentParams, {"background_words": rule})).prompts for rule in ("stuff", "name")
+    }
+    assert prompts["stuff"][0] == vocabulary.BACKGROUND_WORDS and prompts["name"][0] == ("background",)
+    given = make(SegmentParams, {"background_words": ["wall", "sky", "cat"]})
+    assert evaluation.protocol_space(found, given).prompts == (("wall", "sky"), *space.prompts[1:])  # a class stays a class
+    for wrong in ("stuf", 3, [1]):
+        with pytest.raises(ParameterError, match="background_words = "):
+            make(SegmentParams, {"background_words": wrong})
+    with pytest.raises(ParameterError, match="background_words: given more than once: wall"):
+        evaluation.protocol_space(found, make(SegmentParams, {"background_words": ["wall", "wall"]}))
+
+
+def test_every_rule_is_in_the_record_and_in_the_key(own_home, smoke):
+    found = datasets.load_benchmark("drawn")
+    settings = {
+        "templates": "seven",
+        "interpolation": "bicubic",
+        "segment_long_limit": 512,
+        "window_stride": 96,
+        "background_words": ["wall"],
+    }
+    base = smoke(EvaluateParams, eval_limit=1)
+    (record,) = evaluation.evaluate("dense", [found], smoke(EvaluateParams, eval_limit=1, **settings))
+    assert {name: record.protocol[name] for name in settings} == settings | {"background_words": ("wall",)}
+    assert record.protocol["window"] == 128 and record.protocol["segment_short_side"] == 128
+    keys = [evaluation.method_key("dense", base, "", "cpu")]
+    keys += [evaluation.method_key("dense", base.model_copy(update={k: v}), "", "cpu") for k, v in settings.items()]
+    assert len(set(keys)) == len(keys)
+    assert evaluation.method_key("dense", base.model_copy(update={"window_batch": 9}), "", "cpu") == keys[0]
+
+
+def test_windows_in_batches_are_the_same_windows(clip):
+    image = np.random.RandomState(0).randint(0, 255, (128, 300, 3), dtype=np.uint8)
+    sizes = []
+
+    def embed(pixels):
+        sizes.append(len(pixels))
+        return pixels.permute(0, 3, 1, 2).float()
+
+    made = {}
+    for batch in (1, 2, 9):
+        params = SegmentParams(segment_short_side=128, window=128, window_stride=64, window_batch=batch)
+        made[batch] = Segmenter(DenseClip(clip), clip, params).through_windows(image, embed)
+    assert sizes == [1, 1, 1, 1, 2, 2, 4]
+    for batch in (2, 9):
+        assert made[batch].windows == made[1].windows
+        for a, b in zip(made[batch].maps, made[1].maps):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_interpolation_is_the_one_that_is_set(clip):
+    similarity = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    maps = {mode: segment.label_map(similarity, (37, 50), interpolation=mode) for mode in ("bilinear", "bicubic")}
+    for mode, made in maps.items():
+        np.testing.assert_array_equal(made, resize_map(similarity[None], (37, 50), mode)[0].argmax(0).numpy())
+    assert (maps["bilinear"] != maps["bicubic"]).any()
+    image = images.resize(np.random.RandomState(1).randint(0, 255, (9, 9, 3), dtype=np.uint8), (150, 128))
+    results = [
+        Segmenter(DenseClip(clip), clip, SegmentParams(segment_short_side=128, window=128, window_stride=64, interpolation=mode)).segment(image, "sun, sea")
+        for mode in maps
+    ]
+    assert (results[0].similarity != results[1].similarity).any()
+
+
+def test_templates_of_the_run_are_used_for_a_trained_module(monkeypatch, smoke):
+    """And not those of its training, or the record would say what was not done."""
+    seen = []
+    monkeypatch.setattr(Segmenter, "load", lambda *arguments: seen.append(arguments))
+    evaluation._segmenter.cache_clear()
+    params = smoke(EvaluateParams, templates="eighty")
+    evaluation._segmenter("fmbseg", "module.safetensors", params, "cpu")
+    assert seen == [("module.safetensors", "cpu", params, "eighty")]
+    evaluation._segmenter.cache_clear()
+
+
+def test_template_sets():
+    assert [len(vocabulary.templates(name)) for name in ("one", "plain", "seven", "eighty")] == [1, 1, 7, 80]
+    with pytest.raises(ParameterError, match="templates = 'nine': unknown; known are one, plain, seven, eighty"):
+        vocabulary.templates("nine")
