@@ -62,6 +62,8 @@ class CompareNotebook(RunParams, EvaluateParams, BenchmarkParams):
 
     @model_validator(mode="after")
     def _known(self) -> CompareNotebook:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)}: one is given twice; give different ones")
         allowed = set(AlignParams.model_fields) - {"epochs", "images_per_batch"}
         for name, settings in self.variants.items():
             for key in settings.keys() - allowed:

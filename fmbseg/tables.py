@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from fmbseg import storage
+from fmbseg.layouts import LAYOUTS
 
 COLUMNS = {
     "PV-21": "voc21",
@@ -28,6 +29,9 @@ METHOD_ROWS = {
     "stage1.1": "Stage 1.1 alone",
     "stage1.2": "Stage 1.2 alone",
     "stage1": "Stage 1.1 + 1.2",
+    "stage1.1+labels": "Stage 1.1 given image-level labels",
+    "stage1.2+labels": "Stage 1.2 given image-level labels",
+    "stage1+labels": "Stage 1.1 + 1.2 given image-level labels",
     "fmbseg": "FMbSeg",
 }
 
@@ -40,17 +44,7 @@ NOTES = (
 )
 
 
-OFFICIAL = {
-    "voc21": 1449,
-    "voc20": 1449,
-    "context59": 5104,
-    "context60": 5104,
-    "coco_object80": 5000,
-    "coco_object81": 5000,
-    "coco_stuff171": 5000,
-    "cityscapes19": 500,
-    "ade150": 2000,
-}
+OFFICIAL = {benchmark: LAYOUTS[benchmark].images for benchmark in COLUMNS.values()}
 """Images of each official validation split: a number on fewer is a subset's and is not set against the paper's."""
 
 

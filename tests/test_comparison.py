@@ -1,0 +1,197 @@
+"""Ablations, stages and fine-tuning on the drawn pictures with random weights: what is compared, not how well."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from fmbseg import alignment, comparison, datasets, evaluation, pseudo_labels, records, steps, vocabulary
+from fmbseg.errors import DataError, ParameterError
+from fmbseg.notebooks import ArchitectureNotebook, CompareNotebook, FineTuneNotebook, StagesNotebook
+from fmbseg.params import EvaluateParams, LabelParams
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """One FMBSEG_HOME and one results folder for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMBSEG_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.chdir(ROOT)
+        yield tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def make(smoke, place):
+    common = {"profile": "smoke", "results_dir": str(place), "eval_limit": 2, "module": "linear"}
+    return lambda schema, **values: smoke(schema, **(common | values))
+
+
+@pytest.fixture(scope="module")
+def ablation(make):
+    """Two variants with two seeds each: (parameters, runs, photographs, store, benchmarks, frame)."""
+    variants = {"warm": {"temperature": 1.0}, "cold": {"temperature": 0.05}}
+    params = make(CompareNotebook, variants=variants, baseline="warm", seeds=[0, 3], learning_rate=0.5, epochs=2)
+    samples = steps.photographs(params)
+    store, found = steps.make_labels(samples, params), steps.benchmarks(params)
+    runs = comparison.plan(params, "loss")
+    return params, runs, samples, store, found, comparison.compare(runs, "loss", samples, store, found)
+
+
+def test_a_plan_is_every_variant_with_every_seed(make):
+    params = make(ArchitectureNotebook, seeds=[1, 2])
+    runs = comparison.plan(params, "architecture")
+    assert [(r.variant, r.params.module, r.params.seed) for r in runs] == [
+        (name, name, seed) for name in ("linear", "mlp", "transformer") for seed in (1, 2)
+    ]
+    assert len({r.path for r in runs}) == 6
+    (one, two) = comparison.encoder_runs(params, ["a", "b+c"])
+    assert (one.params.encoder, two.params.encoder, two.params.seed) == ("a", "b+c", 1) and one.path != two.path
+
+
+def test_variants_are_checked_before_anything_runs(make):
+    for values, message in (
+        ({"variants": {"a": {"modul": "mlp"}}, "baseline": "a"}, "variant 'a' sets 'modul'; a variant may set encoder"),
+        ({"variants": {"a": {"epochs": 3}}, "baseline": "a"}, "variant 'a' sets 'epochs'"),
+        ({"variants": {"a": {"module": "cnn"}}, "baseline": "a"}, "variant 'a': module = 'cnn'"),
+        ({"variants": {"a": {}}, "baseline": "b"}, "baseline = 'b' is none of the variants a"),
+        ({"variants": {"a": {}}, "baseline": "a", "seeds": [1, 1]}, "seeds = .*twice"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            make(CompareNotebook, **values)
+
+
+def test_every_run_is_recorded_with_its_own_parameters(ablation, place):
+    params, _, _, _, _, frame = ablation
+    assert len(frame) == 4 and set(frame["kind"]) == {"loss"} and (frame["images"] == 2).all()
+    assert set(zip(frame["method"], frame["param.seed"], frame["param.temperature"])) == {
+        ("warm", 0, 1.0), ("warm", 3, 1.0), ("cold", 0, 0.05), ("cold", 3, 0.05),
+    }  # fmt: skip
+    assert len(list((place / "smoke/records/loss").glob("*.json"))) == 4
+
+
+def test_same_seed_same_number_another_seed_another(ablation):
+    params, runs, samples, store, found, frame = ablation
+    before = {run.path: run.path.read_bytes() for run in runs}
+    for run in runs:
+        run.path.unlink()
+    again = comparison.compare(runs, "loss", samples, store, found)
+    columns = ["method", "param.seed", "miou"]
+    assert again[columns].equals(frame[columns])
+    assert frame[frame["method"] == "cold"]["miou"].nunique() == 2
+    tensors = [alignment.load(run.path)[0].module.project.weight for run in runs]
+    assert not tensors[0].equal(tensors[1])
+    assert {run.path for run in runs} == set(before)
+
+
+def test_a_run_made_before_is_read(ablation, monkeypatch, capsys):
+    _, runs, samples, store, _, _ = ablation
+    monkeypatch.setattr(steps.training, "train", lambda *_: pytest.fail("trained again"))
+    result = steps.fit(samples, store, runs[0].params, runs[0].path)
+    assert "trained before" in capsys.readouterr().out
+    assert len(result.steps) == 4 and set(result.steps[0]) == {"step", "epoch", "loss", "learning_rate", "patches"}
+    assert result.classes and result.alignment.params.module == "linear"
+
+
+def test_what_changes_the_training_is_trained_anew(ablation):
+    _, runs, samples, store, _, _ = ablation
+    run = runs[0]
+    key = alignment.load(run.path)[1]["key"]
+    for changed in ({"learning_rate": 0.1}, {"seed": 9}, {"patch_share": 0.5}, {"temperature": 0.5}):
+        steps.fit(samples, store, run.params.model_copy(update=changed), run.path.with_name("other.safetensors"))
+        assert alignment.load(run.path.with_name("other.safetensors"))[1]["key"] != key, changed
+    steps.fit(samples[:4], store, run.params, run.path.with_name("other.safetensors"))
+    assert alignment.load(run.path.with_name("other.safetensors"))[1]["key"] != key
+
+
+def test_curves_hold_every_step(ablation):
+    _, runs, _, _, _, _ = ablation
+    curves = comparison.curves(runs)
+    assert len(curves) == 4 * 4 and set(curves["variant"]) == {"warm", "cold"} and set(curves["seed"]) == {0, 3}
+
+
+def test_summary_and_pairs_by_hand():
+    rows = [("a", 0, 10.0), ("a", 1, 14.0), ("b", 0, 11.0), ("b", 1, 13.0)]
+    frame = pd.DataFrame([("set", m, s, v, 5) for m, s, v in rows], columns=["dataset", "method", "param.seed", "miou", "images"])
+    made = comparison.summary(frame).set_index("variant")
+    assert made.loc["a", ["mean", "seeds", "images"]].tolist() == [12.0, 2, 5] and round(made.loc["a", "spread"], 4) == 2.8284
+    pairs = comparison.paired(frame, "a").iloc[0]
+    assert (pairs["variant"], pairs["difference to a"], pairs["seeds better"]) == ("b", 0.0, "1 of 2")
+    assert round(pairs["spread"], 4) == 1.4142
+
+
+def test_stages_with_and_without_labels_and_fmbseg_on_each(make):
+    params = make(StagesNotebook)
+    frame = comparison.stages(steps.photographs(params), steps.benchmarks(params), params)
+    plain = {"stage1.1", "stage1.2", "stage1"}
+    assert set(frame["method"]) == plain | {f"{m}+labels" for m in plain} | {f"fmbseg on {m}" for m in plain}
+    table = comparison.stages_table(frame)
+    trained = table["FMbSeg trained on them"]
+    assert trained.xs("given", level="image-level labels").isna().all(axis=None), "no names were given to train on"
+    assert table["the pseudo labels"].notna().all(axis=None)
+    by_method = frame.set_index("method")["miou"]
+    assert table.loc[("drawn", "given", "1.2"), ("the pseudo labels", "miou")] == by_method["stage1.2+labels"]
+    assert table.loc[("drawn", "detected", "1.1 + 1.2"), ("FMbSeg trained on them", "miou")] == by_method["fmbseg on stage1"]
+
+
+def test_given_labels_take_the_place_of_detection(make, monkeypatch):
+    """The classes of the truth, less the background, reach Stage 1; without "+labels" nothing does."""
+    drawn = datasets.load_benchmark("drawn")
+    seen = []
+    empty = pseudo_labels.PseudoLabel(np.full((128, 160), 255, np.uint8), [], [], [])
+    monkeypatch.setattr(evaluation.pseudo_labels, "label_picture", lambda *arguments: seen.append(arguments[-1]) or empty)
+    for method in ("stage1.1", "stage1.1+labels"):
+        evaluation.predict(method, [(drawn.samples[0], drawn.space)], make(EvaluateParams), "", "cpu")
+    assert seen == [None, (0, 1, 2, 3)]
+
+
+def test_image_level_names_of_the_photographs(make, tmp_path):
+    samples = steps.photographs(make(CompareNotebook, variants={"a": {}}, baseline="a"))
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps({s.image.stem: ["cat", "dragon"] for s in samples}))
+    params = make(LabelParams, image_level_names=str(file))
+    space = vocabulary.vocabulary("voc21")
+    assert pseudo_labels.given_labels(samples[0], space, params) == (space.names.index("cat"),)
+    label = pseudo_labels.label_picture(samples[0].image, space, params, "cpu", pseudo_labels.given_labels(samples[0], space, params))
+    assert [d.name for d in label.detected] == ["cat"]
+    with_names = pseudo_labels.LabelStore(tmp_path / "a", space, params).key
+    assert with_names != pseudo_labels.LabelStore(tmp_path / "b", space, make(LabelParams)).key
+    pseudo_labels._image_level_names.cache_clear()
+    file.write_text("{}")
+    assert pseudo_labels.LabelStore(tmp_path / "c", space, params).key != with_names
+    with pytest.raises(DataError, match="has no entry in .*names.json; add its names"):
+        pseudo_labels.given_labels(samples[0], space, params)
+
+
+def test_fine_tuning_goes_on_from_the_module_and_uses_no_truth(make, place):
+    params = make(
+        FineTuneNotebook,
+        target_photographs="drawn",
+        target_vocabulary="voc21",
+        target_limit=3,
+        fine_tune_epochs=1,
+        fine_tune_rate=1e-9,
+        weight_decay=0.0,
+    )
+    samples = steps.photographs(params)
+    before = steps.module_path(params)
+    steps.fit(samples, steps.make_labels(samples, params), params, before)
+    frame = comparison.fine_tune(steps.benchmarks(params), params)
+    assert list(frame["method"]) == ["after", "before"] and frame["miou"].nunique() == 1, "a rate of nothing changes nothing"
+    tuned, described = alignment.load(steps.module_path(params, "fine_tuned"))
+    start, _ = alignment.load(before)
+    assert (tuned.module.project.weight - start.module.project.weight).abs().max() < 1e-6
+    assert tuned.mean.equal(start.mean) and described["photographs"] == 3
+    comparison.fine_tune(steps.benchmarks(params), params.model_copy(update={"fine_tune_rate": 0.5}))
+    tuned, _ = alignment.load(steps.module_path(params, "fine_tuned"))
+    assert (tuned.module.project.weight - start.module.project.weight).abs().max() > 1e-4
+    with pytest.raises(ParameterError, match="target_photographs and target_vocabulary: not given"):
+        comparison.fine_tune([], make(FineTuneNotebook))
+    assert set(records.load(place / "smoke/records/fine_tune")["param.learning_rate"]) == {params.learning_rate, 0.5}
+
+
+def test_encoders_are_listed_with_what_brings_them():
+    made = steps.encoders()
+    assert {"efficientnet_lite2", "mobile_sam", "dinov2_vitl14"} <= set(made.index)
+    assert made.loc["dinov2_vitl14", "command"] in ("", "fmbseg fetch dinov2_vitl14")
