@@ -79,7 +79,9 @@ def test_interpolation_is_the_one_that_is_set(clip):
     assert (maps["bilinear"] != maps["bicubic"]).any()
     image = images.resize(np.random.RandomState(1).randint(0, 255, (9, 9, 3), dtype=np.uint8), (150, 128))
     results = [
-        Segmenter(DenseClip(clip), clip, SegmentParams(segment_short_side=128, window=128, window_stride=64, interpolation=mode)).segment(image, "sun, sea")
+        Segmenter(DenseClip(clip), clip, SegmentParams(segment_short_side=128, window=128, window_stride=64, interpolation=mode)).segment(
+            image, "sun, sea"
+        )
         for mode in maps
     ]
     assert (results[0].similarity != results[1].similarity).any()
