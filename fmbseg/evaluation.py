@@ -204,6 +204,7 @@ def evaluate_parts(
     Raises ParameterError for a shard that is none of 0..num_shards-1.
     """
     started = time.perf_counter()
+    params = EvaluateParams(**params.part(EvaluateParams))  # what a notebook has beside does not matter here
     runs = tuple((method, module, method_key(method, params, module, device)) for module in modules)
     spaces = tuple(protocol_space(d, params) for d in datasets)
     chosen = [jobs.spread(dataset.samples, params.eval_limit) for dataset in datasets]

@@ -6,9 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -73,6 +71,21 @@ def legend(axis: Axes, labels: Sequence[np.ndarray], space: LabelSpace, limit: i
     handles = [Patch(facecolor=space.palette[k] / 255, edgecolor="0.3", label=space.names[k]) for k in shown]
     if handles:
         axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, fontsize=7, frameon=False, borderaxespad=0)
+
+
+def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: float = 0.02) -> None:
+    """Write each class's name on its region, so that colour is not all that tells them apart.
+
+    The name stands on the pixel of the class nearest to the median of all of them; classes under a share of
+    ``smallest`` of the picture are left to the legend.
+    """
+    for k in np.unique(labels[labels != IGNORED]):
+        rows, columns = np.nonzero(labels == k)
+        if len(rows) < smallest * labels.size:
+            continue
+        nearest = np.argmin((rows - np.median(rows)) ** 2 + (columns - np.median(columns)) ** 2)
+        box = {"facecolor": "white", "alpha": 0.75, "pad": 1.0, "lw": 0}
+        axis.text(columns[nearest], rows[nearest], space.names[k], ha="center", va="center", fontsize=7, bbox=box, clip_on=True)
 
 
 def file_name(text: str) -> str:
@@ -173,36 +186,20 @@ def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpa
     for axis, (title, labels) in zip(axes[1:], maps.items()):
         axis.imshow(overlay(image, labels, space))
         axis.set_title(title, fontsize=9)
+        name_regions(axis, labels, space)
         legend(axis, [labels], space)
     return figure
 
 
-def loss_curve(steps: pd.DataFrame, smooth: int = 10) -> Figure:
-    """Loss a step, its running mean, and the learning rate."""
-    figure = Picture(figsize=(7, 3), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(steps["step"], steps["loss"], color="0.75", label="loss")
-    axis.plot(steps["step"], steps["loss"].rolling(smooth, min_periods=1).mean(), color="#0072b2", label=f"mean of {smooth} steps")
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss")
-    rate = axis.twinx()
-    rate.plot(steps["step"], steps["learning_rate"], color="#d55e00", linestyle=":", label="learning rate (right)")
-    rate.set_ylim(bottom=0)
-    handles = axis.get_legend_handles_labels()[0] + rate.get_legend_handles_labels()[0]
-    axis.legend(handles=handles, loc="upper right", fontsize=8)
-    return figure
-
-
-def table_figure(frame: pd.DataFrame) -> Figure:
-    """mIoU of every method as bars, one group a column."""
-    wide = frame.pivot_table(index="dataset", columns="row", values="miou", sort=False)
-    figure = Picture(figsize=(1.5 + 2.2 * len(wide), 3.4), layout="constrained")
-    axis = figure.subplots()
-    colours = matplotlib.colormaps["cividis"](np.linspace(0.05, 0.95, wide.shape[1]))
-    wide.plot.bar(ax=axis, color=colours, edgecolor="0.3", width=0.8, rot=0)
-    numbers = frame.groupby("dataset")["images"].max()
-    axis.set_xticklabels([f"{name.removeprefix('embedded_')}\nn={int(numbers[name])}" for name in wide.index], fontsize=8)
-    axis.set_ylabel("mIoU (%)")
-    axis.set_xlabel("; ".join(sorted(set(frame["notes"]) - {""})), fontsize=8)
-    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], space: LabelSpace) -> Figure:
+    """Figure 4: a column a photograph, (photograph, truth, prediction) from top to bottom, with one legend a column."""
+    figure, axes = panels(3 * len(columns), columns=len(columns), size=3.4)
+    for c, (image, truth, prediction) in enumerate(columns):
+        axes[c].imshow(image)
+        for row, (title, labels) in enumerate((("ground truth", truth), ("FMbSeg", prediction)), 1):
+            axis = axes[row * len(columns) + c]
+            axis.imshow(overlay(image, labels, space, opacity=0.75))
+            axis.set_title(title, fontsize=9)
+            name_regions(axis, labels, space)
+        legend(axis, [truth, prediction], space, limit=9)
     return figure

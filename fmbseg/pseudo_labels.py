@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +96,31 @@ def label_picture(
     return assemble(queries, automatic, products.clip_features(path, params, device), texts, params)
 
 
+def content(params: LabelParams) -> dict[str, Any]:
+    """All that pseudo labels depend on beside the picture: parameters, and the file of image-level names by its bytes."""
+    names = storage.file_sha256(params.image_level_names) if params.image_level_names else ""
+    return params.content(LabelParams) | {"image_level_names": names}
+
+
+@functools.lru_cache(maxsize=4)
+def _image_level_names(path: str) -> dict[str, list[str]]:
+    names = storage.read_json(path)
+    if not isinstance(names, dict) or not all(isinstance(v, list) for v in names.values()):
+        raise DataError(f'{path}: not a file of image-level names; give JSON such as {{"file stem": ["cat", "sofa"], ...}}')
+    return names
+
+
+def given_labels(sample: Sample, space: LabelSpace, params: LabelParams) -> tuple[int, ...] | None:
+    """Classes that ``image_level_names`` gives a picture (names outside the vocabulary left out); None where it is not set."""
+    if not params.image_level_names:
+        return None
+    names = _image_level_names(params.image_level_names)
+    if sample.image.stem not in names:
+        raise DataError(f"{sample}: has no entry in {params.image_level_names}; add its names, or an empty list")
+    classes = {word: k for k, words in enumerate(space.prompts) for word in (space.names[k], *words)}
+    return tuple(sorted({classes[name] for name in names[sample.image.stem] if name in classes}))
+
+
 class LabelStore:
     """A folder of pseudo labels: NAME.png (8-bit, 255 unlabelled) and NAME.json a picture, and labels.json for all.
 
@@ -103,7 +130,7 @@ class LabelStore:
 
     def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
         self.folder, self.failed, self.space = Path(folder), Path(folder) / "failed", space
-        header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": params.content(LabelParams)}
+        header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": content(params)}
         self.key = storage.digest(header)
         path = self.folder / "labels.json"
         if path.is_file() and storage.read_json(path)["key"] != self.key:
@@ -163,7 +190,7 @@ def label_one(sample: Sample, folder: Path, space: LabelSpace, params: LabelPara
     store = LabelStore(folder, space, params)
     try:
         if not store.has(sample):
-            store.write(sample, label_picture(sample.image, space, params, device))
+            store.write(sample, label_picture(sample.image, space, params, device, given_labels(sample, space, params)))
     except jobs.EXPECTED as error:
         store.fail(sample, jobs.reason(error))
         raise

@@ -26,6 +26,7 @@ from fmbseg import (
     storage,
     training,
     vocabulary,
+    weights,
 )
 from fmbseg.datasets import Dataset, Sample
 from fmbseg.errors import DataError, WeightsError
@@ -91,7 +92,7 @@ def query_table(samples: list[Sample], params: LabelParams, space: LabelSpace) -
 
 def label_folder(params: LabelParams) -> Path:
     """Where the pseudo labels of these parameters lie: another folder for every other set of them."""
-    return storage.home() / "labels" / storage.digest(params.content(LabelParams))
+    return storage.home() / "labels" / storage.digest(pseudo_labels.content(params))
 
 
 def label(
@@ -138,9 +139,9 @@ def fit(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: P
     samples = [sample for sample in samples if store.has(sample)]
     if not samples:
         raise DataError(f"{store.folder}: no photograph has a pseudo label; run notebook 03 or fmbseg label first")
-    start, start_key = (None, "") if initial is None else (lambda m: (m[0], m[1]["key"]))(alignment.load(initial))
+    start, origin = alignment.load(initial) if initial else (None, {"key": ""})
     several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
-    content = [params.content(AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples], start_key, *several]
+    content = [params.content(AlignParams), params.seed, [storage.image_sha256(s.image) for s in samples], origin["key"], *several]
     key = storage.digest(store.key, products.encoder_of(params, params.device).key, *content)
     if path.is_file():
         made, described = alignment.load(path)
@@ -175,6 +176,16 @@ def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path:
     if distributed.rank() == 0:
         records.of_training(params, result, path).write(results_folder(params) / "records", "train")
     return result
+
+
+def encoders() -> pd.DataFrame:
+    """Every frozen encoder by name: its source, size and licence, and the command that brings it where it is not here."""
+    rows = []
+    for weight in weights.TABLE:
+        if "encoder" in weight.use:
+            here = weights.is_here(weight)
+            rows.append((weight.name, here, weight.source, weight.megabytes, weight.licence, "" if here else f"fmbseg fetch {weight.name}"))
+    return pd.DataFrame(rows, columns=["encoder", "here", "source", "MB", "licence", "command"]).set_index("encoder")
 
 
 def benchmarks(params: EvaluateNotebook) -> list[Dataset]:

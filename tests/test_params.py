@@ -107,7 +107,13 @@ def test_parameters_are_read_only():
 
 def test_part_holds_only_the_fields_of_its_step():
     made = TrainNotebook(temperature=0.5, seed=3)
-    assert made.part(LossParams) == {"loss": "tsupcon", "temperature": 0.5, "text_weight": None, "image_weight": None}
+    assert made.part(LossParams) == {
+        "loss": "tsupcon",
+        "temperature": 0.5,
+        "text_weight": None,
+        "image_weight": None,
+        "patch_share": 1.0,
+    }
 
 
 def test_table_shows_value_default_and_meaning():
