@@ -1,0 +1,64 @@
+"""The profiles that need a GPU: what they set, and that everything they name exists. Nothing of them is run here."""
+
+import pytest
+from conftest import ROOT
+
+from fmbseg import layouts, profiles, tables, vocabulary, weights
+from fmbseg.notebooks import NOTEBOOKS
+
+BIG = ("paper", "base")
+
+
+@pytest.mark.parametrize("profile", BIG)
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_notebook_has_its_parameters(notebook, profile):
+    made = profiles.load(notebook, profile)
+    assert made.profile == profile and made.device == "cuda" and made.data_root == "data"
+
+
+def test_paper_is_the_papers():
+    p = profiles.load("05_evaluate", "paper")
+    assert (p.clip, p.sam, p.encoder, p.precision) == ("clip_vitl14", "sam_vith", "dinov2_vitl14", "fp32")
+    assert (p.photographs, p.limit, p.vocabulary, p.templates) == ("coco_stuff_train", None, "coco_stuff171", "one")
+    assert set(p.benchmarks) == set(layouts.LAYOUTS) - {"camvid11"} and p.eval_limit is None
+    assert (p.segment_short_side, p.segment_long_limit, p.window, p.window_stride) == (448, 2048, 448, 224)
+    t = profiles.load("04_train_alignment", "paper")
+    assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")
+    assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)  # Eq. 1 as written
+
+
+@pytest.mark.parametrize("profile", BIG)
+def test_training_and_evaluation_agree_on_everything_they_share(profile):
+    """Or the pseudo labels and the module of one notebook would not be found by the next."""
+    sets = [profiles.load(n, profile).model_dump() for n in ("03_stage_1_2_label_masks", "04_train_alignment", "05_evaluate")]
+    for name in sets[0].keys() & sets[1].keys() - {"examples"}:
+        assert sets[0][name] == sets[1][name], name
+    for name in sets[1].keys() & sets[2].keys() - {"examples"}:
+        assert sets[1][name] == sets[2][name], name
+
+
+@pytest.mark.parametrize("profile", BIG)
+def test_fetch_brings_every_model_that_is_named(profile):
+    p = profiles.load("05_evaluate", profile)
+    assert {w.name for w in weights.TABLE if profile in w.profiles} == {p.clip, p.sam, p.encoder}
+    total = sum(weights.find(name).megabytes for name in (p.clip, p.sam, p.encoder)) / 1000
+    text = (ROOT / "params" / profile / "shared.yaml").read_text()
+    assert f"(fmbseg fetch --profile {profile}, {total:.1f} GB)" in text
+    assert vocabulary.vocabulary(p.vocabulary)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for profile in BIG for p in (ROOT / "params" / profile).iterdir()), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_every_file_says_what_it_costs_and_what_to_expect(path):
+    comment = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "Costs (computed" in comment and "not measured" in comment and "Expect" in comment and "Not run by us" in comment
+    assert ("published" in comment) and (path.stem == "shared" or "Makes: " in comment)
+
+
+def test_numbers_to_expect_are_the_published_ones():
+    table = {row["method"]: row for row in tables.published(1).to_dict("records")}["FMbSeg (paper)"]
+    for name in ("shared", "05_evaluate"):
+        comment = (ROOT / "params" / "paper" / f"{name}.yaml").read_text()
+        for column in ("PV-21", "PV-20", "PC-59", "CO-80", "CS-171", "City", "ADE"):
+            assert f"{column} {table[column]:.2f}" in comment, column
