@@ -96,7 +96,7 @@ def label_table(samples: list[Sample], store: LabelStore) -> pd.DataFrame:
     return frame[frame["photographs"] > 0].sort_values("share", ascending=False).reset_index(drop=True)
 
 
-def module_path(params: TrainNotebook) -> Path:
+def module_path(params: RunParams) -> Path:
     """Where the module of this profile lies."""
     return storage.home() / "modules" / params.profile / "alignment.safetensors"
 
