@@ -35,7 +35,7 @@ class Panel:
     title: str
     src: str
     note: str = ""
-    width: int = 230
+    width: int = 220
     chosen: bool = False
     boxes: Sequence[tuple[float, float, float, float, str]] = ()
     stars: Sequence[tuple[float, float]] = ()

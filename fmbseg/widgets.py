@@ -11,6 +11,7 @@ from pathlib import Path
 import ipywidgets
 import matplotlib
 import numpy as np
+import torch
 
 from fmbseg import explore, images, plots, segment, vocabulary
 from fmbseg.datasets import Sample
@@ -22,7 +23,8 @@ from fmbseg.pseudo_labels import paint
 from fmbseg.vocabulary import LabelSpace
 
 MOST_MAPS = 12  # words with a map each; more would be slow to draw and to look at
-SMALL, LARGE = 230, 350  # widths in the page
+MOST_NAMES = 24  # crops with their vote written into them; more would cover the picture
+SMALL, LARGE = 220, 300  # widths in the page
 RESOLUTIONS = {"half": 0.5, "as in the parameters": 1.0, "one and a half": 1.5, "double": 2.0}
 HEAT = (matplotlib.colormaps[plots.SIMILARITY](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
 
@@ -40,7 +42,7 @@ class Explore(ipywidgets.VBox):
         self._controls(params)
         self.tabs = ipywidgets.Tab(
             [
-                ipywidgets.VBox([self.panels, _line(self.across, self.down)]),
+                ipywidgets.VBox([_line(self.across, self.down), self.panels]),
                 ipywidgets.VBox([_line(self.vocabulary, self.points), _line(self.chosen, self.find), self.stage]),
             ],
             titles=["Words and points", "Stage 1"],
@@ -53,13 +55,13 @@ class Explore(ipywidgets.VBox):
     def _controls(self, p: ExploreNotebook) -> None:
         names = list(self._files)
         first = p.picture if p.picture in names else names[0] if names else None
-        self.picture = ipywidgets.Dropdown(options=names, value=first, description="Picture", layout=_width(440))
+        self.picture = ipywidgets.Dropdown(options=names, value=first, description="Picture", style=_LABEL, layout=_width(450))
         self.upload = ipywidgets.FileUpload(accept=",".join(images.SUFFIXES), description="Upload a picture", layout=_width(180))
-        self.words = _text("Words", p.words, "words, separated by commas; Enter shows them", 440)
-        self.background = _text("Background", p.background, "words that together are background", 380)
+        self.words = _text("Words", p.words, "words, separated by commas; Enter shows them", 450)
+        self.background = _text("Background", p.background, "words that together are background", 450)
         self.threshold = _slider("Threshold", 0.0, "under this share of the way from lowest to highest similarity nothing is coloured")
         self.opacity = _slider("Opacity", 0.6, "of the colours over the picture")
-        self.resolution = ipywidgets.Dropdown(options=RESOLUTIONS, value=1.0, description="Resolution", layout=_width(260))
+        self.resolution = ipywidgets.Dropdown(options=RESOLUTIONS, value=1.0, description="Resolution", style=_LABEL, layout=_width(280))
         self.across = _slider("Point across", 0.5, "from the left edge to the right one; a click on a picture sets it, too")
         self.down = _slider("Point down", 0.5, "from the top edge to the bottom one; a click on a picture sets it, too")
         self.vocabulary = ipywidgets.Dropdown(
@@ -98,7 +100,11 @@ class Explore(ipywidgets.VBox):
         return True
 
     def _space(self) -> LabelSpace:
-        return segment.words_space(self.words.value, self.background.value.strip() or None)
+        words, background = self.words.value, self.background.value.strip() or None
+        for name, given in (("Words", words), ("Background", background)):
+            if given is not None:
+                vocabulary.own_words(given, name)  # an error names the control
+        return segment.words_space(words, background)
 
     def _new_picture(self, *_) -> None:
         self._say("Reading the picture ...")
@@ -174,13 +180,13 @@ class Explore(ipywidgets.VBox):
         point = []
         for name, one in near.items():
             picture = data_url(explore.heat(small, one[0], explore.spread(one), **colour))
-            point.append(Panel(name, picture, f"{one.min():.2f} to {one.max():.2f}", SMALL, cross=self.panels.point))
+            point.append(Panel(name, picture, _range(one), SMALL, cross=self.panels.point))
         sections.append(("Similar to the point", point))
         for k, word in enumerate(space.names[:MOST_MAPS]):
             row = []
             for name, all_words in maps.items():
                 picture = data_url(explore.heat(small, all_words[k], explore.spread(all_words), **colour))
-                row.append(Panel(name, picture, f"{all_words[k].min():.2f} to {all_words[k].max():.2f}"))
+                row.append(Panel(name, picture, _range(all_words[k]), SMALL))
             sections.append((word, row))
         return sections
 
@@ -197,7 +203,8 @@ class Explore(ipywidgets.VBox):
         kept = self.chosen.value if self.chosen.value in found else next(iter(found), None)
         _set(self.chosen, self._draw, options=[(f"{name} ({one.votes} votes)", name) for name, one in found.items()], value=kept)
         features = explorer.seen().features
-        boxes = [_shares(features.crop_box(crop), features.size, name) for crop, name in zip(features.crops, winners)]
+        shown_names = winners if len(winners) <= MOST_NAMES else [""] * len(winners)
+        boxes = [_shares(features.crop_box(crop), features.size, name) for crop, name in zip(features.crops, shown_names)]
         votes = ", ".join(f"{name} {count}" for name, count in explore.vote_counts(winners).items())
         sections = [("Crops and their votes", [Panel("votes", data_url(large), votes, LARGE, boxes=boxes)])]
         if kept is None:
@@ -207,11 +214,11 @@ class Explore(ipywidgets.VBox):
             self._say("SAM looks at the picture ...")
         query = explorer.query(space, found[kept], self.points.value)
         stars = [(x / image.shape[1], y / image.shape[0]) for x, y in query.points.tolist()]
-        row = [Panel("query points", data_url(small), f"{len(stars)} positions most like the word", stars=stars)]
+        row = [Panel("query points", data_url(small), f"{len(stars)} positions most like the word", SMALL, stars=stars)]
         for mask, score in zip(query.masks, query.scores):
             shown = data_url(_fit(explore.paint_mask(image, mask, self.opacity.value), 2 * SMALL))
             best = score == query.scores.max()
-            row.append(Panel(f"confidence {score:.2f}", shown, "(chosen)" if best else "", chosen=bool(best), stars=stars))
+            row.append(Panel(f"confidence {score:.2f}", shown, "(chosen)" if best else "", SMALL, chosen=bool(best), stars=stars))
         sections.append((f"Stage 1.1: {kept}", row))
         self.find.disabled = explorer.has_masks
         if explorer.has_masks:
@@ -265,6 +272,12 @@ def _shares(box: tuple[float, float, float, float], size: tuple[int, int], name:
     """(x, y, width, height) in pixels as shares of a (height, width), with a name."""
     x, y, width, height = box
     return x / size[1], y / size[0], width / size[1], height / size[0], name
+
+
+def _range(one: torch.Tensor) -> str:
+    """Lowest and highest similarity of a map."""
+    low, high = (round(value, 2) + 0.0 for value in explore.spread(one))  # no -0.00
+    return f"{low:.2f} to {high:.2f}"
 
 
 def _legend(labels: np.ndarray, space: LabelSpace) -> list[tuple[str, str]]:

@@ -39,16 +39,17 @@ function makePanel(choose) {
 
 function drawMarks(layer, panel) {
   layer.replaceChildren();
-  for (const [x, y, width, height, name] of panel.boxes) {
+  panel.boxes.forEach(([x, y, width, height, name], i) => {
     const box = element("div", "fmbseg-box");
     place(box, x, y);
     box.style.width = percent(width);
     box.style.height = percent(height);
     const label = element("span", "");
     label.textContent = name;
-    box.append(label);
+    label.style.transform = `translateY(${16 * ((i % 3) - 1)}px)`; // neighbours' names lie in different lines
+    if (name) box.append(label);
     layer.append(box);
-  }
+  });
   for (const [x, y] of panel.stars) {
     const star = element("div", "fmbseg-star");
     star.textContent = "★";
