@@ -1,11 +1,13 @@
 # make tables: set everything up and make both tables' embedded columns, with pictures.
 # make test:   set everything up and run the tests.
+# make lab:    the notebooks in JupyterLab.
+# make app:    the explorer (notebook 09) as a page of its own, without code.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 PROFILE ?= embedded
 
-.PHONY: setup fetch tables test lab clean
+.PHONY: setup fetch tables test lab app clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +28,9 @@ test: fetch
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
+
+app: fetch
+	$(BIN)/voila notebooks/09_explore_similarity.ipynb --TagRemovePreprocessor.remove_cell_tags=details
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -19,6 +19,7 @@ from fmbseg.params import (
     Params,
     RunParams,
     Seeds,
+    SegmentParams,
     make,
 )
 
@@ -109,6 +110,13 @@ class TablesNotebook(RunParams):
     pass
 
 
+class ExploreNotebook(RunParams, LabelParams, SegmentParams):
+    words: str = Field("person, tree, sky, road", description="words to begin with, separated by commas")
+    background: str = Field("", description="words that together are class 0, background; empty: no background")
+    picture: str = Field("", description="name of the photograph to begin with; where it is not among them: the first")
+    max_side: Count = Field(1024, description="larger pictures are scaled so that their long side has so many pixels")
+
+
 NOTEBOOKS: dict[str, type[RunParams]] = {
     "01_feature_extraction": FeaturesNotebook,
     "02_stage_1_1_query_sam": StageNotebook,
@@ -120,4 +128,5 @@ NOTEBOOKS: dict[str, type[RunParams]] = {
     "10_compare_stages": StagesNotebook,
     "11_fine_tune": FineTuneNotebook,
     "08_tables": TablesNotebook,
+    "09_explore_similarity": ExploreNotebook,
 }

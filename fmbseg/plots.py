@@ -64,6 +64,15 @@ def overlay(image: np.ndarray, labels: np.ndarray, space: LabelSpace, opacity: f
     return ((1 - share) * image + share * colourise(labels, space)).astype(np.uint8)
 
 
+def colour_masks(image: np.ndarray, masks: Sequence[AutomaticMask], opacity: float = 0.6) -> np.ndarray:
+    """Automatic masks over the picture, each in an arbitrary colour, small ones on top: (height, width, 3) ``uint8``."""
+    colours = np.random.RandomState(0).randint(60, 255, (len(masks), 3))
+    picture = image.astype(float)
+    for mask, colour in sorted(zip(masks, colours), key=lambda pair: -pair[0].area):
+        picture[mask.mask] = (1 - opacity) * image[mask.mask] + opacity * colour
+    return picture.astype(np.uint8)
+
+
 def legend(axis: Axes, labels: Sequence[np.ndarray], space: LabelSpace, limit: int = 12) -> None:
     """Names of the classes that occur, the largest first."""
     counts = sum(np.bincount(one.ravel(), minlength=256) for one in labels)[: len(space)]
@@ -165,11 +174,7 @@ def automatic_figure(image: np.ndarray, masks: Sequence[AutomaticMask], labelled
     from fmbseg.pseudo_labels import paint
 
     figure, (left, right) = panels(2, columns=2, size=4)
-    colours = np.random.RandomState(0).randint(60, 255, (len(masks), 3))
-    picture = image.astype(float)
-    for mask, colour in sorted(zip(masks, colours), key=lambda pair: -pair[0].area):
-        picture[mask.mask] = 0.4 * image[mask.mask] + 0.6 * colour
-    left.imshow(picture.astype(np.uint8))
+    left.imshow(colour_masks(image, masks))
     left.set_title(f"{len(masks)} automatic masks", fontsize=9)
     labels, _ = paint(list(labelled), image.shape[:2])
     right.imshow(overlay(image, labels, space))
