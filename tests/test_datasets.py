@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmbseg import datasets, doctor, embedded, images, layouts, storage, vocabulary, weights
+from fmbseg import cli, datasets, doctor, embedded, images, layouts, storage, vocabulary, weights
 from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
 from fmbseg.metrics import Confusion
 
@@ -364,6 +364,12 @@ def test_doctor_counts_what_is_here_and_names_what_is_missing(root):
     sources = report.partition("official sources")[2]
     assert "VOCtrainval_03-May-2010.tar" in sources and "gtFine_trainvaltest.zip" in sources
     assert "VOCtrainval_11-May-2012.tar" not in sources and "ADEChallengeData2016.zip" not in sources
+
+
+@pytest.mark.parametrize("option", ["--data-root", "--data"])
+def test_the_doctor_command_takes_the_folder(option, root, capsys):
+    assert cli.main(["doctor", option, str(root)]) == 0
+    assert "2 of the official 1449 images, 21 classes" in capsys.readouterr().out
 
 
 def test_doctor_without_a_data_root_names_every_source():
