@@ -72,7 +72,7 @@ class Explorer:
             except DataError as error:
                 self.missing = str(error)
         else:
-            self.missing = f"No trained module yet: run notebook 04, or: fmbseg train --profile {params.profile}"
+            self.missing = f"there is no trained module yet; run notebook 04, or: fmbseg train --profile {params.profile}"
         self._words = {clip: WordCache(clip, params.templates) for clip in (self.clip, getattr(self.segmenter, "clip", self.clip))}
         self.image: np.ndarray | None = None
         self.scale = 1.0

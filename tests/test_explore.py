@@ -1,5 +1,7 @@
 """The explorer without a browser: what it computes on a real photograph, and what its widget says."""
 
+import datetime
+
 import numpy as np
 import pytest
 import torch
@@ -235,15 +237,19 @@ def test_point_and_its_sliders_are_one(widget):
     assert crosses == [[0.25, 0.5]] * 3
 
 
+def uploaded(name, content):
+    now = datetime.datetime.now(datetime.UTC)
+    return {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": now}
+
+
 def test_upload(widget, photograph, tmp_path):
     Image.fromarray(photograph[:100, :200]).save(tmp_path / "own.png")
-    content = memoryview((tmp_path / "own.png").read_bytes())
+    content = (tmp_path / "own.png").read_bytes()
     for _ in range(2):
-        widget.upload.value = ({"name": "own.png", "type": "image/png", "size": len(content), "content": content},)
+        widget.upload.value = (uploaded("own.png", content),)
         assert widget.picture.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, 200, 3)
         widget.upload.value = ()
-    broken = {"name": "../broken.png", "type": "image/png", "size": 1, "content": memoryview(b"x")}
-    widget.upload.value = (broken,)
+    widget.upload.value = (uploaded("../broken.png", b"x"),)
     assert "broken.png: cannot be read as a picture" in widget.notice.value and "/tmp" not in widget.notice.value
     assert widget.picture.value == "own.png (uploaded)"
 
