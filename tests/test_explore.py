@@ -89,6 +89,17 @@ def test_the_picture_goes_through_the_models_once_a_resolution(explorer, space, 
     assert explorer.seen() is seen
 
 
+def test_what_was_asked_last_is_kept(explorer, space, photograph, params):
+    maps, near = explorer.similarity(space), explorer.similar_to(0.2, 0.3)
+    assert explorer.similarity(segment.words_space("bird, person, sky")) is maps and explorer.similar_to(0.2, 0.3) is near
+    assert explorer.similarity(segment.words_space("bird, sky")) is not maps and explorer.similar_to(0.2, 0.4) is not near
+    other = explore.Explorer(params)
+    other.set_image(photograph)
+    first = other.similarity(space)
+    other.set_image(photograph[:, ::-1].copy())
+    assert not torch.equal(other.similarity(space)[CLIP], first[CLIP])
+
+
 def test_only_new_words_are_encoded(explorer, monkeypatch):
     cache = explore.WordCache(explorer.clip, "seven")
     seen, encode = [], explorer.clip.encode_text
