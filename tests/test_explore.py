@@ -1,5 +1,7 @@
 """The explorer without a browser: what it computes on a real photograph, and what its widget says."""
 
+import datetime
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,17 @@ def test_the_picture_goes_through_the_models_once_a_resolution(explorer, space, 
     finally:
         explorer.scale = 1.0
     assert explorer.seen() is seen
+
+
+def test_what_was_asked_last_is_kept(explorer, space, photograph, params):
+    maps, near = explorer.similarity(space), explorer.similar_to(0.2, 0.3)
+    assert explorer.similarity(segment.words_space("bird, person, sky")) is maps and explorer.similar_to(0.2, 0.3) is near
+    assert explorer.similarity(segment.words_space("bird, sky")) is not maps and explorer.similar_to(0.2, 0.4) is not near
+    other = explore.Explorer(params)
+    other.set_image(photograph)
+    first = other.similarity(space)
+    other.set_image(photograph[:, ::-1].copy())
+    assert not torch.equal(other.similarity(space)[CLIP], first[CLIP])
 
 
 def test_only_new_words_are_encoded(explorer, monkeypatch):
@@ -235,15 +248,19 @@ def test_point_and_its_sliders_are_one(widget):
     assert crosses == [[0.25, 0.5]] * 3
 
 
+def uploaded(name, content):
+    now = datetime.datetime.now(datetime.UTC)
+    return {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": now}
+
+
 def test_upload(widget, photograph, tmp_path):
     Image.fromarray(photograph[:100, :200]).save(tmp_path / "own.png")
-    content = memoryview((tmp_path / "own.png").read_bytes())
+    content = (tmp_path / "own.png").read_bytes()
     for _ in range(2):
-        widget.upload.value = ({"name": "own.png", "type": "image/png", "size": len(content), "content": content},)
+        widget.upload.value = (uploaded("own.png", content),)
         assert widget.picture.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, 200, 3)
         widget.upload.value = ()
-    broken = {"name": "../broken.png", "type": "image/png", "size": 1, "content": memoryview(b"x")}
-    widget.upload.value = (broken,)
+    widget.upload.value = (uploaded("../broken.png", b"x"),)
     assert "broken.png: cannot be read as a picture" in widget.notice.value and "/tmp" not in widget.notice.value
     assert widget.picture.value == "own.png (uploaded)"
 
