@@ -329,6 +329,13 @@ def test_pictures_of_the_data_root_are_left_out(fresh, root, tmp_path):
     assert len(datasets.load_collection(str(tmp_path / "photographs"))) == 3
 
 
+def test_voc_photographs_are_those_that_nothing_evaluates_on(fresh, root):
+    picture(root / "VOCdevkit/VOC2012/JPEGImages/mine.jpg", value=9)  # the others have the evaluated pictures' bytes
+    assert [s.name for s in datasets.load_collection("voc_photographs", str(root))] == ["mine"]
+    with pytest.raises(DataError, match="voc_photographs: not under .*JPEGImages; it comes as VOCtrainval"):
+        datasets.load_collection("voc_photographs", str(root / "none"))
+
+
 def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
     picture(root / "coco/images/train2017/000000000009.jpg", value=7)
     assert [s.name for s in datasets.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
