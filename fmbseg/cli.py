@@ -115,6 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--notebooks", nargs="+", help="only these, such as 05_evaluate 08_tables")
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a parameter for every notebook that has it; may be given again")
 
+    sub = command(
+        "report",
+        commands.report,
+        "One HTML page of a profile's results: tables, figures, records, versions.",
+        "Figures that show photographs show other people's: the page is for you, not for publishing.",
+    )
+    sub.add_argument("folder", type=Path, help="folder of results, such as results/embedded")
+    sub.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: report.html in that folder)")
+
     sub = command("doctor", commands.doctor, "What is installed, which weights and data are here, and what brings what is missing.")
     sub.add_argument("--data-root", "--data", help="folder of the benchmarks in their official layouts")
     return parser

@@ -195,6 +195,12 @@ def reproduce(options: argparse.Namespace) -> None:
         print(f"{what:20s}{where}")
 
 
+def report(options: argparse.Namespace) -> None:
+    from fmbseg import report
+
+    print(report.write(options.folder, options.out))
+
+
 def doctor(options: argparse.Namespace) -> None:
     from fmbseg import doctor
 

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from fmbseg import alignment, cli, datasets, steps, storage, vocabulary, weights
 from fmbseg.notebooks import TrainNotebook
 
-COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "doctor")
+COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "report", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,8 @@ def test_help_of_every_command(command, capsys):
         (["segment", "a.jpg", "--classes", "cat,cat", "--profile", "smoke", "--module", "{module}"], "classes: given more than once: cat"),
         (["fetch", "mobilesam"], "'mobilesam': no such weights; known are mobile_sam"),
         (["fetch", "--profile", "none"], "profile 'none': no weights belong to it"),
+        (["report", "none"], "none: no such folder; give one of results/"),
+        (["report", "params"], "params: holds no record; run notebooks 04 and 05"),
         (["reproduce", "none"], "profile 'none': no such folder of params/"),
         (["reproduce", "smoke", "--set", "temprature=1"], "unknown parameter 'temprature'"),
         (["reproduce", "smoke", "--notebooks", "99_none"], "notebook '99_none': unknown"),
