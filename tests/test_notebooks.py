@@ -113,7 +113,20 @@ def test_records_say_everything(reproduced):
 @pytest.mark.minutes
 def test_pictures_of_every_step_are_kept(reproduced):
     names = [p.name for p in (reproduced / "figures").iterdir()]
-    for kind in ("photographs", "votes-", "similarity-", "query-", "masks-", "labels-", "patches-", "loss", "aligned-", "drawn-", "table1", "explore-"):
+    for kind in (
+        "photographs",
+        "votes-",
+        "similarity-",
+        "query-",
+        "masks-",
+        "labels-",
+        "patches-",
+        "loss",
+        "aligned-",
+        "drawn-",
+        "table1",
+        "explore-",
+    ):
         assert [n for n in names if n.startswith(kind)], kind
     for path in (reproduced / "figures").iterdir():
         with Image.open(path) as picture:
