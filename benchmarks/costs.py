@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fmbseg import alignment, commands, features, images, products, profiles, windows
 from fmbseg.backbones.clip import LIT, ImageText
 from fmbseg.backbones.encoder import Encoder, load_encoder
-from fmbseg.params import EvaluateNotebook, ModuleParams
+from fmbseg.notebooks import EvaluateNotebook
+from fmbseg.params import ModuleParams
 
 from throughput import random_weights  # isort: skip
 

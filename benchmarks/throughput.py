@@ -25,7 +25,8 @@ import torch
 from fmbseg import alignment, commands, detect, features, images, products, profiles, records, stage1_masks, stage1_query, steps, training
 from fmbseg.backbones.clip import CLIP_NAMES, LIT
 from fmbseg.backbones.encoder import load_encoder
-from fmbseg.params import EvaluateNotebook, ModuleParams
+from fmbseg.notebooks import EvaluateNotebook
+from fmbseg.params import ModuleParams
 from fmbseg.segment import AlignedEncoder, Segmenter
 
 STEPS = ("CLIP features", "SAM embedding", "Stage 1.1 decoding", "automatic masks", "encoder patches", "training", "segmentation")

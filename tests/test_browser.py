@@ -20,7 +20,8 @@ from PIL import Image
 
 from fmbseg import alignment, products, steps
 from fmbseg.backbones.encoder import load_encoder
-from fmbseg.params import AlignParams, ExploreNotebook, ModuleParams
+from fmbseg.notebooks import ExploreNotebook
+from fmbseg.params import AlignParams, ModuleParams
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 SCREENS = ROOT / "build" / "screens"

@@ -15,7 +15,8 @@ from fmbseg import alignment, datasets, distributed, losses, steps, storage, tra
 from fmbseg.backbones.clip import load_clip
 from fmbseg.errors import ParameterError
 from fmbseg.images import IGNORED
-from fmbseg.params import AlignParams, LabelParams, TrainNotebook
+from fmbseg.notebooks import TrainNotebook
+from fmbseg.params import AlignParams, LabelParams
 from fmbseg.pseudo_labels import LabelStore, PseudoLabel
 
 LOSSES = ("tsupcon", "prototype", "supcon")

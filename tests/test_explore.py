@@ -13,7 +13,8 @@ from fmbseg.backbones.encoder import load_encoder
 from fmbseg.errors import ImageError, ParameterError
 from fmbseg.explore import ALIGNED, CLIP
 from fmbseg.images import IGNORED
-from fmbseg.notebooks import ExploreNotebook, ModuleParams, make
+from fmbseg.notebooks import ExploreNotebook
+from fmbseg.params import ModuleParams, make
 from fmbseg.plots import colour_masks
 
 VALUES = EMBEDDED | {"profile": "embedded", "max_side": 320, "segment_short_side": 224, "window": 224, "window_stride": 112}
