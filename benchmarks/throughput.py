@@ -23,9 +23,10 @@ import pandas as pd
 import torch
 
 from fmbseg import alignment, commands, detect, features, images, products, profiles, records, stage1_masks, stage1_query, steps, training
-from fmbseg.backbones.clip import CLIP_NAMES
+from fmbseg.backbones.clip import CLIP_NAMES, LIT
 from fmbseg.backbones.encoder import load_encoder
-from fmbseg.params import EvaluateNotebook, ModuleParams
+from fmbseg.notebooks import EvaluateNotebook
+from fmbseg.params import ModuleParams
 from fmbseg.segment import AlignedEncoder, Segmenter
 
 STEPS = ("CLIP features", "SAM embedding", "Stage 1.1 decoding", "automatic masks", "encoder patches", "training", "segmentation")
@@ -182,7 +183,7 @@ def processes_against_threads(params: EvaluateNotebook, pictures: list[np.ndarra
     """SAM embeddings per second: one process of as many threads as cores, against as many processes of one thread."""
     context, found = multiprocessing.get_context("spawn"), {}
     for processes, threads in ((1, cores()), (cores(), 1)):
-        ready, done = context.Barrier(processes + 1), context.Barrier(processes + 1)
+        ready, done = (context.Barrier(processes + 1, timeout=1800) for _ in range(2))
         given = (params, pictures, threads, ready, done)
         working = [context.Process(target=_embed_pictures, args=given, daemon=True) for _ in range(processes)]
         for process in working:
@@ -197,9 +198,10 @@ def processes_against_threads(params: EvaluateNotebook, pictures: list[np.ndarra
 
 
 def random_weights(params: EvaluateNotebook) -> EvaluateNotebook:
-    """The same architectures with random weights: nothing to fetch, the same speed."""
+    """The same architectures with random weights: nothing to fetch, the same speed. The stand-in for CLIP keeps its own."""
     plain = {"sam": f"random:{params.sam}", "encoder": "+".join(f"random:{part}" for part in params.encoder.split("+"))}
-    plain["clip"] = f"random:{CLIP_NAMES.get(params.clip, params.clip).split(' ')[0]}"
+    if params.clip != LIT:
+        plain["clip"] = f"random:{CLIP_NAMES.get(params.clip, params.clip).split(' ')[0]}"
     return params.model_copy(update={k: v for k, v in plain.items() if not getattr(params, k).startswith("random:")})
 
 

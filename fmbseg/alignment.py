@@ -93,8 +93,15 @@ def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any]) -> Pa
     return storage.write_tensors(path, alignment.state_dict(), {"fmbseg": json.dumps(described)})
 
 
+def place(profile: str = "embedded", name: str = "alignment") -> Path:
+    """Where a module of a profile is kept."""
+    return storage.home() / "modules" / profile / f"{name}.safetensors"
+
+
 def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
-    """Read a module and its metadata. Raises DataError when the file is not one that ``save`` wrote."""
+    """Read a module and its metadata. Raises DataError when there is none, or the file is not one that ``save`` wrote."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no trained module there; run notebook 04 or: fmbseg train")
     tensors, metadata = storage.read_tensors(path)
     if "fmbseg" not in metadata:
         raise DataError(f"{path}: not an alignment module of fmbseg; give the file that training wrote")

@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("label", commands.label, "Stage 1: pseudo labels of unlabelled photographs.", "A stopped run goes on where it was.")
     common(sub, collection=True)
     sub.add_argument("--out", type=Path, help="folder for the label maps (default: in the cache)")
+    sub.add_argument("--coco", type=Path, metavar="FILE.json", help="also write the labels as COCO annotations (run-length encoded)")
     sub.add_argument("--shard", type=int, default=0, help="this part of the photographs ...")
     sub.add_argument("--num-shards", type=int, default=1, help="... of so many")
     sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help="who works: this machine, or a Ray cluster")
@@ -93,11 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         'fmbseg segment photo.jpg --classes "cat, sofa, rug" --background "wall, floor" --out cut/',
     )
     common(sub)
-    sub.add_argument("photographs", nargs="+", help="pictures or folders of pictures")
+    sub.add_argument("photographs", nargs="+", help="pictures, folders of pictures, or patterns such as 'photos/*.jpg'")
     sub.add_argument("--classes", required=True, help="words, separated by commas")
     sub.add_argument("--background", help="words that together are class 0, background")
     sub.add_argument("--out", type=Path, default=Path("cut"), help="folder for label maps, overlays and JSON (default cut/)")
-    sub.add_argument("--module", type=Path, help="trained module (default: the profile's)")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--module", type=Path, help="trained module (default: the profile's)")
+    which.add_argument(
+        "--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled photographs"
+    )
+    sub.add_argument("--limit", type=int, help="with --train-on: how many of them, evenly spread")
 
     sub = command(
         "reproduce",

@@ -25,8 +25,10 @@ PICTURES_A_TASK = 16
 class Labeller:
     """One worker: loads the models once, then labels picture after picture."""
 
-    def __init__(self, home: str, folder: str, space: LabelSpace, params: LabelParams, device: str):
+    def __init__(self, home: str, here: str, folder: str, space: LabelSpace, params: LabelParams, device: str):
         os.environ["FMBSEG_HOME"] = home
+        if Path(here).is_dir():  # where relative paths of photographs start
+            os.chdir(here)
         torch.set_num_threads(1)
         self.folder, self.space, self.params, self.device = Path(folder), space, params, device
         products.clip_of(params, device), products.sam_of(params, device)
@@ -53,7 +55,7 @@ def label_collection(
     except ImportError:
         raise ParameterError('engine ray: Ray is not installed; run: pip install -c constraints.txt "fmbseg[ray]"') from None
     store = LabelStore(folder, space, params)
-    rows = [{"name": s.name, "image": str(s.image.absolute())} for s in samples]
+    rows = [{"name": s.name, "image": str(s.image)} for s in samples]
     if not rows:
         return store, []
     started = not ray.is_initialized()
@@ -62,7 +64,8 @@ def label_collection(
         ray.init()
     try:
         _check(ray.cluster_resources(), workers, gpus)
-        given = {"home": str(storage.home()), "folder": str(store.folder.absolute()), "space": space, "params": params, "device": device}
+        paths = {"home": storage.home(), "here": Path.cwd(), "folder": store.folder.absolute()}
+        given = {name: str(path) for name, path in paths.items()} | {"space": space, "params": params, "device": device}
         blocks = max(-(-len(rows) // PICTURES_A_TASK), min(workers, len(rows)))
         data = ray.data.from_items(rows, override_num_blocks=blocks)
         work = ray.data.ActorPoolStrategy(size=workers)

@@ -62,12 +62,15 @@ def fetch(options: argparse.Namespace) -> None:
 
 
 def label(options: argparse.Namespace) -> None:
-    from fmbseg import jobs, steps
+    from fmbseg import export, jobs, steps
 
     p = _collection_params(options, "03_stage_1_2_label_masks")
     samples = jobs.shard(steps.photographs(p), options.shard, options.num_shards)
     store, failures = steps.label(samples, p, options.out, options.engine, options.gpus_per_worker)
     print(f"{len(samples) - len(failures)} of {len(samples)} photographs labelled in {store.folder}")
+    if options.coco:
+        count = export.write_coco(samples, store, options.coco)
+        print(f"{count} of them written to {options.coco} as COCO annotations (one a class and photograph, run-length encoded)")
     if failures:
         print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
 
@@ -108,17 +111,52 @@ def evaluate(options: argparse.Namespace) -> None:
     print(frame[[column for column in columns if column in frame]].to_string(index=False))
 
 
+def _pictures(given: Sequence[str]) -> list[Path]:
+    """The pictures that the command line names: files, folders, and patterns such as "photos/*.jpg"."""
+    from glob import glob
+
+    from fmbseg import images
+
+    found: list[Path] = []
+    for name in given:
+        if Path(name).is_dir():
+            found += images.find_images(name)
+        elif Path(name).exists() or not any(c in name for c in "*?["):
+            found.append(Path(name))
+        else:
+            matches = sorted(Path(match) for match in glob(name, recursive=True) if Path(match).suffix.lower() in images.SUFFIXES)
+            if not matches:
+                raise ParameterError(f"{name}: no picture matches it; give files, folders, or a pattern such as 'photos/*.jpg'")
+            found += matches
+    return list(dict.fromkeys(found))
+
+
+def _own_module(options: argparse.Namespace) -> Path:
+    """A module trained for the command line's own words, on pseudo labels of its own unlabelled photographs."""
+    from fmbseg import segment, steps, storage
+
+    space = segment.words_space(options.classes, options.background)
+    words = [word for prompts in space.prompts for word in prompts]
+    file = storage.home() / "words" / f"{storage.digest(words)}.txt"
+    with storage.atomic_path(file) as part:
+        part.write_text("\n".join(words) + "\n", encoding="utf-8")
+    p = _params(options, "04_train_alignment", photographs=str(options.train_on), vocabulary=str(file), limit=options.limit)
+    samples = steps.photographs(p)
+    path = steps.module_path(p, f"own-{storage.digest(words, str(options.train_on.absolute()))}")
+    result = steps.fit(samples, steps.make_labels(samples, p), p, path)
+    print(f"trained on {len(samples)} photographs of {options.train_on} for {len(result.classes)} of {len(words)} words: {path}")
+    return path
+
+
 def segment(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from fmbseg import images, plots, pseudo_labels, segment, steps, storage
 
     p = _params(options, "05_evaluate")
-    module = options.module or steps.module_path(p)
-    if not Path(module).is_file():
-        raise ParameterError(f"{module}: no trained module there; run: fmbseg train, or: fmbseg reproduce embedded, or give --module")
     space = segment.words_space(options.classes, options.background)
-    paths = [found for given in options.photographs for found in (images.find_images(given) if Path(given).is_dir() else [Path(given)])]
+    paths = _pictures(options.photographs)
+    module = _own_module(options) if options.train_on else options.module or steps.module_path(p)
     segmenter = segment.Segmenter.load(module, p.device, p)
     failed = 0
     for path in tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1):

@@ -74,7 +74,7 @@ def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | 
     """Unlabelled photographs: a collection's name, or any folder of pictures.
 
     Collections: ``embedded_pool`` (255), ``embedded_objects`` (155 of them), ``embedded_coco`` (45 of them, of COCO),
-    ``coco_stuff_train`` (under data_root) and ``drawn``.
+    ``coco_stuff_train`` and ``voc_photographs`` (both under data_root) and ``drawn``.
 
     A photograph that is also in an evaluation set that is here (same bytes or same file name) is left out.
     """
@@ -86,7 +86,9 @@ def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | 
         if name == "embedded_objects":  # 100 photographs of one town's streets and parks hold few kinds of things
             found = [path for path in found if path.parent.name != "enhancement"]
     else:
-        root = layouts.train_pictures(Path(data_root).expanduser()) if name == "coco_stuff_train" else Path(name).expanduser()
+        under = Path(data_root).expanduser()
+        own = {"coco_stuff_train": layouts.train_pictures, "voc_photographs": layouts.voc_pictures}
+        root = own[name](under) if name in own else Path(name).expanduser()
         found = images.find_images(root)
     stems, hashes = _evaluation_pictures(tuple(evaluation or (*EMBEDDED, *(LAYOUTS if data_root else ()))), data_root)
     kept = [p for p in found if p.stem not in stems and storage.image_sha256(p) not in hashes]

@@ -18,7 +18,7 @@ import torch
 from fmbseg import images, jobs, products, pseudo_labels, records, shards, storage, vocabulary
 from fmbseg.alignment import load as load_alignment
 from fmbseg.datasets import Dataset, Sample
-from fmbseg.errors import DataError, ParameterError
+from fmbseg.errors import ParameterError
 from fmbseg.images import IGNORED
 from fmbseg.metrics import Confusion
 from fmbseg.params import DetectParams, EvaluateParams, FeatureParams, LabelParams, SegmentParams
@@ -166,8 +166,6 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     used |= {"templates": params.templates} if method == "fmbseg" else {}
     used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}
     if method == "fmbseg":
-        if not Path(module).is_file():
-            raise DataError(f"{module}: no trained module there; run notebook 04 or: fmbseg train")
         weights.append(load_alignment(module)[1]["key"])
     return storage.digest(method, used, weights)
 

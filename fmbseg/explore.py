@@ -5,7 +5,7 @@ No widget is in here (``widgets.py`` holds those), so all of it works and is tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +72,7 @@ class Explorer:
             except DataError as error:
                 self.missing = str(error)
         else:
-            self.missing = f"No trained module yet: run notebook 04, or: fmbseg train --profile {params.profile}"
+            self.missing = f"there is no trained module yet; run notebook 04, or: fmbseg train --profile {params.profile}"
         self._words = {clip: WordCache(clip, params.templates) for clip in (self.clip, getattr(self.segmenter, "clip", self.clip))}
         self.image: np.ndarray | None = None
         self.scale = 1.0
@@ -84,6 +84,7 @@ class Explorer:
         self.image = images.resize(image, tuple(max(round(side * limit), 1) for side in image.shape[:2]))
         self._seen: dict[float, Seen] = {}
         self._queries: dict[tuple, QueryMask] = {}
+        self._last: dict[str, tuple] = {}
         self._masks: list[AutomaticMask] | None = None
 
     @property
@@ -114,6 +115,16 @@ class Explorer:
 
     def similarity(self, space: LabelSpace) -> dict[str, torch.Tensor]:
         """Cosine similarities to every class, (K, h, w), by CLIP and, with a trained module, by the aligned encoder."""
+        return self._kept("similarity", (self.scale, space.names, space.prompts), lambda: self._similarity(space))
+
+    def _kept(self, what: str, key: tuple, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What was asked for last, if it is asked for again: a slider's move asks for nothing new."""
+        self.seen()  # says so where there is no picture
+        if self._last.get(what, (None,))[0] != key:
+            self._last[what] = (key, make())
+        return self._last[what][1]
+
+    def _similarity(self, space: LabelSpace) -> dict[str, torch.Tensor]:
         seen = self.seen()
         maps = {CLIP: stage1_query.class_similarity(seen.features, self.texts(space))}
         if seen.embedded is not None:
@@ -122,6 +133,9 @@ class Explorer:
 
     def similar_to(self, x: float, y: float) -> dict[str, torch.Tensor]:
         """Cosine similarities to the patch at a point, (1, h, w) as in ``similarity``. x, y: in [0, 1] from the top left."""
+        return self._kept("similar_to", (self.scale, x, y), lambda: self._similar_to(x, y))
+
+    def _similar_to(self, x: float, y: float) -> dict[str, torch.Tensor]:
         seen = self.seen()
         clip_map = seen.features.map
         row, column = (min(int(v * n), n - 1) for v, n in zip((y, x), clip_map.shape[1:]))

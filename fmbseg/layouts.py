@@ -183,6 +183,14 @@ def train_pictures(root: Path) -> Path:
     return root / TRAIN.folder / "images/train2017"
 
 
+def voc_pictures(root: Path) -> Path:
+    """The folder of all photographs of VOC 2012, those of its validation split among them. Raises DataError without it."""
+    folder = root / _VOC12.folder / "JPEGImages"
+    if not folder.is_dir():
+        raise DataError(f"voc_photographs: not under {root}: {_VOC12.folder}/JPEGImages; it comes as {_VOC12.bring}")
+    return folder
+
+
 def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
     """Samples of one of LAYOUTS. Raises DataError saying what is missing and its official source."""
     layout = LAYOUTS[name]

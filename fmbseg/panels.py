@@ -28,7 +28,7 @@ def data_url(image: np.ndarray) -> str:
 class Panel:
     """One picture with its caption. Places are shares of width and height, in [0, 1] from the top left.
 
-    src: the picture's address (``data_url``); width: in pixels of the page; chosen: framed; boxes: (x, y, width,
+    src: the picture's address (``data_url``), or empty for a caption alone; width: in pixels of the page; chosen: framed; boxes: (x, y, width,
     height, text) each; stars: (x, y) each; cross: (x, y) of a chosen point; legend: (name, CSS colour) each.
     """
 

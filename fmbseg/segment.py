@@ -110,12 +110,15 @@ class Segmenter:
         self._texts: dict[tuple, ClassTexts] = {}
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", params: SegmentParams | None = None, templates: str | None = None) -> Segmenter:
+    def load(
+        cls, path: str | Path | None = None, device: str = "cpu", params: SegmentParams | None = None, templates: str | None = None
+    ) -> Segmenter:
         """A trained module with the encoder and the image-text model that it was trained with.
 
-        templates: of the words at test time; none: those it was trained with.
+        path: the module's file; none: the embedded profile's. templates: of the words at test time; none: those it was
+        trained with. Raises DataError where there is no module.
         """
-        module, metadata = alignment_module.load(path)
+        module, metadata = alignment_module.load(path or alignment_module.place())
         params = params or SegmentParams()
         encoder = load_encoder(metadata["encoder"], device, params.precision)
         embedder = AlignedEncoder(encoder, module, f"fmbseg {metadata['key']}", device)

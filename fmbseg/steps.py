@@ -127,7 +127,7 @@ def label_table(samples: list[Sample], store: LabelStore) -> pd.DataFrame:
 
 def module_path(params: RunParams, name: str = "alignment") -> Path:
     """Where a module of this profile lies."""
-    return storage.home() / "modules" / params.profile / f"{name}.safetensors"
+    return alignment.place(params.profile, name)
 
 
 def fit(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: Path, initial: Path | None = None) -> TrainResult:

@@ -96,7 +96,7 @@ class Explore(ipywidgets.VBox):
         except FmbsegError as error:
             self._say(str(error), "error")
             return False
-        self._say(" ".join(part for part in (said, self.explorer.missing) if part))
+        self._say(said)
         return True
 
     def _space(self) -> LabelSpace:
@@ -181,6 +181,8 @@ class Explore(ipywidgets.VBox):
         for name, one in near.items():
             picture = data_url(explore.heat(small, one[0], explore.spread(one), **colour))
             point.append(Panel(name, picture, _range(one), SMALL, cross=self.panels.point))
+        if self.explorer.missing:
+            point.append(Panel(ALIGNED, "", self.explorer.missing, SMALL))
         sections.append(("Similar to the point", point))
         for k, word in enumerate(space.names[:MOST_MAPS]):
             row = []
@@ -249,9 +251,7 @@ def _text(name: str, value: str, hint: str, width: int) -> ipywidgets.Text:
 
 
 def _slider(name: str, value: float, hint: str) -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(
-        value, min=0, max=1, step=0.01, description=name, style=_LABEL, layout=_width(320), description_tooltip=hint
-    )
+    return ipywidgets.FloatSlider(value, min=0, max=1, step=0.01, description=name, style=_LABEL, layout=_width(320), tooltip=hint)
 
 
 def _set(control: ipywidgets.Widget, watcher: Callable, **values) -> None:

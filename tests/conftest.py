@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "minutes: runs every notebook; leave it out with -m 'not minutes'")
+    config.addinivalue_line("markers", "minutes: takes a minute or more; leave it out with -m 'not minutes'")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

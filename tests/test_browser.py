@@ -20,7 +20,8 @@ from PIL import Image
 
 from fmbseg import alignment, products, steps
 from fmbseg.backbones.encoder import load_encoder
-from fmbseg.params import AlignParams, ExploreNotebook, ModuleParams
+from fmbseg.notebooks import ExploreNotebook
+from fmbseg.params import AlignParams, ModuleParams
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 SCREENS = ROOT / "build" / "screens"
@@ -34,6 +35,9 @@ ARGUMENTS = (
     "--disable-sync",
 )
 NOTEBOOK = "09_explore_similarity.ipynb"
+PANELS = """() => [...document.querySelectorAll(".fmbseg-panel")].filter((p) => p.offsetParent).map((p) => [
+    p.closest("section").querySelector("h4").textContent, p.dataset.title, p.querySelector("img").src, p.getBoundingClientRect().toJSON()
+])"""
 PATIENCE = 90_000  # ms; machines differ
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH; on Debian: apt-get install chromium")
@@ -162,16 +166,11 @@ class Screen:
 
     def pictures(self):
         """{(section, panel): address of its picture} of the open tab, in which no two pictures overlap."""
-        found, boxes = {}, []
-        for section in self.page.locator(".fmbseg-section:visible").all():
-            for panel in section.locator(".fmbseg-panel").all():
-                found[section.locator("h4").text_content(), panel.get_attribute("data-title")] = panel.locator("img").get_attribute("src")
-                boxes.append(panel.bounding_box())
-        for i, a in enumerate(boxes):
-            for b in boxes[:i]:
-                apart = (a["x"] + a["width"] <= b["x"], b["x"] + b["width"] <= a["x"], a["y"] + a["height"] <= b["y"])
-                assert any(apart) or b["y"] + b["height"] <= a["y"]
-        return found
+        panels = self.page.evaluate(PANELS)  # in one go: between two questions the page may change
+        for i, (_, _, _, a) in enumerate(panels):
+            for _, _, _, b in panels[:i]:
+                assert a["right"] <= b["left"] or b["right"] <= a["left"] or a["bottom"] <= b["top"] or b["bottom"] <= a["top"]
+        return {(section, panel): source for section, panel, source, _ in panels}
 
     def notice(self):
         return self.page.locator(".fmbseg-note, .fmbseg-error").first.text_content()
@@ -290,15 +289,20 @@ def test_own_pictures_and_no_module(browser, serve, project, smoke, tmp_path):
     try:
         page = open_voila(browser, serve, False)
         screen = Screen(page, "voila-no-module")
-        assert {panel for _, panel in screen.pictures()} == {"photograph", "segmentation", "CLIP dense"}
-        assert screen.notice().count("fmbseg train --profile smoke") == 1
+        assert set(screen.pictures()) == {
+            ("Picture", "photograph"),
+            ("Picture", "segmentation"),
+            ("Similar to the point", "aligned encoder"),
+        } | {(section, "CLIP dense") for section in ("Similar to the point", "sky", "grass", "sun", "house")}
+        assert page.text_content("body").count("run notebook 04, or: fmbseg train --profile smoke") == 1
+        screen.shoot("start")
         own = tmp_path / "own.png"
         Image.fromarray(np.random.RandomState(0).randint(0, 255, (150, 300, 3), dtype=np.uint8)).save(own)
         start = screen.pictures()
         upload(page, own)
         _, changed = screen.changed(start)
         assert ("Picture", "photograph") in changed
-        assert page.get_by_label("Picture", exact=True).locator("option:checked").text_content() == "own.png (uploaded)"
+        assert page.get_by_label("Picture", exact=True).input_value().replace("\xa0", " ") == "own.png (uploaded)"
         page.wait_for_selector(".fmbseg-note:has-text('300 x 150 pixels')")
         screen.shoot("uploaded")
         broken = tmp_path / "broken.png"

@@ -2,13 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from pycocotools.coco import COCO
 
-from fmbseg import cli, datasets, steps, storage, weights
+from fmbseg import alignment, cli, datasets, steps, storage, vocabulary, weights
 from fmbseg.notebooks import TrainNotebook
 
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "report", "doctor")
@@ -226,3 +228,51 @@ def test_label_says_how_many_failed_and_where_the_reasons_are(trained, capsys, m
 
 def test_default_module_lies_in_the_profiles_place(own_home):
     assert steps.module_path(TrainNotebook(profile="smoke")) == own_home / "modules/smoke/alignment.safetensors"
+
+
+def test_segment_takes_patterns_and_trains_on_own_photographs(trained, capsys, monkeypatch, tmp_path):
+    home, _, image = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    for i in range(2):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / f"in/own{i}.png").write_bytes(image.read_bytes() + b" " * (i + 1))
+    words = ["--classes", "sun, house", "--background", "sky", "--profile", "smoke", "--set", f"results_dir={tmp_path / 'results'}"]
+    arguments = ["segment", str(tmp_path / "in/*.png"), *words, "--train-on", str(tmp_path / "in"), "--out", str(tmp_path / "cut")]
+    status, out, _ = told(capsys, *arguments)
+    assert status == 0 and "trained on 2 photographs" in out and "of 3 words" in out
+    assert len(list((tmp_path / "cut").glob("own?.labels.png"))) == 2
+    (made,) = [path for path in (home / "modules/smoke").glob("own-*.safetensors")]
+    _, described = alignment.load(made)
+    assert described["photographs"] == 2 and set(described["classes"]) <= {"sun", "house", "sky"}
+    status, out, _ = told(capsys, *arguments)
+    assert status == 0 and "trained before" in out
+    status, _, error = told(capsys, "segment", str(tmp_path / "in/*.jpg"), "--classes", "sun")
+    assert status == 2 and "no picture matches it; give files, folders, or a pattern" in error
+    status, _, error = told(capsys, "segment", "a.jpg", "--classes", "sun", "--train-on", "x", "--module", "y")
+    assert status == 2 and "not allowed with argument" in error
+
+
+def test_labels_as_coco_annotations_read_by_pycocotools(trained, capsys, monkeypatch, tmp_path):
+    home, _, _ = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    file = tmp_path / "coco.json"
+    status, out, _ = told(capsys, "label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--coco", str(file))
+    assert status == 0 and f"6 of them written to {file} as COCO annotations" in out
+    coco = COCO(str(file))
+    capsys.readouterr()
+    classes = vocabulary.vocabulary("voc21").names
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(classes) and len(coco.getImgIds()) == 6
+    pixels = 0
+    for picture in coco.loadImgs(coco.getImgIds()):
+        labels = np.array(Image.open(tmp_path / "labels" / f"{Path(picture['file_name']).stem}.png"))
+        assert labels.shape == (picture["height"], picture["width"])
+        back = np.full_like(labels, 255)
+        for one in coco.loadAnns(coco.getAnnIds(picture["id"])):
+            mask = coco.annToMask(one).astype(bool)
+            rows, columns = np.nonzero(mask)
+            assert one["area"] == mask.sum()
+            assert one["bbox"] == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+            back[mask] = one["category_id"] - 1
+            pixels += mask.sum()
+        assert (back == labels).all()
+    assert pixels > 0 and len({a["id"] for a in coco.dataset["annotations"]}) == len(coco.dataset["annotations"])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,12 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='
 
 
 @pytest.fixture
-def samples(own_home, tmp_path):
-    """Three drawn pictures and a broken one."""
+def samples(own_home, tmp_path, monkeypatch):
+    """Three drawn pictures and a broken one, which is given by a relative path."""
     drawn = [Sample(s.name, s.image) for s in datasets.load_collection("drawn")[:3]]
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    return [drawn[0], Sample("broken", tmp_path / "broken.png"), *drawn[1:]]
+    monkeypatch.chdir(tmp_path)
+    return [drawn[0], Sample("broken", Path("broken.png")), *drawn[1:]]
 
 
 def files(folder):
@@ -53,7 +55,7 @@ def test_a_worker_loads_the_models_once(samples, smoke, tmp_path):
     space, params = vocabulary.label_space("voc20"), smoke(LabelParams)
     pseudo_labels.LabelStore(tmp_path / "labels", space, params)
     load_clip.cache_clear(), load_sam.cache_clear()
-    worker = cluster.Labeller(str(storage.home()), str(tmp_path / "labels"), space, params, "cpu")
+    worker = cluster.Labeller(str(storage.home()), str(tmp_path), str(tmp_path / "labels"), space, params, "cpu")
     loaded = lambda: (load_clip.cache_info().misses, load_sam.cache_info().misses)  # noqa: E731
     assert loaded() == (1, 1)
     rows = [worker({"name": s.name, "image": str(s.image)}) for s in samples]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmbseg import datasets, doctor, embedded, images, layouts, storage, vocabulary, weights
+from fmbseg import cli, datasets, doctor, embedded, images, layouts, storage, vocabulary, weights
 from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
 from fmbseg.metrics import Confusion
 
@@ -329,6 +329,13 @@ def test_pictures_of_the_data_root_are_left_out(fresh, root, tmp_path):
     assert len(datasets.load_collection(str(tmp_path / "photographs"))) == 3
 
 
+def test_voc_photographs_are_those_that_nothing_evaluates_on(fresh, root):
+    picture(root / "VOCdevkit/VOC2012/JPEGImages/mine.jpg", value=9)  # the others have the evaluated pictures' bytes
+    assert [s.name for s in datasets.load_collection("voc_photographs", str(root))] == ["mine"]
+    with pytest.raises(DataError, match="voc_photographs: not under .*JPEGImages; it comes as VOCtrainval"):
+        datasets.load_collection("voc_photographs", str(root / "none"))
+
+
 def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
     picture(root / "coco/images/train2017/000000000009.jpg", value=7)
     assert [s.name for s in datasets.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
@@ -364,6 +371,12 @@ def test_doctor_counts_what_is_here_and_names_what_is_missing(root):
     sources = report.partition("official sources")[2]
     assert "VOCtrainval_03-May-2010.tar" in sources and "gtFine_trainvaltest.zip" in sources
     assert "VOCtrainval_11-May-2012.tar" not in sources and "ADEChallengeData2016.zip" not in sources
+
+
+@pytest.mark.parametrize("option", ["--data-root", "--data"])
+def test_the_doctor_command_takes_the_folder(option, root, capsys):
+    assert cli.main(["doctor", option, str(root)]) == 0
+    assert "2 of the official 1449 images, 21 classes" in capsys.readouterr().out
 
 
 def test_doctor_without_a_data_root_names_every_source():

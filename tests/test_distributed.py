@@ -11,10 +11,11 @@ from conftest import ROOT
 from torch import nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from fmbseg import alignment, datasets, distributed, losses, storage, training, vocabulary
+from fmbseg import alignment, datasets, distributed, losses, steps, storage, training, vocabulary
 from fmbseg.backbones.clip import load_clip
 from fmbseg.errors import ParameterError
 from fmbseg.images import IGNORED
+from fmbseg.notebooks import TrainNotebook
 from fmbseg.params import AlignParams, LabelParams
 from fmbseg.pseudo_labels import LabelStore, PseudoLabel
 
@@ -184,6 +185,14 @@ def test_one_process_is_no_group():
         assert device == "cuda:1" and not dist.is_initialized() and distributed.size() == 1
     module = nn.Linear(2, 2)
     assert distributed.parallel(module) is module
+
+
+def test_another_process_than_the_first_writes_nothing(smoke, own_home, tmp_path, monkeypatch):
+    samples, store, *_ = arguments(tmp_path, smoke)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    params = smoke(TrainNotebook, results_dir=str(tmp_path / "results"))
+    assert len(steps.train(samples, store, params, tmp_path / "module.safetensors").steps) == 2
+    assert not (tmp_path / "module.safetensors").exists() and not (tmp_path / "results").exists()
 
 
 def test_torchrun_writes_one_module_and_one_record(tmp_path):

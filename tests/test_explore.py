@@ -1,5 +1,7 @@
 """The explorer without a browser: what it computes on a real photograph, and what its widget says."""
 
+import datetime
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from fmbseg.backbones.encoder import load_encoder
 from fmbseg.errors import ImageError, ParameterError
 from fmbseg.explore import ALIGNED, CLIP
 from fmbseg.images import IGNORED
-from fmbseg.notebooks import ExploreNotebook, ModuleParams, make
+from fmbseg.notebooks import ExploreNotebook
+from fmbseg.params import ModuleParams, make
 from fmbseg.plots import colour_masks
 
 VALUES = EMBEDDED | {"profile": "embedded", "max_side": 320, "segment_short_side": 224, "window": 224, "window_stride": 112}
@@ -87,6 +90,17 @@ def test_the_picture_goes_through_the_models_once_a_resolution(explorer, space, 
     assert explorer.seen() is seen
 
 
+def test_what_was_asked_last_is_kept(explorer, space, photograph, params):
+    maps, near = explorer.similarity(space), explorer.similar_to(0.2, 0.3)
+    assert explorer.similarity(segment.words_space("bird, person, sky")) is maps and explorer.similar_to(0.2, 0.3) is near
+    assert explorer.similarity(segment.words_space("bird, sky")) is not maps and explorer.similar_to(0.2, 0.4) is not near
+    other = explore.Explorer(params)
+    other.set_image(photograph)
+    first = other.similarity(space)
+    other.set_image(photograph[:, ::-1].copy())
+    assert not torch.equal(other.similarity(space)[CLIP], first[CLIP])
+
+
 def test_only_new_words_are_encoded(explorer, monkeypatch):
     cache = explore.WordCache(explorer.clip, "seven")
     seen, encode = [], explorer.clip.encode_text
@@ -121,8 +135,8 @@ def test_a_point_in_several_windows_is_their_mean():
 
 
 def test_threshold_is_a_share_of_the_way_from_lowest_to_highest():
-    maps = torch.tensor([[[0.0, 1.0, 2.0, 10.0]], [[5.0, 0.0, 0.0, 0.0]]])
-    assert explore.spread(maps) == (0, 10)
+    maps = torch.tensor([[[0.0, 1.0, 2.0, 10.0]], [[5.0, 0.0, 0.0, 0.0]]]) + 20
+    assert explore.spread(maps) == (20, 30)
     assert explore.segmentation(maps, (1, 4), 0).tolist() == [[1, 0, 0, 0]]
     assert explore.segmentation(maps, (1, 4), 0.5).tolist() == [[1, IGNORED, IGNORED, 0]]
     assert explore.segmentation(maps, (1, 4), 1).tolist() == [[IGNORED, IGNORED, IGNORED, 0]]
@@ -135,7 +149,8 @@ def test_heat_mixes_colour_and_picture_over_the_threshold_only():
     assert shown.tolist() == [100, 127, 204, 255]
     assert explore.heat(image, one, (0, 1), 0, 0, TABLE).tolist() == image.tolist()
     assert explore.heat(image, one, (0, 1), 0, 0.5, TABLE)[0, 3, 0] == 177
-    assert explore.heat(image, torch.zeros(1, 4), (0, 0), 0, 1, TABLE).max() == 0  # a flat map
+    with np.errstate(all="raise"):
+        assert explore.heat(image, torch.zeros(1, 4), (0, 0), 0, 1, TABLE).max() == 0  # a flat map
 
 
 def test_stage_1_of_any_words(explorer, space):
@@ -164,14 +179,16 @@ def test_automatic_masks_once_a_picture_and_labels_for_any_words(explorer, space
     assert (shown[~covered] == explorer.image[~covered]).all() and (shown[covered] != explorer.image[covered]).any()
 
 
-def test_a_new_picture_forgets_the_last_one(module, params, photograph):
+def test_a_new_picture_forgets_the_last_one(module, params, photograph, monkeypatch):
+    monkeypatch.setattr(explore.stage1_masks, "automatic_masks", lambda *_: [])
     made = explore.Explorer(params)
     with pytest.raises(ParameterError, match="no picture yet"):
         made.seen()
     made.set_image(photograph)
     first = made.seen()
+    assert made.masks() == [] and made.has_masks and made.is_outlined
     made.set_image(photograph[:, ::-1].copy())
-    assert not made.is_seen and not made.is_outlined and made.seen().features.map.shape == first.features.map.shape
+    assert not made.is_seen and not made.has_masks and not made.is_outlined and made.seen().features.map.shape == first.features.map.shape
     with pytest.raises(ImageError):
         made.set_image(photograph[..., 0])
 
@@ -235,15 +252,18 @@ def test_point_and_its_sliders_are_one(widget):
     assert crosses == [[0.25, 0.5]] * 3
 
 
+def uploaded(name, content):
+    now = datetime.datetime.now(datetime.UTC)
+    return {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": now}
+
+
 def test_upload(widget, photograph, tmp_path):
-    Image.fromarray(photograph[:100, :200]).save(tmp_path / "own.png")
-    content = memoryview((tmp_path / "own.png").read_bytes())
-    for _ in range(2):
-        widget.upload.value = ({"name": "own.png", "type": "image/png", "size": len(content), "content": content},)
-        assert widget.picture.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, 200, 3)
+    for width in (200, 150):  # another picture of the same name takes the first one's place
+        Image.fromarray(photograph[:100, :width]).save(tmp_path / "own.png")
+        widget.upload.value = (uploaded("own.png", (tmp_path / "own.png").read_bytes()),)
+        assert widget.picture.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, width, 3)
         widget.upload.value = ()
-    broken = {"name": "../broken.png", "type": "image/png", "size": 1, "content": memoryview(b"x")}
-    widget.upload.value = (broken,)
+    widget.upload.value = (uploaded("../broken.png", b"x"),)
     assert "broken.png: cannot be read as a picture" in widget.notice.value and "/tmp" not in widget.notice.value
     assert widget.picture.value == "own.png (uploaded)"
 

@@ -16,6 +16,13 @@ def test_every_notebook_has_its_parameters(notebook, profile):
     assert made.profile == profile and made.device == "cuda" and made.data_root == "data"
 
 
+@pytest.mark.parametrize("profile", sorted(p.name for p in (ROOT / "params").iterdir()))
+def test_fine_tuning_has_a_target(profile):
+    """Or a profile's run would stop before its tables are written."""
+    made = profiles.load("11_fine_tune", profile)
+    assert made.target_photographs and vocabulary.vocabulary(made.target_vocabulary)
+
+
 def test_paper_is_the_papers():
     p = profiles.load("05_evaluate", "paper")
     assert (p.clip, p.sam, p.encoder, p.precision) == ("clip_vitl14", "sam_vith", "dinov2_vitl14", "fp32")

@@ -63,8 +63,16 @@ def test_shards_add_up_to_exactly_the_whole(count, two, smoke, tmp_path):
     assert (made["drawn"].images, made["drawn"].failed) == (6, 1) and (made["other"].images, made["other"].failed) == (4, 0)
 
 
+def test_an_unsharded_run_on_a_shared_home_counts_nothing_again(two, smoke, monkeypatch):
+    params = smoke(EvaluateParams)
+    for shard in (0, 1):
+        evaluation.evaluate_parts(METHOD, [""], two[1:], params, shard=shard, num_shards=2)
+    monkeypatch.setattr(evaluation, "predict", lambda *_: pytest.fail("predicted again"))
+    assert evaluation.evaluate(METHOD, two[1:], params)[0].images == 4
+
+
 def test_a_shard_with_no_picture_counts_nothing(two, smoke):
-    (part, _) = parts_of(two[1:], smoke, 5)[-1], None
+    part = parts_of(two[1:], smoke, 5)[-1]
     assert part.record.images == 0 and part.record.miou is None and part.confusion.counts.sum() == 0
     assert part.noted.notes[-1] == "shard 4 of 5 alone"
 

@@ -70,6 +70,7 @@ function drawPanel(node, panel, clickable) {
   node.dataset.title = panel.title;
   node.classList.toggle("fmbseg-chosen", panel.chosen);
   frame.classList.toggle("fmbseg-clickable", clickable);
+  frame.hidden = !panel.src;
   if (picture.src !== panel.src) picture.src = panel.src;
   picture.alt = panel.title;
   drawMarks(marks, panel);
