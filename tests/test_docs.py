@@ -52,6 +52,11 @@ def test_the_docs_build_without_a_warning_or_a_broken_link(built):
     assert modules | {"fmbseg", "index"} | {path.stem for path in (ROOT / "docs").glob("*.md")} <= pages
 
 
+def test_the_first_page_leads_to_every_other():
+    linked = set(re.findall(r"\]\((\w+)\.md\)", (ROOT / "docs" / "index.md").read_text()))
+    assert linked == {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+
+
 @pytest.mark.parametrize("page", ["equations", "index"])
 def test_every_name_on_the_pages_leads_to_its_api(built, page):
     text = (built[0] / f"{page}.html").read_text()
