@@ -1,13 +1,14 @@
 # make tables: set everything up and make both tables' embedded columns, with pictures.
 # make test:   set everything up and run the tests.
 # make lab:    the notebooks in JupyterLab.
+# make docs:   the API reference and the pages of docs/, into build/docs; stops at a warning or a broken link.
 # make app:    the explorer (notebook 09) as a page of its own, without code.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 PROFILE ?= embedded
 
-.PHONY: setup fetch tables test lab app clean
+.PHONY: setup fetch tables test lab app docs clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +32,9 @@ lab: setup
 
 app: fetch
 	$(BIN)/voila notebooks/09_explore_similarity.ipynb --TagRemovePreprocessor.remove_cell_tags=details
+
+docs: setup
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,81 @@
+"""The documentation: it builds without a warning or a broken link, and every name in it is one of the package's."""
+
+import importlib.util
+import pkgutil
+import re
+import xml.etree.ElementTree
+
+import pytest
+from conftest import ROOT
+
+import fmbseg
+
+EQUATIONS = (ROOT / "docs" / "equations.md").read_text()
+NAMES = sorted(
+    {name for page in ("equations", "index") for name in re.findall(r"`(fmbseg[\w.]*)`", (ROOT / f"docs/{page}.md").read_text())}
+)
+
+
+@pytest.fixture(scope="module")
+def builder():
+    pytest.importorskip("pdoc", reason="pdoc is not installed; it is one of the development tools: pip install -e '.[dev]'")
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def built(builder, tmp_path_factory):
+    """(folder of the built pages, what was wrong)."""
+    folder = tmp_path_factory.mktemp("docs") / "built"
+    return folder, builder.build(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_one_of_the_packages(name):
+    assert pkgutil.resolve_name(name) is not None
+
+
+def test_every_equation_has_its_function():
+    rows = [line.split("|")[1:-1] for line in EQUATIONS.splitlines() if line.startswith("| ")][2:]
+    parts = ", ".join(row[0] for row in rows)
+    assert all(part in parts for part in ("3.1", "3.2", "3.3", "4.1", "Eq. 1", "Eq. 2", "Eq. 3", "Eq. 4", "Table 1"))
+    assert all("`fmbseg." in row[2] for row in rows)
+
+
+def test_the_docs_build_without_a_warning_or_a_broken_link(built):
+    folder, wrong = built
+    assert wrong == []
+    modules = {m.name for m in pkgutil.walk_packages(fmbseg.__path__, "fmbseg.") if not m.name.rpartition(".")[2].startswith("_")}
+    pages = {str(p.relative_to(folder).with_suffix("")).replace("/", ".") for p in folder.rglob("*.html")}
+    assert modules | {"fmbseg", "index"} | {path.stem for path in (ROOT / "docs").glob("*.md")} <= pages
+
+
+def test_the_first_page_leads_to_every_other():
+    linked = set(re.findall(r"\]\((\w+)\.md\)", (ROOT / "docs" / "index.md").read_text()))
+    assert linked == {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+
+
+@pytest.mark.parametrize("page", ["equations", "index"])
+def test_every_name_on_the_pages_leads_to_its_api(built, page):
+    text = (built[0] / f"{page}.html").read_text()
+    for name in re.findall(r"`(fmbseg[\w.]*)`", (ROOT / f"docs/{page}.md").read_text()):
+        assert re.search(rf'<code><a href="[\w/.#]+">{re.escape(name)}</a></code>', text), name
+    assert page == "index" or '<a href="fmbseg/losses.html#tsupcon">' in text
+
+
+def test_the_pages_read_in_light_and_dark_without_a_network(built):
+    folder, _ = built
+    text = (folder / "index.html").read_text()
+    assert '<img src="pipeline.svg"' in text and "prefers-color-scheme:dark" in text.replace(" ", "")
+    assert not re.search(r'(src|<link[^>]*href)="https?:', text)
+    picture = (folder / "pipeline.svg").read_text()
+    xml.etree.ElementTree.fromstring(picture)
+    assert "prefers-color-scheme: dark" in picture and all(f">{step} " in picture for step in range(1, 7))
+
+
+def test_broken_links_are_found(builder, tmp_path):
+    (tmp_path / "a.html").write_text('<p id="here"><a href="b.html#there">b</a><a href="#here">a</a><a href="https://x.org/y">x</a></p>')
+    (tmp_path / "b.html").write_text('<a href="a.html#here">a</a><a href="c.html">c</a><img src="d.svg">')
+    assert sorted(builder.broken_links(tmp_path)) == ["a.html: b.html#there", "b.html: c.html", "b.html: d.svg"]
