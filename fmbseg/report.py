@@ -16,11 +16,12 @@ from fmbseg.errors import DataError
 CAPTIONS = {
     "table1": "mIoU of every method on every benchmark measured here",
     "classes": "IoU of single classes by every method",
-    "architecture": "mIoU of every architecture of the module, a point a seed",
-    "architecture-curves": "Loss of every architecture, a line a seed",
-    "loss": "The loss in training, or mIoU of every loss where the losses were compared",
-    "loss-curves": "Every loss in training, a line a seed",
-    "encoder": "mIoU with every frozen encoder",
+    "loss": "The loss in training",
+    "ablation-architecture": "mIoU of every architecture of the module, a point a seed",
+    "ablation-architecture-curves": "Loss of every architecture, a line a seed",
+    "ablation-loss": "mIoU of every loss, a point a seed",
+    "ablation-loss-curves": "Every loss in training, a line a seed",
+    "encoders": "mIoU with every frozen encoder",
     "fine_tune": "mIoU before and after training on with the target's own photographs",
 }
 """Charts of known names, shown first in this order; any other figure follows under its file's name."""
