@@ -33,8 +33,7 @@ from throughput import random_weights  # isort: skip
 T = TypeVar("T")
 HEIGHT, WIDTH = 480, 640  # COCO's commonest size
 DETECTED = 5  # classes of a picture that Stage 1.1 queries: assumed
-SIZES = {"paper": 118_287, "base": 118_287, "embedded": 64, "smoke": 6}  # training photographs
-BASE = {"clip": "clip_vitb16", "encoder": "dinov2_vitb14", "sam": "sam_vitb"}  # the paper's profile with ViT-B for every model
+SIZES = {"paper": 118_287, "base": 20_000, "embedded": 128, "smoke": 6}  # training photographs
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def empty(*shape: int) -> torch.Tensor:
 
 
 def params_of(profile: str, settings: dict) -> EvaluateNotebook:
-    loaded = profiles.load("05_evaluate", "paper" if profile == "base" else profile, (BASE if profile == "base" else {}) | settings)
+    loaded = profiles.load("05_evaluate", profile, settings)
     return random_weights(loaded.model_copy(update={"device": "cpu"}))
 
 
@@ -166,7 +165,7 @@ def cost(profile: str, settings: dict) -> dict:
     module = alignment.Alignment(encoder.width, dimensions, ModuleParams(**p.part(ModuleParams))).to("meta")
     patches, batch = square // encoder.patch, p.images_per_batch
     step = count(lambda: module(empty(batch, encoder.width, patches, patches)).sum().backward())
-    n = batch * patches**2
+    n = p.patch_share * batch * patches**2  # at most: all of them labelled
     products_of_patches = 3 * 2 * n * n * dimensions  # z z' forward, and twice as much backward
     with torch.no_grad():
         align = count(lambda: module(empty(1, encoder.width, window // encoder.patch, window // encoder.patch)))
@@ -188,7 +187,7 @@ def cost(profile: str, settings: dict) -> dict:
             "CLIP features": crops * crop.flops,
             "SAM embedding": embed.flops,
             "Stage 1.1 decoding": DETECTED * one.flops,
-            "automatic masks": points * many.flops / p.points_per_batch,
+            "automatic masks": points * many.flops / p.points_per_batch if p.stages != "1.1" else 0,
             "encoder patches": encode.flops,
             "training, an epoch": (step.flops + products_of_patches) / batch,
             "segmentation": places * (encode_window.flops + align.flops),

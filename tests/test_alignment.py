@@ -87,7 +87,7 @@ def test_file_that_is_no_module_is_refused(tmp_path):
     foreign = storage.write_tensors(tmp_path / "features.safetensors", {"map": torch.ones(3)}, {"model": "clip"})
     with pytest.raises(DataError, match="features.safetensors: not an alignment module"):
         alignment.load(foreign)
-    with pytest.raises(DataError, match="none.safetensors: no such file"):
+    with pytest.raises(DataError, match="none.safetensors: no trained module there; run notebook 04 or: fmbseg train"):
         alignment.load(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(DataError, match="text.safetensors: damaged"):
