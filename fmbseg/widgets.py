@@ -161,7 +161,10 @@ class Explore(ipywidgets.VBox):
         image = self.explorer.image
         said = f"{image.shape[1]} x {image.shape[0]} pixels."
         if self.tabs.selected_index:
-            self.stage.show(self._stage_sections(self._votes_space(space)))
+            sections = self._stage_sections(self._votes_space(space))
+            self.stage.show(sections)
+            if len(sections) == 1:
+                said = f"No class has more than {self.params.min_votes} crops; try other words."
         else:
             self.panels.show(self._word_sections(space))
             if len(space) > MOST_MAPS:
@@ -210,7 +213,6 @@ class Explore(ipywidgets.VBox):
         votes = ", ".join(f"{name} {count}" for name, count in explore.vote_counts(winners).items())
         sections = [("Crops and their votes", [Panel("votes", data_url(large), votes, LARGE, boxes=boxes)])]
         if kept is None:
-            self._say(f"No class has more than {self.params.min_votes} of {len(winners)} crops; try other words.")
             return sections
         if not explorer.is_outlined:
             self._say("SAM looks at the picture ...")

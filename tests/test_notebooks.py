@@ -5,6 +5,7 @@ import re
 import shutil
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 from conftest import ROOT
@@ -90,8 +91,25 @@ def test_all_notebooks_run_and_write_the_table(project, reproduced):
 
 
 @pytest.mark.minutes
+def test_ablations_reach_table_2(reproduced):
+    table = pd.read_csv(reproduced / "table2.csv").set_index(["ablation", "variant"])
+    assert set(table.index) == {
+        *(("architecture", name) for name in ("linear", "mlp", "transformer")),
+        *(("loss", name) for name in ("supcon", "prototype", "tsupcon", "tsupcon at 0.1")),
+    }
+    assert (table["seeds"] == 2).all() and table["drawn (n=6)"].between(0, 100).all() and table["drawn (n=6) spread"].notna().all()
+    assert table["reproduced CS-171"].isna().all() and table["difference"].isna().all() and (table["why empty"].str.len() > 0).all()
+    differences = pd.read_csv(reproduced / "differences.csv").set_index("column")
+    assert differences["reproduced"].isna().all() and (differences["why empty"].str.len() > 0).all()
+    text = (reproduced / "tables.md").read_text()
+    assert all(part in text for part in ("## Table 1", "## Table 2", "| architecture | transformer | 27.61 |"))
+
+
+@pytest.mark.minutes
 def test_records_say_everything(reproduced):
-    frame = records.load(reproduced / "records").set_index("method")
+    everything = records.load(reproduced / "records")
+    assert set(everything["kind"]) == {"train", "evaluate", "architecture", "encoder", "loss", "stages", "fine_tune"}
+    frame = everything[everything.kind.isin(["train", "evaluate"])].set_index("method")
     assert set(frame.index) == {"transformer", "dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"}
     numbers = frame[frame.kind == "evaluate"]
     assert (numbers.images == 6).all() and (numbers.failed == 0).all() and numbers.miou.between(0, 100).all()
@@ -126,6 +144,13 @@ def test_pictures_of_every_step_are_kept(reproduced):
         "drawn-",
         "table1",
         "explore-",
+        "ablation-architecture",
+        "ablation-loss",
+        "encoders",
+        "stages-",
+        "fine_tune",
+        "figure4-",
+        "classes",
     ):
         assert [n for n in names if n.startswith(kind)], kind
     for path in (reproduced / "figures").iterdir():

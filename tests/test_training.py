@@ -264,8 +264,16 @@ def test_a_file_that_is_no_module_is_refused(tmp_path):
     storage.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
     with pytest.raises(DataError, match="not an alignment module"):
         Segmenter.load(tmp_path / "x.safetensors")
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="no trained module there; run notebook 04 or: fmbseg train"):
         Segmenter.load(tmp_path / "none.safetensors")
+
+
+def test_the_module_that_is_loaded_by_default_is_the_embedded_profiles(module, own_home):
+    with pytest.raises(DataError, match=r"modules/embedded/alignment\.safetensors: no trained module there"):
+        Segmenter.load()
+    alignment.place().parent.mkdir(parents=True)
+    alignment.place().write_bytes(module.read_bytes())
+    assert Segmenter.load().embedder.key == Segmenter.load(module).embedder.key
 
 
 # ---------------------------------------------------------------- evaluation
