@@ -282,3 +282,12 @@ def test_stage_1_tab(widget, sample):
     finally:
         widget.tabs.selected_index = 0
     assert images.SUFFIXES[0] in widget.upload.accept and products.sam_of(widget.params) is not None
+
+
+def test_no_class_with_enough_crops_is_said_and_nothing_else_is_shown(module, sample):
+    from fmbseg import widgets
+
+    made = widgets.Explore(make(ExploreNotebook, VALUES | {"words": "bird, sky", "min_votes": 10_000}), [sample])
+    made.tabs.selected_index = 1
+    assert "No class has more than 10000 crops; try other words." in made.notice.value
+    assert [section["title"] for section in made.stage.sections] == ["Crops and their votes"]
