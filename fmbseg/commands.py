@@ -178,14 +178,16 @@ def segment(options: argparse.Namespace) -> None:
 
 
 def reproduce(options: argparse.Namespace) -> None:
+    import pandas as pd
+
     from fmbseg import reproduce
 
     folder = reproduce.reproduce(options.profile, options.notebooks or (), _settings(options.set))
-    table = folder / "table1.csv"
-    if table.is_file():
-        import pandas as pd
-
-        print(pd.read_csv(table).to_string(index=False, na_rep=""))
+    for number in (1, 2):
+        table = folder / f"table{number}.csv"
+        if table.is_file():
+            print(f"\nTable {number}\n{pd.read_csv(table).to_string(index=False, na_rep='')}")
+    print()
     for what, where in (
         ("tables", folder),
         ("figures", folder / "figures"),
