@@ -199,6 +199,7 @@ def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpa
 def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], space: LabelSpace) -> Figure:
     """Figure 4: a column a photograph, (photograph, truth, prediction) from top to bottom, with one legend a column."""
     figure, axes = panels(3 * len(columns), columns=len(columns), size=3.4)
+    figure.set_figheight(3 * (3.4 * max(image.shape[0] / image.shape[1] for image, _, _ in columns) + 0.2) + 0.5)
     for c, (image, truth, prediction) in enumerate(columns):
         axes[c].imshow(image)
         for row, (title, labels) in enumerate((("ground truth", truth), ("FMbSeg", prediction)), 1):
