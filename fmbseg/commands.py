@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmbseg.errors import FmbsegError, ParameterError
+
+if TYPE_CHECKING:
+    from fmbseg.vocabulary import LabelSpace
 
 
 def _value(text: str) -> Any:
@@ -131,11 +134,10 @@ def _pictures(given: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _own_module(options: argparse.Namespace) -> Path:
-    """A module trained for the command line's own words, on pseudo labels of its own unlabelled photographs."""
-    from fmbseg import segment, steps, storage
+def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
+    """A module trained for the words of ``space``, on pseudo labels of its own unlabelled photographs."""
+    from fmbseg import steps, storage
 
-    space = segment.words_space(options.classes, options.background)
     words = [word for prompts in space.prompts for word in prompts]
     file = storage.home() / "words" / f"{storage.digest(words)}.txt"
     with storage.atomic_path(file) as part:
@@ -156,7 +158,7 @@ def segment(options: argparse.Namespace) -> None:
     p = _params(options, "05_evaluate")
     space = segment.words_space(options.classes, options.background)
     paths = _pictures(options.photographs)
-    module = _own_module(options) if options.train_on else options.module or steps.module_path(p)
+    module = _own_module(options, space) if options.train_on else options.module or steps.module_path(p)
     segmenter = segment.Segmenter.load(module, p.device, p)
     failed = 0
     for path in tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1):

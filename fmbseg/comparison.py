@@ -17,7 +17,6 @@ from fmbseg.params import EvaluateParams, RunParams
 from fmbseg.pseudo_labels import LabelStore
 from fmbseg.samples import Dataset, Sample
 
-STAGES = ("1.1", "1.2", "both")
 MEASURES = ["miou", "precision", "coverage"]
 
 
@@ -52,9 +51,9 @@ def compare(runs: Sequence[Run], kind: str, samples: list[Sample], store: LabelS
     params = runs[0].params
     measured = evaluation.evaluate_modules("fmbseg", [str(r.path) for r in runs], found, params, params.device, params.workers)
     for run, of_run in zip(runs, measured):
+        seconds = alignment.load(run.path)[1]["seconds"]
         for record in of_run:
-            described = alignment.load(run.path)[1]
-            _write(record, folder, kind, run.variant, run.params, f"seed{run.params.seed}", described["seconds"])
+            _write(record, folder, kind, run.variant, run.params, f"seed{run.params.seed}", seconds)
     return records.load(folder)
 
 
