@@ -100,9 +100,7 @@ def predict(method: str, columns: Columns, params: EvaluateParams, module: str, 
     segmenter = _segmenter(method, module, params, device)
     aligned = method == "fmbseg"
     embedded = segmenter.aligned(_patches(path, segmenter)) if aligned else segmenter.embed(images.read_image(path))
-    return [
-        label_map(segmenter.similarity(embedded, segmenter.texts(s)), embedded.size, interpolation=params.interpolation) for s in spaces
-    ]
+    return [segmenter.label(embedded, segmenter.texts(space)) for space in spaces]
 
 
 def _patches(path: Path, segmenter: Segmenter) -> EmbeddedImage:

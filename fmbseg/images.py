@@ -131,6 +131,11 @@ def resize_map(maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear"
     return F.interpolate(maps, size=tuple(size), mode=mode, align_corners=False)
 
 
+def resampling(size: int, length: int, mode: str = "bilinear") -> torch.Tensor:
+    """(size, length): what ``resize_map`` does along one axis, as a matrix, for it is linear and rows and columns are apart."""
+    return resize_map(torch.eye(length)[None, :, :, None], (size, 1), mode)[0, :, :, 0].T
+
+
 def normalise(images: np.ndarray | torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """(batch, height, width, 3) ``uint8`` -> (batch, 3, height, width) ``float32``, scaled to [0, 1], less mean, by std."""
     tensor = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255

@@ -17,10 +17,10 @@ from fmbseg import images, vocabulary
 from fmbseg.backbones.clip import ImageText, load_clip
 from fmbseg.backbones.encoder import Encoder, load_encoder
 from fmbseg.errors import ParameterError
-from fmbseg.images import resize_map
+from fmbseg.images import resampling, resize_map
 from fmbseg.params import SegmentParams
 from fmbseg.vocabulary import ClassTexts, LabelSpace, class_texts
-from fmbseg.windows import Window, stitch, windows
+from fmbseg.windows import Window, placing, side_by_side, windows
 
 
 class Embedder(Protocol):
@@ -155,14 +155,26 @@ class Segmenter:
         maps = tuple(self.embedder.align(m[None])[0].cpu() for m in patches.maps)
         return dataclasses.replace(patches, maps=maps)
 
-    @torch.inference_mode()
     def similarity(self, embedded: EmbeddedImage, texts: ClassTexts) -> torch.Tensor:
         """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
-        tiles = []
-        for window, z in zip(embedded.windows, embedded.maps):
-            similar = texts.per_class(z.flatten(1).T @ texts.features.T).T.reshape(1, len(texts.names), *z.shape[1:])
-            tiles.append((window, resize_map(similar, (window.height, window.width), self.params.interpolation)[0]))
-        return stitch(tiles, *embedded.scaled)
+        patches, down, across = self._placed(embedded, texts)
+        return down @ patches @ across.T
+
+    def label(self, embedded: EmbeddedImage, texts: ClassTexts) -> np.ndarray:
+        """The class of every pixel, (height, width) ``uint8``: ``similarity`` interpolated to the picture's size, then argmax."""
+        patches, down, across = self._placed(embedded, texts)
+        height, width = (resampling(n, len(m), self.params.interpolation) for n, m in zip(embedded.size, (down, across)))
+        return best_class(patches, height @ down, width @ across)
+
+    @torch.inference_mode()
+    def _placed(self, embedded: EmbeddedImage, texts: ClassTexts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Similarities at the patches of all windows, (K, rows, columns), and the matrices that place them on either axis."""
+        z = side_by_side(embedded.windows, embedded.maps)
+        patches = texts.per_class(z.flatten(1).T @ texts.features.T).T.reshape(-1, *z.shape[1:])
+        (height, width), one, of_one = embedded.scaled, embedded.windows[0], embedded.maps[0].shape
+        down = placing((w.top for w in embedded.windows), one.height, of_one[1], height, self.params.interpolation)
+        across = placing((w.left for w in embedded.windows), one.width, of_one[2], width, self.params.interpolation)
+        return patches, down, across
 
     def segment(
         self, image: np.ndarray, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None
@@ -173,8 +185,8 @@ class Segmenter:
         "background". Raises ParameterError for an empty or repeated list.
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
-        similarity = self.similarity(self.embed(image), self.texts(space))
-        return Segmentation(label_map(similarity, image.shape[:2], interpolation=self.params.interpolation), space, similarity)
+        embedded, texts = self.embed(image), self.texts(space)
+        return Segmentation(self.label(embedded, texts), space, self.similarity(embedded, texts))
 
 
 def describe(result: Segmentation) -> dict:
@@ -208,17 +220,21 @@ def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | 
     return LabelSpace("words", ("background", *space.names), (others.names, *space.prompts), colours, True)
 
 
-def label_map(similarity: torch.Tensor, size: tuple[int, int], chunk: int = 32, interpolation: str = "bilinear") -> np.ndarray:
-    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``.
+def label_map(similarity: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> np.ndarray:
+    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``."""
+    return best_class(similarity, *(resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:])))
 
-    In chunks of classes, so that memory does not grow with the vocabulary; a tie goes to the first class.
+
+@torch.inference_mode()
+def best_class(maps: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> np.ndarray:
+    """The argmax over K of ``down @ maps @ across.T``, (height, width) ``uint8``; a tie goes to the first class.
+
+    maps: (K, h, w); down: (height, h); across: (width, w). One class at a time: memory does not grow with the vocabulary.
     """
-    best = index = None
-    for start in range(0, len(similarity), chunk):
-        values, where = resize_map(similarity[None, start : start + chunk], size, interpolation)[0].max(dim=0)
-        if best is None:
-            best, index = values, where
-        else:
-            better = values > best
-            best, index = torch.where(better, values, best), torch.where(better, where + start, index)
-    return index.to(torch.uint8).numpy()
+    best = down @ maps[0] @ across.T
+    index = torch.zeros(best.shape, dtype=torch.uint8)
+    for k, one in enumerate(maps[1:], start=1):
+        similar = down @ one @ across.T
+        index.masked_fill_(similar > best, k)
+        torch.maximum(best, similar, out=best)
+    return index.numpy()

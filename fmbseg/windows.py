@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fmbseg.errors import ParameterError
+from fmbseg.images import resampling
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,28 @@ def stitch(tiles: Iterable[tuple[Window, torch.Tensor]], height: int, width: int
     if count is None or bool((count == 0).any()):
         raise ValueError("the windows do not cover the map")
     return total / count
+
+
+def side_by_side(places: Sequence[Window], maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(C, h, w) maps of a grid of windows -> (C, rows * h, columns * w), every window's map beside the next one's.
+
+    places: row by row, as ``windows`` gives them.
+    """
+    columns = len({place.left for place in places})
+    return torch.cat([torch.cat(tuple(maps[i : i + columns]), dim=2) for i in range(0, len(maps), columns)], dim=1)
+
+
+def placing(starts: Iterable[int], size: int, patches: int, length: int, mode: str = "bilinear") -> torch.Tensor:
+    """(length, windows * patches): along one axis, from windows ``side_by_side`` to the map that they cover.
+
+    Each window's ``patches`` are interpolated to its ``size`` and overlaps are averaged, as in ``stitch``. Both are
+    linear and work on rows and columns apart, so a matrix for each axis is all of it.
+    starts: where windows begin, repeated or not.
+    """
+    tiles = []
+    for start in sorted(set(starts)):
+        tile = torch.zeros(length, patches)
+        tile[start : start + size] = resampling(size, patches, mode)
+        tiles.append(tile)
+    covered = sum((tile != 0).any(dim=1, keepdim=True).float() for tile in tiles)
+    return torch.cat(tiles, dim=1) / covered

@@ -218,12 +218,11 @@ def test_description_counts_the_pixels(segmenter, drawn):
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 32])
-def test_label_map_is_interpolation_then_argmax(chunk):
+def test_label_map_is_interpolation_then_argmax():
     similarity = torch.randn(7, 6, 9, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(similarity[None], (37, 50), mode="bilinear", align_corners=False)[0].argmax(dim=0)
-    np.testing.assert_array_equal(segment.label_map(similarity, (37, 50), chunk), expected.numpy())
-    assert (segment.label_map(torch.zeros(5, 3, 3), (9, 9), chunk) == 0).all()
+    np.testing.assert_array_equal(segment.label_map(similarity, (37, 50)), expected.numpy())
+    assert (segment.label_map(torch.zeros(5, 3, 3), (9, 9)) == 0).all()
 
 
 def test_similarity_of_one_window_is_the_direct_one(drawn, module):

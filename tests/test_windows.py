@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from fmbseg.windows import Window, stitch, windows
+from fmbseg.images import resize_map
+from fmbseg.windows import Window, placing, side_by_side, stitch, windows
 
 SIZES = [(10, 10, 4, 2), (11, 7, 4, 3), (32, 45, 16, 8), (5, 30, 8, 4), (30, 5, 8, 5), (3, 3, 8, 4), (8, 8, 8, 4), (9, 9, 8, 8)]
 
@@ -55,3 +56,18 @@ def test_scaled_window_covers_the_same_part():
     small = torch.rand(2, 6, 8)
     large = small.repeat_interleave(5, 1).repeat_interleave(5, 2)
     assert torch.equal(window.scaled(5).of(large)[:, ::5, ::5], window.of(small))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("height, width, size, stride", SIZES)
+def test_matrices_place_windows_as_stitching_does(height, width, size, stride, mode):
+    places = windows(height, width, size, stride)
+    maps = torch.randn(len(places), 2, 3, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = stitch(
+        ((w, resize_map(m[None], (w.height, w.width), mode)[0]) for w, m in zip(places, maps)),
+        height,
+        width,
+    )
+    down = placing((w.top for w in places), places[0].height, 3, height, mode)
+    across = placing((w.left for w in places), places[0].width, 5, width, mode)
+    torch.testing.assert_close(down @ side_by_side(places, maps) @ across.T, expected, atol=1e-5, rtol=1e-5)
