@@ -160,6 +160,7 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     if method.removesuffix(GIVEN) in STAGES:
         weights.append(products.sam_of(params, device).key)
     used = params.content(*{"fmbseg": (SegmentParams,), "dense": (SegmentParams, FeatureParams, DetectParams)}.get(method, (LabelParams,)))
+    used |= pseudo_labels.content(params) if method.removesuffix(GIVEN) in STAGES else {}
     used |= {"interpolation": params.interpolation} if method == "dense_high_resolution" else {}
     used |= {"templates": params.templates} if method == "fmbseg" else {}
     used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}

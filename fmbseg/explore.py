@@ -63,6 +63,7 @@ class Explorer:
 
     def __init__(self, params: ExploreNotebook):
         self.params, self.missing = params, ""
+        steps.make_reference(params)
         self.clip = products.clip_of(params, params.device)
         self.segmenter: Segmenter | None = None
         module = steps.module_path(params)
@@ -146,11 +147,14 @@ class Explorer:
 
     def winners(self, space: LabelSpace) -> list[str]:
         """Name of the class that each crop votes for."""
-        return [space.names[k] for k in detect.winners(self.seen().features, self.texts(space))]
+        return [space.names[k] for k in detect.winners(self.seen().features, self.texts(space), self._vote_unit(space))]
 
     def detected(self, space: LabelSpace) -> list[Detected]:
         """Classes with enough votes, most first."""
-        return detect.detect(self.seen().features, self.texts(space), self.params)
+        return detect.detect(self.seen().features, self.texts(space), self.params, self._vote_unit(space))
+
+    def _vote_unit(self, space: LabelSpace) -> torch.Tensor | None:
+        return products.vote_unit(self.texts(space), self.params, self.params.device)
 
     def query(self, space: LabelSpace, one: Detected, points: int) -> QueryMask:
         """Stage 1.1 for one detected class: its query points and SAM's three masks. SAM sees each picture once."""

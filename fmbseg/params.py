@@ -28,7 +28,7 @@ def _number(value: Any) -> Any:
 
 SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
 SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
-COLLECTION_ONLY = {"photographs", "limit", "eval_limit"}  # which pictures, not what is made of each
+COLLECTION_ONLY = {"photographs", "data_root", "limit", "eval_limit"}  # which pictures, not what is made of each
 
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Names = Annotated[tuple[str, ...], _AsTuple]
@@ -65,7 +65,6 @@ class RunParams(Params):
     device: str = Field("cpu", description="where models run: cpu, cuda, cuda:1, mps")
     workers: Count = Field(1, description="processes of one thread each for work that goes image by image (CPU)")
     results_dir: str = Field("results", description="where records, tables and figures go; relative to the project's root")
-    data_root: str = Field("", description="folder of the benchmarks in their official layouts; empty: embedded data only")
 
 
 class ModelParams(Params):
@@ -91,6 +90,9 @@ class DetectParams(Params):
 
     min_votes: int = Field(1, ge=0, description="ours: a class is present when MORE crops than this vote for it")
     min_vote_share: Share = Field(0.0, description="ours: ... and more than this share of the crops")
+    vote_reference: int = Field(
+        0, ge=0, description="ours: similarities are divided by each class's spread over so many of the photographs before the vote; 0: not"
+    )
     templates: Literal["one", "plain", "seven", "eighty"] = Field("one", description="prompt templates whose features are averaged")
 
 
@@ -184,6 +186,7 @@ class CollectionParams(Params):
     """Unlabelled photographs and the words looked for in them."""
 
     photographs: str = Field("coco_stuff_train", description="a collection's name or a folder of photographs")
+    data_root: str = Field("", description="folder of the data sets in their official layouts; empty: embedded data only")
     limit: int | None = Field(None, ge=1, description="how many of them, evenly spread; none: all")
     vocabulary: str = Field("coco_stuff171", description="a label space's name, several joined by +, or a text file with a word a line")
     image_level_names: str = Field(

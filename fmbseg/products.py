@@ -6,6 +6,7 @@ and the parameters. Functions are given a path and make what is missing; they ru
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
-from fmbseg import detect, features, images, stage1_masks, stage1_query, storage
+from fmbseg import datasets, detect, features, images, jobs, stage1_masks, stage1_query, storage
 from fmbseg.backbones.clip import ImageText, load_clip
 from fmbseg.backbones.encoder import Encoder, load_encoder
 from fmbseg.backbones.sam import AutomaticMask, SamSegmenter, load_sam
 from fmbseg.detect import Detected
+from fmbseg.errors import DataError, ImageError
 from fmbseg.features import ImageFeatures
 from fmbseg.params import DetectParams, FeatureParams, LabelParams, MaskParams, PatchParams, QueryParams
 from fmbseg.stage1_query import QueryMask
@@ -80,6 +82,39 @@ def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> Ima
     return ImageFeatures(tuple(json.loads(metadata["size"])), tensors["map"].float(), tensors["tokens"].float(), crops)
 
 
+@functools.lru_cache(maxsize=8)
+def _reference(photographs: str, data_root: str, count: int) -> tuple[Path, ...]:
+    found = datasets.load_collection(photographs, data_root)
+    return tuple(sample.image for sample in jobs.spread(found, count))
+
+
+def vote_reference(params: LabelParams) -> tuple[Path, ...]:
+    """The photographs over whose crops votes are standardised: evenly spread over the collection, whatever its ``limit``."""
+    return _reference(params.photographs, params.data_root, params.vote_reference) if params.vote_reference else ()
+
+
+def vote_content(params: LabelParams) -> list[str]:
+    """What a vote depends on beside the parameters: the reference photographs, by their bytes."""
+    return [storage.image_sha256(path) for path in vote_reference(params)]
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens(paths: tuple[Path, ...], params: FeatureParams, device: str) -> torch.Tensor:
+    found = []
+    for path in paths:
+        with contextlib.suppress(ImageError):  # told where the picture itself is labelled
+            found.append(clip_features(path, params, device).tokens)
+    if not found:
+        raise DataError(f"vote_reference: none of {len(paths)} photographs can be read; give others, or set vote_reference to 0")
+    return torch.cat(found)
+
+
+def vote_unit(texts: ClassTexts, params: LabelParams, device: str = "cpu") -> torch.Tensor | None:
+    """(K,) the unit in which crops vote (``detect.spread``), from features that are made where they are missing; none if not asked for."""
+    paths = vote_reference(params)
+    return detect.spread(_tokens(paths, FeatureParams(**params.part(FeatureParams)), device), texts) if paths else None
+
+
 def _set_image(sam: SamSegmenter, path: Path, params: QueryParams) -> np.ndarray:
     """Set a picture, with its embedding kept on disk if so wished; returns it."""
     image = images.read_image(path)
@@ -92,11 +127,14 @@ def queries(
 ) -> list[QueryMask]:
     """Detected classes of one picture with Stage 1.1's masks. given: image-level labels in place of detection."""
     clip, sam = clip_of(params, device), sam_of(params, device)
-    content = params.content(FeatureParams, DetectParams, QueryParams)
+    content = params.content(FeatureParams, DetectParams, QueryParams) | {"vote_reference": vote_content(params)}
 
     def make(target: Path) -> None:
         found_features, texts = clip_features(path, params, device), texts_of(space, params, device)
-        found = detect.detect(found_features, texts, params) if given is None else detect.given(list(given), texts)
+        if given is None:
+            found = detect.detect(found_features, texts, params, vote_unit(texts, params, device))
+        else:
+            found = detect.given(list(given), texts)
         image = _set_image(sam, path, params) if found else images.read_image(path)
         masks = stage1_query.query_masks(image, found_features, found, texts, sam, params)
         storage.write_json(

@@ -97,9 +97,10 @@ def label_picture(
 
 
 def content(params: LabelParams) -> dict[str, Any]:
-    """All that pseudo labels depend on beside the picture: parameters, and the file of image-level names by its bytes."""
+    """All that pseudo labels depend on beside the picture: parameters, and the reference photographs and
+    the file of image-level names by their bytes."""
     names = storage.file_sha256(params.image_level_names) if params.image_level_names else ""
-    return params.content(LabelParams) | {"image_level_names": names}
+    return params.content(LabelParams) | {"image_level_names": names, "vote_reference": products.vote_content(params)}
 
 
 @functools.lru_cache(maxsize=4)

@@ -51,7 +51,7 @@ def figure_path(params: RunParams, name: str) -> Path:
 
 def photographs(params: CollectionParams) -> list[Sample]:
     """The unlabelled photographs that the parameters name, evenly spread where there is a limit."""
-    found = datasets.load_collection(params.photographs, getattr(params, "data_root", ""))
+    found = datasets.load_collection(params.photographs, params.data_root)
     return jobs.spread(found, params.limit)
 
 
@@ -70,12 +70,23 @@ def make_features(samples: list[Sample], params: RunParams) -> list[jobs.Failure
     return jobs.each(partial(_features, params=params), samples, "CLIP features", params.workers).failures
 
 
+def _reference(path: Path, params: RunParams) -> None:
+    products.clip_features(path, params, params.device)
+
+
+def make_reference(params: RunParams) -> None:
+    """Features of the photographs that all votes depend on, on disk before workers ask for them."""
+    if paths := products.vote_reference(params):
+        jobs.each(partial(_reference, params=params), paths, "CLIP features of the vote's reference")
+
+
 def _queries(sample: Sample, params: LabelParams, space: LabelSpace) -> None:
     products.queries(sample.image, space, params, params.device)
 
 
 def make_queries(samples: list[Sample], params: RunParams) -> list[jobs.Failure]:
     """Detected classes and Stage 1.1's masks of every photograph, on disk."""
+    make_reference(params)
     work = partial(_queries, params=params, space=vocabulary.vocabulary(params.vocabulary))
     return jobs.each(work, samples, "Stage 1.1", params.workers).failures
 
@@ -102,6 +113,7 @@ def label(
 
     engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
     """
+    make_reference(params)
     space, folder = vocabulary.vocabulary(params.vocabulary), folder or label_folder(params)
     if engine == "ray":
         gpus = float(params.device.startswith("cuda")) if gpus is None else gpus

@@ -8,7 +8,7 @@ import torch
 from conftest import EMBEDDED
 from PIL import Image
 
-from fmbseg import alignment, explore, images, products, segment, stage1_query, steps, vocabulary, weights
+from fmbseg import alignment, detect, explore, images, products, segment, stage1_query, steps, vocabulary, weights
 from fmbseg.backbones.encoder import load_encoder
 from fmbseg.errors import ImageError, ParameterError
 from fmbseg.explore import ALIGNED, CLIP
@@ -165,6 +165,19 @@ def test_stage_1_of_any_words(explorer, space):
     assert explorer.query(space, found[0], 3) is query and len(explorer.query(space, found[0], 4).points) == 4
     painted = explore.paint_mask(explorer.image, query.chosen, 1)
     assert (painted[query.chosen] == [230, 159, 0]).all() and (painted[~query.chosen] == explorer.image[~query.chosen]).all()
+
+
+def test_crops_vote_as_stage_1_is_told_to(module, params, space, photograph, tmp_path):
+    for name, one in (("a", photograph), ("b", photograph[:, ::-1])):
+        Image.fromarray(one).save(tmp_path / f"{name}.png")
+    made = explore.Explorer(params.model_copy(update={"photographs": str(tmp_path), "vote_reference": 2}))
+    made.set_image(photograph)
+    texts = made.texts(space)
+    unit = products.vote_unit(texts, made.params)
+    won = detect.winners(made.seen().features, texts, unit)
+    assert made.winners(space) == [space.names[k] for k in won]
+    assert {d.name: d.votes for d in made.detected(space)} == {space.names[k]: won.count(k) for k in set(won)}
+    assert won != detect.winners(made.seen().features, texts)
 
 
 def test_automatic_masks_once_a_picture_and_labels_for_any_words(explorer, space, monkeypatch):

@@ -13,7 +13,7 @@ BIG = ("paper", "base")
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_every_notebook_has_its_parameters(notebook, profile):
     made = profiles.load(notebook, profile)
-    assert made.profile == profile and made.device == "cuda" and made.data_root == "data"
+    assert made.profile == profile and made.device == "cuda" and getattr(made, "data_root", "data") == "data"
 
 
 @pytest.mark.parametrize("profile", sorted(p.name for p in (ROOT / "params").iterdir()))
@@ -31,6 +31,7 @@ def test_paper_is_the_papers():
     assert (p.segment_short_side, p.segment_long_limit, p.window, p.window_stride) == (448, 2048, 448, 224)
     t = profiles.load("04_train_alignment", "paper")
     assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")
+    assert (p.min_votes, p.vote_reference) == (1, 0)
     assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)  # Eq. 1 as written
 
 

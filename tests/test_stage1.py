@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fmbseg import datasets, detect, features, images, pseudo_labels, stage1_masks, stage1_query, storage, vocabulary
+from fmbseg import datasets, detect, features, images, products, pseudo_labels, stage1_masks, stage1_query, storage, vocabulary
 from fmbseg.backbones.clip import load_clip
 from fmbseg.backbones.sam import AutomaticMask, load_sam
 from fmbseg.datasets import Sample
@@ -159,6 +159,57 @@ def test_equal_votes_keep_the_order_of_the_vocabulary():
 
 def test_the_best_word_of_a_class_votes():
     assert detect.winners(voting([0, 1, 2, 3]), unit_texts(3, [0, 1, 1, 2])) == [0, 1, 1, 2]
+
+
+def test_a_word_that_hardly_varies_wins_votes_in_units_of_its_spread():
+    reference = torch.tensor([[0.6, 0.1, 0.8], [-0.6, 0.1, 0.8], [0.6, -0.1, 0.8], [-0.6, -0.1, 0.8]])
+    two = ClassTexts(torch.eye(3)[:2], torch.arange(2), ("a", "b"))
+    unit = detect.spread(reference, two)
+    expected = (reference / reference.norm(dim=1, keepdim=True))[:, :2].std(dim=0, correction=0)
+    torch.testing.assert_close(unit, expected)
+    crops = hand_made((8, 8), torch.ones(3, 2, 2), torch.tensor([[0.3, 0.1, 0.8], [0.3, 0.02, 0.8]]))
+    assert detect.winners(crops, two) == [0, 0] and detect.winners(crops, two, unit) == [1, 0]
+    found = detect.detect(crops, two, DetectParams(min_votes=0), unit)
+    assert found == [Detected(0, "a", 1), Detected(1, "b", 1)]
+    assert detect.winners(crops, two, detect.spread(reference[:1], two)) == [0, 0]  # one crop: no spread, no change
+
+
+def test_votes_refer_to_the_photographs_of_the_collection(label_params, fresh_reference, tmp_path):
+    """Real ones: whichever are labelled, and by their bytes; one that cannot be read counts for nothing."""
+    pool = datasets.load_collection("embedded_coco")[:3]
+    for sample in pool:
+        (tmp_path / sample.image.name).write_bytes(sample.image.read_bytes())
+    params = label_params.model_copy(update={"photographs": str(tmp_path), "vote_reference": 2, "limit": 1})
+    space = vocabulary.vocabulary(params.vocabulary)
+    texts = products.texts_of(space, params)
+    reference = products.vote_reference(params)
+    assert [p.name for p in reference] == sorted(s.image.name for s in pool)[:2] and products.vote_unit(texts, label_params) is None
+    unit = products.vote_unit(texts, params)
+    tokens = torch.cat([products.clip_features(path, params).tokens for path in reference])
+    torch.testing.assert_close(unit, (F.normalize(tokens, dim=-1) @ texts.features.T).std(dim=0, correction=0))
+    path = pool[2].image
+    found = [q.detected for q in products.queries(path, space, params)]
+    assert found == detect.detect(products.clip_features(path, params), texts, params, unit)
+    before = pseudo_labels.content(params)
+    reference[1].write_bytes(b"damaged")
+    fresh_reference()
+    assert pseudo_labels.content(params) != before
+    torch.testing.assert_close(products.vote_unit(texts, params), detect.spread(products.clip_features(reference[0], params).tokens, texts))
+    reference[0].write_bytes(b"damaged")
+    fresh_reference()
+    with pytest.raises(DataError, match="vote_reference: none of 2 photographs can be read"):
+        products.vote_unit(texts, params)
+
+
+@pytest.fixture
+def fresh_reference():
+    def forget():
+        products._reference.cache_clear()
+        products._tokens.cache_clear()
+
+    forget()
+    yield forget
+    forget()
 
 
 def test_given_labels_replace_detection():
