@@ -56,7 +56,7 @@ def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
 
 
 @functools.lru_cache(maxsize=32)  # the models behind them are shared
-def _segmenter(method: str, module: str, params: EvaluateParams, device: str) -> Segmenter:
+def _segmenter(method: str, module: str, written: int, params: EvaluateParams, device: str) -> Segmenter:
     if method == "fmbseg":
         return Segmenter.load(module, device, params, params.templates)
     side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
@@ -97,8 +97,9 @@ def predict(method: str, columns: Columns, params: EvaluateParams, module: str, 
         features = products.clip_features(path, params, device)
         similar = [class_similarity(features, products.texts_of(space, params, device)) for space in spaces]
         return [label_map(one, features.size, interpolation=params.interpolation) for one in similar]
-    segmenter = _segmenter(method, module, params, device)
     aligned = method == "fmbseg"
+    written = Path(module).stat().st_mtime_ns if aligned and Path(module).is_file() else 0  # a module trained anew is read anew
+    segmenter = _segmenter(method, module, written, params, device)
     embedded = segmenter.aligned(_patches(path, segmenter)) if aligned else segmenter.embed(images.read_image(path))
     return [segmenter.label(embedded, segmenter.texts(space)) for space in spaces]
 

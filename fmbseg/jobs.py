@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -87,11 +93,15 @@ def each(
             for i, item in enumerate(items):
                 settle(i, _guarded(function, item))
         else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_one_thread) as pool:
+            pool = _working_pool(workers)
+            try:
                 futures = {pool.submit(_guarded, function, item): i for i, item in enumerate(items)}
                 for future in as_completed(futures):
                     settle(futures.pop(future), future.result())
+            except BaseException:  # also a stopped cell: what is waiting is not begun, and the next call starts afresh
+                pool.shutdown(wait=False, cancel_futures=True)
+                _pool.cache_clear()
+                raise
     failures = [o for o in outcomes if isinstance(o, Failure)]
     for failure in failures:
         tqdm.write(f"left out {failure.item}: {failure.reason}")
@@ -110,5 +120,28 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _one_thread() -> None:
+@functools.lru_cache(maxsize=1)
+def _pool(workers: int, folder: str, environment: tuple[tuple[str, str], ...]) -> ProcessPoolExecutor:
+    """Worker processes, kept for the next call with the same surroundings: they hold the imports and models they loaded."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+
+
+def _working_pool(workers: int) -> ProcessPoolExecutor:
+    surroundings = (workers, os.getcwd(), tuple(sorted(os.environ.items())))
+    try:
+        _pool(*surroundings).submit(int).result()
+    except BrokenProcessPool:  # a worker was lost since the last call
+        _pool.cache_clear()
+    return _pool(*surroundings)
+
+
+def _begin_worker() -> None:
+    """One thread, no interrupt of its own (the parent stops it), and an end when the parent is gone, however it went."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

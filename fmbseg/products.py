@@ -83,14 +83,18 @@ def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> Ima
 
 
 @functools.lru_cache(maxsize=8)
-def _reference(photographs: str, data_root: str, count: int) -> tuple[Path, ...]:
+def _reference(photographs: str, data_root: str, count: int, changed: int) -> tuple[Path, ...]:
     found = datasets.load_collection(photographs, data_root)
     return tuple(sample.image for sample in jobs.spread(found, count))
 
 
 def vote_reference(params: LabelParams) -> tuple[Path, ...]:
     """The photographs over whose crops votes are standardised: evenly spread over the collection, whatever its ``limit``."""
-    return _reference(params.photographs, params.data_root, params.vote_reference) if params.vote_reference else ()
+    if not params.vote_reference:
+        return ()
+    folder = Path(params.photographs).expanduser()
+    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0  # listed anew when photographs come or go
+    return _reference(params.photographs, params.data_root, params.vote_reference, changed)
 
 
 def vote_content(params: LabelParams) -> list[str]:

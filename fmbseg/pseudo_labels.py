@@ -104,7 +104,7 @@ def content(params: LabelParams) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4)
-def _image_level_names(path: str) -> dict[str, list[str]]:
+def _image_level_names(path: str, content: str) -> dict[str, list[str]]:
     names = storage.read_json(path)
     if not isinstance(names, dict) or not all(isinstance(v, list) for v in names.values()):
         raise DataError(f'{path}: not a file of image-level names; give JSON such as {{"file stem": ["cat", "sofa"], ...}}')
@@ -115,7 +115,7 @@ def given_labels(sample: Sample, space: LabelSpace, params: LabelParams) -> tupl
     """Classes that ``image_level_names`` gives a picture (names outside the vocabulary left out); None where it is not set."""
     if not params.image_level_names:
         return None
-    names = _image_level_names(params.image_level_names)
+    names = _image_level_names(params.image_level_names, storage.image_sha256(params.image_level_names))
     if sample.image.stem not in names:
         raise DataError(f"{sample}: has no entry in {params.image_level_names}; add its names, or an empty list")
     classes = {word: k for k, words in enumerate(space.prompts) for word in (space.names[k], *words)}

@@ -157,7 +157,6 @@ def test_image_level_names_of_the_photographs(make, tmp_path):
     assert [d.name for d in label.detected] == ["cat"]
     with_names = pseudo_labels.LabelStore(tmp_path / "a", space, params).key
     assert with_names != pseudo_labels.LabelStore(tmp_path / "b", space, make(LabelParams)).key
-    pseudo_labels._image_level_names.cache_clear()
     file.write_text("{}")
     assert pseudo_labels.LabelStore(tmp_path / "c", space, params).key != with_names
     with pytest.raises(DataError, match="has no entry in .*names.json; add its names"):

@@ -93,7 +93,7 @@ def test_templates_of_the_run_are_used_for_a_trained_module(monkeypatch, smoke):
     monkeypatch.setattr(Segmenter, "load", lambda *arguments: seen.append(arguments))
     evaluation._segmenter.cache_clear()
     params = smoke(EvaluateParams, templates="eighty")
-    evaluation._segmenter("fmbseg", "module.safetensors", params, "cpu")
+    evaluation._segmenter("fmbseg", "module.safetensors", 0, params, "cpu")
     assert seen == [("module.safetensors", "cpu", params, "eighty")]
     evaluation._segmenter.cache_clear()
 

@@ -1,0 +1,111 @@
+"""Worker processes: kept from call to call, replaced when one is lost, and gone when their parent is."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from fmbseg import jobs
+from fmbseg.errors import DataError
+
+
+def process_of(item):
+    time.sleep(0.1)
+    return os.getpid(), os.environ.get("FMBSEG_TEST", "")
+
+
+def troubled(item):
+    if item == "expected":
+        raise DataError("this one only")
+    if item == "bug":
+        raise ZeroDivisionError("a bug")
+    if item == "lost":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == "interrupted":
+        os.kill(os.getpid(), signal.SIGINT)
+    return item
+
+
+def workers_of(count=6):
+    return {result for _, result in jobs.each(process_of, range(count), "test", 2).results}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    jobs._pool.cache_clear()
+    yield
+    jobs._pool.cache_clear()
+
+
+def test_workers_are_kept_for_the_next_call_and_not_for_other_surroundings(monkeypatch):
+    first = workers_of()
+    assert os.getpid() not in {pid for pid, _ in first}
+    again = workers_of()
+    assert again & first and len(again | first) <= 2
+    monkeypatch.setenv("FMBSEG_TEST", "other")
+    other = workers_of()
+    assert {value for _, value in other} == {"other"} and not {pid for pid, _ in other} & {pid for pid, _ in again | first}
+
+
+def test_a_failure_is_one_items_and_a_bug_stops_the_run_but_not_the_next():
+    done = jobs.each(troubled, ["a", "expected", "b"], "test", 2)
+    assert [r for _, r in done.results] == ["a", "b"] and [(f.item, f.reason) for f in done.failures] == [("expected", "this one only")]
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        jobs.each(troubled, ["bug", *"abcdef"], "test", 2)
+    assert len(jobs.each(troubled, ["a", "b"], "test", 2).results) == 2
+
+
+def test_a_lost_worker_is_told_and_the_next_call_has_new_ones():
+    with pytest.raises(BrokenProcessPool):
+        jobs.each(troubled, ["lost", "a", "b"], "test", 2)
+    assert len(jobs.each(troubled, ["a", "b"], "test", 2).results) == 2
+
+
+def test_a_worker_lost_between_calls_is_replaced():
+    lost = next(iter(workers_of()))[0]
+    os.kill(lost, signal.SIGKILL)
+    time.sleep(1)
+    assert lost not in {pid for pid, _ in workers_of()}
+
+
+def test_an_interrupt_is_the_parents_alone():
+    assert jobs.each(troubled, ["interrupted", "a"], "test", 2).failures == []
+
+
+SCRIPT = """
+import sys
+from fmbseg import jobs
+import test_jobs
+if __name__ == "__main__":
+    print(*sorted({pid for _, (pid, _) in jobs.each(test_jobs.process_of, range(6), "test", 2).results}), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_workers_leave_when_their_parent_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "script.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert workers and all(alive(pid) for pid in workers)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:  # one that ended and was not yet waited for does not count
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return True
