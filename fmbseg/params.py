@@ -91,7 +91,9 @@ class DetectParams(Params):
     min_votes: int = Field(1, ge=0, description="ours: a class is present when MORE crops than this vote for it")
     min_vote_share: Share = Field(0.0, description="ours: ... and more than this share of the crops")
     vote_reference: int = Field(
-        0, ge=0, description="ours: similarities are divided by each class's spread over so many of the photographs before the vote; 0: not"
+        0,
+        ge=0,
+        description="ours: before the vote similarities are divided by each class's spread over so many of the photographs; 0, or fewer there: not",
     )
     templates: Literal["one", "plain", "seven", "eighty"] = Field("one", description="prompt templates whose features are averaged")
 

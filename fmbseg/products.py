@@ -85,11 +85,14 @@ def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> Ima
 @functools.lru_cache(maxsize=8)
 def _reference(photographs: str, data_root: str, count: int, changed: int) -> tuple[Path, ...]:
     found = datasets.load_collection(photographs, data_root)
-    return tuple(sample.image for sample in jobs.spread(found, count))
+    return tuple(sample.image for sample in jobs.spread(found, count)) if len(found) >= count else ()
 
 
 def vote_reference(params: LabelParams) -> tuple[Path, ...]:
-    """The photographs over whose crops votes are standardised: evenly spread over the collection, whatever its ``limit``."""
+    """The photographs over whose crops votes are standardised: evenly spread over the collection, whatever its ``limit``.
+
+    None where it holds fewer than ``vote_reference``: too few to tell a word's spread.
+    """
     if not params.vote_reference:
         return ()
     folder = Path(params.photographs).expanduser()

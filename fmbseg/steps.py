@@ -76,7 +76,10 @@ def _reference(path: Path, params: RunParams) -> None:
 
 def make_reference(params: RunParams) -> None:
     """Features of the photographs that all votes depend on, on disk before workers ask for them."""
-    if paths := products.vote_reference(params):
+    paths = products.vote_reference(params)
+    if params.vote_reference and not paths:
+        print(f"votes are taken as they are: {params.photographs} holds fewer than vote_reference = {params.vote_reference} photographs")
+    if paths:
         jobs.each(partial(_reference, params=params), paths, "CLIP features of the vote's reference")
 
 

@@ -190,6 +190,8 @@ def test_votes_refer_to_the_photographs_of_the_collection(label_params, fresh_re
     path = pool[2].image
     found = [q.detected for q in products.queries(path, space, params)]
     assert found == detect.detect(products.clip_features(path, params), texts, params, unit)
+    few = params.model_copy(update={"vote_reference": 4})
+    assert products.vote_reference(few) == () and products.vote_unit(texts, few) is None
     before = pseudo_labels.content(params)
     reference[1].write_bytes(b"damaged")
     fresh_reference()
