@@ -84,7 +84,8 @@ class Pipeline:
         side = p.image_size // self.encoder.patch * self.encoder.patch
         self.squares = [torch.from_numpy(images.resize(x, (side, side)))[None].to(p.device) for x in pictures]
         self.features = [features.extract(x, self.clip, p) for x in pictures]
-        self.found = [detect.detect(f, self.texts, p) for f in self.features]
+        scale = products.vote_scale(self.texts, p, p.device)
+        self.found = [detect.detect(f, self.texts, p, scale) for f in self.features]
         self.module = alignment.Alignment(self.encoder.width, self.texts.features.shape[1], ModuleParams(**p.part(ModuleParams)))
         self.module.to(p.device)
         self.optimiser = torch.optim.SGD(self.module.parameters(), 1e-3, momentum=0.9)

@@ -26,27 +26,36 @@ def similarity(tokens: torch.Tensor, texts: ClassTexts) -> torch.Tensor:
     return texts.per_class(F.normalize(tokens, dim=-1) @ texts.features.T)
 
 
-def spread(tokens: torch.Tensor, texts: ClassTexts) -> torch.Tensor:
-    """(K,) standard deviation of each class's similarity over many crops, (C, D): ours, the unit in which crops vote.
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of each class's similarity over the crops of many photographs, (K,) each (ours).
 
-    A word that the image-text model hardly knows is hardly more similar to one crop than to another and never wins a
-    vote; in units of its own spread it can.
+    A word that the image-text model hardly knows is about as similar to one crop as to the next, and so never the most
+    similar of a large vocabulary; on its own scale it can win a vote.
     """
-    return similarity(tokens, texts).std(dim=0, correction=0).clamp(min=1e-6)
+
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, texts: ClassTexts) -> Scale:
+        """tokens: class tokens of the crops, (C, D)."""
+        similar = similarity(tokens, texts)
+        return cls(similar.mean(dim=0), similar.std(dim=0, correction=0).clamp(min=1e-6))
 
 
-def winners(features: ImageFeatures, texts: ClassTexts, unit: torch.Tensor | None = None) -> list[int]:
+def winners(features: ImageFeatures, texts: ClassTexts, scale: Scale | None = None) -> list[int]:
     """Class of every crop: the one most similar to its class token over the WHOLE vocabulary.
 
-    unit: ``spread``, (K,), by which similarities are divided before; none: as the paper has it.
+    scale: the similarities are standardised by it first; none: as the paper has it.
     """
     similar = similarity(features.tokens, texts)
-    return (similar if unit is None else similar / unit).argmax(dim=1).tolist()
+    return (similar if scale is None else (similar - scale.mean) / scale.spread).argmax(dim=1).tolist()
 
 
-def detect(features: ImageFeatures, texts: ClassTexts, params: DetectParams, unit: torch.Tensor | None = None) -> list[Detected]:
+def detect(features: ImageFeatures, texts: ClassTexts, params: DetectParams, scale: Scale | None = None) -> list[Detected]:
     """Classes with more than ``min_votes`` crops and more than ``min_vote_share`` of them, most votes first."""
-    counts = torch.tensor(winners(features, texts, unit)).bincount(minlength=len(texts.names))
+    counts = torch.tensor(winners(features, texts, scale)).bincount(minlength=len(texts.names))
     enough = max(params.min_votes, params.min_vote_share * len(features.tokens))
     order = counts.argsort(descending=True, stable=True).tolist()
     return [Detected(k, texts.names[k], int(counts[k])) for k in order if counts[k] > enough]

@@ -19,3 +19,7 @@ class WeightsError(FmbsegError):
 
 class DataError(FmbsegError):
     """A data set, a folder or a record is missing or not in the expected layout."""
+
+
+class WorkerLost(FmbsegError):
+    """A worker process was ended from outside."""

@@ -11,17 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fmbseg import images, jobs, products, pseudo_labels, records, shards, storage, vocabulary
 from fmbseg.alignment import load as load_alignment
+from fmbseg.backbones.clip import weights_key as clip_weights_key
+from fmbseg.backbones.sam import weights_key as sam_weights_key
 from fmbseg.datasets import Dataset, Sample
 from fmbseg.errors import ParameterError
 from fmbseg.images import IGNORED
 from fmbseg.metrics import Confusion
-from fmbseg.params import DetectParams, EvaluateParams, FeatureParams, LabelParams, SegmentParams
+from fmbseg.params import EvaluateParams, FeatureParams, LabelParams, SegmentParams
 from fmbseg.segment import DenseClip, EmbeddedImage, Segmenter, label_map
 from fmbseg.stage1_query import class_similarity
 from fmbseg.vocabulary import LabelSpace
@@ -157,14 +160,16 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     """What a method's predictions depend on: parameters, weights and, for FMbSeg, the trained module."""
     if method not in METHODS:
         raise ParameterError(f"method {method!r}: unknown; known are {', '.join(METHODS)}")
-    weights = [products.clip_of(params, device).key]
-    if method.removesuffix(GIVEN) in STAGES:
-        weights.append(products.sam_of(params, device).key)
-    used = params.content(*{"fmbseg": (SegmentParams,), "dense": (SegmentParams, FeatureParams, DetectParams)}.get(method, (LabelParams,)))
-    used |= pseudo_labels.content(params) if method.removesuffix(GIVEN) in STAGES else {}
-    used |= {"interpolation": params.interpolation} if method == "dense_high_resolution" else {}
-    used |= {"templates": params.templates} if method == "fmbseg" else {}
-    used |= {"dense_enlarge": params.dense_enlarge} if method == "dense" else {}
+    weights, stage = [clip_weights_key(params.clip)], method.removesuffix(GIVEN) in STAGES
+    used: dict[str, Any] = {"precision": params.precision}
+    if stage:
+        weights.append(sam_weights_key(params.sam))
+        used |= params.content(LabelParams) | {"reference": None if method.endswith(GIVEN) else products.vote_content(params, device)}
+    elif method == "dense_high_resolution":
+        used |= params.content(FeatureParams) | {"interpolation": params.interpolation, "templates": params.templates}
+    else:
+        used |= params.content(SegmentParams) | {"templates": params.templates}
+        used |= {"dense_enlarge": params.dense_enlarge} | params.content(FeatureParams) if method == "dense" else {}
     if method == "fmbseg":
         weights.append(load_alignment(module)[1]["key"])
     return storage.digest(method, used, weights)
@@ -206,6 +211,8 @@ def evaluate_parts(
     runs = tuple((method, module, method_key(method, params, module, device)) for module in modules)
     spaces = tuple(protocol_space(d, params) for d in datasets)
     chosen = [jobs.spread(dataset.samples, params.eval_limit) for dataset in datasets]
+    if method in STAGES:
+        products.prepare_votes(params, device, workers)
     columns: dict[Path, list[tuple[int, str, Sample]]] = {}
     for i, samples in enumerate(chosen):
         for sample in samples:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fmbseg import detect, features, images, products, stage1_masks, stage1_query, steps
 from fmbseg.backbones.clip import ImageText
 from fmbseg.backbones.sam import AutomaticMask
-from fmbseg.detect import Detected
+from fmbseg.detect import Detected, Scale
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.features import ImageFeatures
 from fmbseg.images import IGNORED, resize_map
@@ -63,7 +63,7 @@ class Explorer:
 
     def __init__(self, params: ExploreNotebook):
         self.params, self.missing = params, ""
-        steps.make_reference(params)
+        products.prepare_votes(params, params.device, params.workers)
         self.clip = products.clip_of(params, params.device)
         self.segmenter: Segmenter | None = None
         module = steps.module_path(params)
@@ -147,14 +147,14 @@ class Explorer:
 
     def winners(self, space: LabelSpace) -> list[str]:
         """Name of the class that each crop votes for."""
-        return [space.names[k] for k in detect.winners(self.seen().features, self.texts(space), self._vote_unit(space))]
+        return [space.names[k] for k in detect.winners(self.seen().features, self.texts(space), self._scale(space))]
 
     def detected(self, space: LabelSpace) -> list[Detected]:
         """Classes with enough votes, most first."""
-        return detect.detect(self.seen().features, self.texts(space), self.params, self._vote_unit(space))
+        return detect.detect(self.seen().features, self.texts(space), self.params, self._scale(space))
 
-    def _vote_unit(self, space: LabelSpace) -> torch.Tensor | None:
-        return products.vote_unit(self.texts(space), self.params, self.params.device)
+    def _scale(self, space: LabelSpace) -> Scale | None:
+        return products.vote_scale(self.texts(space), self.params, self.params.device)
 
     def query(self, space: LabelSpace, one: Detected, points: int) -> QueryMask:
         """Stage 1.1 for one detected class: its query points and SAM's three masks. SAM sees each picture once."""
@@ -204,7 +204,7 @@ def patch_at(embedded: EmbeddedImage, x: float, y: float) -> torch.Tensor:
     return torch.stack(found).mean(dim=0)
 
 
-def spread(maps: torch.Tensor) -> tuple[float, float]:
+def limits(maps: torch.Tensor) -> tuple[float, float]:
     """(lowest, highest) similarity of (K, h, w) maps: the scale that thresholds and colours share."""
     return float(maps.min()), float(maps.max())
 
@@ -215,7 +215,7 @@ def segmentation(maps: torch.Tensor, size: tuple[int, int], threshold: float) ->
     threshold: in [0, 1] of the way from the lowest to the highest similarity; 0 labels every pixel.
     """
     labels = label_map(maps, size)
-    low, high = spread(maps)
+    low, high = limits(maps)
     best = resize_map(maps[None], size)[0].amax(dim=0).numpy()
     labels[best < low + threshold * (high - low)] = IGNORED
     return labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -12,13 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from fmbseg import distributed
-from fmbseg.errors import FmbsegError, ParameterError
+from fmbseg.errors import FmbsegError, ParameterError, WorkerLost
 
 T = TypeVar("T")
 
@@ -98,9 +98,14 @@ def each(
                 futures = {pool.submit(_guarded, function, item): i for i, item in enumerate(items)}
                 for future in as_completed(futures):
                     settle(futures.pop(future), future.result())
-            except BaseException:  # also a stopped cell: what is waiting is not begun, and the next call starts afresh
-                pool.shutdown(wait=False, cancel_futures=True)
-                _pool.cache_clear()
+            except BrokenProcessPool as error:
+                release()
+                raise WorkerLost(
+                    "a worker process was ended from outside, most likely for want of memory;"
+                    " run again with fewer workers (--set workers=1): what was computed is kept"
+                ) from error
+            except BaseException:  # also a stopped cell
+                release()
                 raise
     failures = [o for o in outcomes if isinstance(o, Failure)]
     for failure in failures:
@@ -120,19 +125,33 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@functools.lru_cache(maxsize=1)
-def _pool(workers: int, folder: str, environment: tuple[tuple[str, str], ...]) -> ProcessPoolExecutor:
-    """Worker processes, kept for the next call with the same surroundings: they hold the imports and models they loaded."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+_kept: list[Any] = []
+"""Surroundings and worker processes of the last call, kept for the next: they hold the imports and models they loaded."""
 
 
 def _working_pool(workers: int) -> ProcessPoolExecutor:
-    surroundings = (workers, os.getcwd(), tuple(sorted(os.environ.items())))
-    try:
-        _pool(*surroundings).submit(int).result()
-    except BrokenProcessPool:  # a worker was lost since the last call
-        _pool.cache_clear()
-    return _pool(*surroundings)
+    source = max(path.stat().st_mtime_ns for path in Path(__file__).parent.rglob("*.py"))  # edited since: begun anew
+    surroundings = (workers, os.getcwd(), tuple(sorted(os.environ.items())), source)
+    if _kept and _kept[0] == surroundings:
+        try:
+            _kept[1].submit(int).result()
+            return _kept[1]
+        except BrokenProcessPool:  # a worker was lost since the last call
+            pass
+    release()
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+    _kept[:] = [surroundings, pool]
+    return pool
+
+
+def release() -> None:
+    """End the worker processes and free what they hold; work under way is dropped (files are written whole or not at all)."""
+    if _kept:
+        pool = _kept[1]
+        _kept.clear()
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _begin_worker() -> None:

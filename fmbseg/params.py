@@ -90,10 +90,10 @@ class DetectParams(Params):
 
     min_votes: int = Field(1, ge=0, description="ours: a class is present when MORE crops than this vote for it")
     min_vote_share: Share = Field(0.0, description="ours: ... and more than this share of the crops")
-    vote_reference: int = Field(
+    reference_photographs: int = Field(
         0,
         ge=0,
-        description="ours: before the vote similarities are divided by each class's spread over so many of the photographs; 0, or fewer there: not",
+        description="ours: votes are standardised over the crops of so many of the photographs; 0, or where there are fewer: not",
     )
     templates: Literal["one", "plain", "seven", "eighty"] = Field("one", description="prompt templates whose features are averaged")
 

@@ -6,7 +6,6 @@ and the parameters. Functions are given a path and make what is missing; they ru
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from pathlib import Path
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
-from fmbseg import datasets, detect, features, images, jobs, stage1_masks, stage1_query, storage
-from fmbseg.backbones.clip import ImageText, load_clip
+from fmbseg import datasets, detect, distributed, features, images, jobs, stage1_masks, stage1_query, storage
+from fmbseg.backbones.clip import ImageText, load_clip, weights_key
 from fmbseg.backbones.encoder import Encoder, load_encoder
 from fmbseg.backbones.sam import AutomaticMask, SamSegmenter, load_sam
-from fmbseg.detect import Detected
-from fmbseg.errors import DataError, ImageError
+from fmbseg.datasets import Sample
+from fmbseg.detect import Detected, Scale
+from fmbseg.errors import DataError
 from fmbseg.features import ImageFeatures
 from fmbseg.params import DetectParams, FeatureParams, LabelParams, MaskParams, PatchParams, QueryParams
 from fmbseg.stage1_query import QueryMask
@@ -82,44 +82,61 @@ def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> Ima
     return ImageFeatures(tuple(json.loads(metadata["size"])), tensors["map"].float(), tensors["tokens"].float(), crops)
 
 
-@functools.lru_cache(maxsize=8)
-def _reference(photographs: str, data_root: str, count: int, changed: int) -> tuple[Path, ...]:
-    found = datasets.load_collection(photographs, data_root)
-    return tuple(sample.image for sample in jobs.spread(found, count)) if len(found) >= count else ()
-
-
-def vote_reference(params: LabelParams) -> tuple[Path, ...]:
-    """The photographs over whose crops votes are standardised: evenly spread over the collection, whatever its ``limit``.
-
-    None where it holds fewer than ``vote_reference``: too few to tell a word's spread.
-    """
-    if not params.vote_reference:
-        return ()
+def _reference_path(params: LabelParams) -> Path:
     folder = Path(params.photographs).expanduser()
-    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0  # listed anew when photographs come or go
-    return _reference(params.photographs, params.data_root, params.vote_reference, changed)
+    photographs = [str(folder.resolve()) if folder.is_dir() else params.photographs, params.data_root, params.reference_photographs]
+    key = storage.digest(*photographs, weights_key(params.clip), params.content(FeatureParams))
+    return storage.home() / "cache" / "votes" / f"{key}.safetensors"
 
 
-def vote_content(params: LabelParams) -> list[str]:
-    """What a vote depends on beside the parameters: the reference photographs, by their bytes."""
-    return [storage.image_sha256(path) for path in vote_reference(params)]
+def _crop_tokens(sample: Sample, params: FeatureParams, device: str) -> torch.Tensor:
+    return clip_features(sample.image, params, device).tokens
 
 
-@functools.lru_cache(maxsize=4)
-def _tokens(paths: tuple[Path, ...], params: FeatureParams, device: str) -> torch.Tensor:
-    found = []
-    for path in paths:
-        with contextlib.suppress(ImageError):  # told where the picture itself is labelled
-            found.append(clip_features(path, params, device).tokens)
-    if not found:
-        raise DataError(f"vote_reference: none of {len(paths)} photographs can be read; give others, or set vote_reference to 0")
-    return torch.cat(found)
+def prepare_votes(params: LabelParams, device: str = "cpu", workers: int = 1) -> None:
+    """Class tokens of the photographs over whose crops votes are standardised, on disk for all workers (ours).
+
+    They are listed anew, evenly spread over the collection whatever its ``limit``; of a collection that holds fewer than
+    ``reference_photographs``, none are taken. Under torchrun the first rank alone makes them.
+    """
+    if not params.reference_photographs:
+        return
+    if distributed.rank() == 0:
+        found, path = datasets.load_collection(params.photographs, params.data_root), _reference_path(params)
+        chosen = jobs.spread(found, params.reference_photographs) if len(found) >= params.reference_photographs else []
+        if not chosen:
+            print(f"votes are taken as they are: {len(found)} photographs, and reference_photographs = {params.reference_photographs}")
+        content = [storage.image_sha256(sample.image) for sample in chosen]
+        if not path.is_file() or _reference(path)[1] != content:
+            work = functools.partial(_crop_tokens, params=FeatureParams(**params.part(FeatureParams)), device=device)
+            tokens = [result for _, result in jobs.each(work, chosen, "CLIP features of the votes' reference", workers).results]
+            if chosen and not tokens:
+                raise DataError(f"reference_photographs: none of {len(chosen)} can be read; give other photographs, or set it to 0")
+            storage.write_tensors(path, {"tokens": torch.cat(tokens or [torch.zeros(0, 1)])}, {"images": json.dumps(content)})
+    distributed.wait()
 
 
-def vote_unit(texts: ClassTexts, params: LabelParams, device: str = "cpu") -> torch.Tensor | None:
-    """(K,) the unit in which crops vote (``detect.spread``), from features that are made where they are missing; none if not asked for."""
-    paths = vote_reference(params)
-    return detect.spread(_tokens(paths, FeatureParams(**params.part(FeatureParams)), device), texts) if paths else None
+def _reference(path: Path) -> tuple[torch.Tensor, list[str]]:
+    tensors, metadata = storage.read_tensors(path)
+    return tensors["tokens"], json.loads(metadata["images"])
+
+
+def _prepared(params: LabelParams, device: str) -> tuple[torch.Tensor, list[str]]:
+    path = _reference_path(params)
+    if not path.is_file():
+        prepare_votes(params, device)
+    return _reference(path)
+
+
+def vote_content(params: LabelParams, device: str = "cpu") -> list[str]:
+    """What votes depend on beside the parameters: the reference photographs, by their bytes."""
+    return _prepared(params, device)[1] if params.reference_photographs else []
+
+
+def vote_scale(texts: ClassTexts, params: LabelParams, device: str = "cpu") -> Scale | None:
+    """The scale on which crops vote; none where votes are taken as they are."""
+    tokens = _prepared(params, device)[0] if params.reference_photographs else ()
+    return Scale.of(tokens, texts) if len(tokens) else None
 
 
 def _set_image(sam: SamSegmenter, path: Path, params: QueryParams) -> np.ndarray:
@@ -134,12 +151,13 @@ def queries(
 ) -> list[QueryMask]:
     """Detected classes of one picture with Stage 1.1's masks. given: image-level labels in place of detection."""
     clip, sam = clip_of(params, device), sam_of(params, device)
-    content = params.content(FeatureParams, DetectParams, QueryParams) | {"vote_reference": vote_content(params)}
+    content = params.content(FeatureParams, DetectParams, QueryParams)
+    content |= {"reference_photographs": vote_content(params, device) if given is None else None}
 
     def make(target: Path) -> None:
         found_features, texts = clip_features(path, params, device), texts_of(space, params, device)
         if given is None:
-            found = detect.detect(found_features, texts, params, vote_unit(texts, params, device))
+            found = detect.detect(found_features, texts, params, vote_scale(texts, params, device))
         else:
             found = detect.given(list(given), texts)
         image = _set_image(sam, path, params) if found else images.read_image(path)

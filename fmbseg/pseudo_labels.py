@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fmbseg import images, jobs, products, stage1_masks, storage
+from fmbseg.backbones.clip import weights_key
 from fmbseg.backbones.sam import AutomaticMask
 from fmbseg.datasets import Sample
 from fmbseg.detect import Detected
@@ -97,10 +98,11 @@ def label_picture(
 
 
 def content(params: LabelParams) -> dict[str, Any]:
-    """All that pseudo labels depend on beside the picture: parameters, and the reference photographs and
-    the file of image-level names by their bytes."""
-    names = storage.file_sha256(params.image_level_names) if params.image_level_names else ""
-    return params.content(LabelParams) | {"image_level_names": names, "vote_reference": products.vote_content(params)}
+    """All that pseudo labels depend on beside the picture: parameters, CLIP's weights, and by their bytes the reference
+    photographs and the file of image-level names."""
+    names = storage.image_sha256(params.image_level_names) if params.image_level_names else ""
+    made = {"weights": weights_key(params.clip), "reference": products.vote_content(params), "image_level_names": names}
+    return params.content(LabelParams) | made
 
 
 @functools.lru_cache(maxsize=4)

@@ -99,13 +99,14 @@ def hardware() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def used_weights(params: Params, module: str = "") -> dict[str, str]:
-    """Keys of the weights that the parameters name."""
-    from fmbseg import products
+def used_weights(params: Params, module: str = "", sam: bool = True) -> dict[str, str]:
+    """Names and hashes of the weights that the parameters name. sam: whether SAM's are among those used."""
+    from fmbseg.backbones import clip
+    from fmbseg.backbones import sam as sam_module
 
-    found = {"clip": products.clip_of(params).key}
-    if getattr(params, "sam", None):
-        found["sam"] = products.sam_of(params).key
+    found = {"clip": clip.weights_key(params.clip)}
+    if sam:
+        found["sam"] = sam_module.weights_key(params.sam)
     if module:
         found["module"] = storage.file_sha256(module)
     return found
@@ -166,7 +167,7 @@ def of_evaluation(
         dataset.name,
         dataset.source,
         protocol=protocol,
-        weights=used_weights(params, module if method == "fmbseg" else ""),
+        weights=used_weights(params, module if method == "fmbseg" else "", sam=method.startswith("stage")),
         notes=notes_of(params),
     )
     return counted(record, space.names, confusion, images, failed, seconds)

@@ -191,17 +191,16 @@ class Segmenter:
 
 def describe(result: Segmentation) -> dict:
     """Size, and for each class that occurs its name, index, pixels, share of the picture and mean similarity."""
-    similarity = resize_map(result.similarity[None], result.labels.shape)[0].numpy()
     found = []
     for k in np.unique(result.labels):
-        where = result.labels == k
+        where, one = result.labels == k, result.similarity[None, k : k + 1]
         found.append(
             {
                 "name": result.space.names[k],
                 "index": int(k),
                 "pixels": int(where.sum()),
                 "share": round(float(where.mean()), 4),
-                "mean_similarity": round(float(similarity[k][where].mean()), 4),
+                "mean_similarity": round(float(resize_map(one, where.shape)[0, 0].numpy()[where].mean()), 4),
             }
         )
     return {"height": result.labels.shape[0], "width": result.labels.shape[1], "classes": sorted(found, key=lambda c: -c["pixels"])}

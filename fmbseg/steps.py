@@ -70,27 +70,14 @@ def make_features(samples: list[Sample], params: RunParams) -> list[jobs.Failure
     return jobs.each(partial(_features, params=params), samples, "CLIP features", params.workers).failures
 
 
-def _reference(path: Path, params: RunParams) -> None:
-    products.clip_features(path, params, params.device)
-
-
-def make_reference(params: RunParams) -> None:
-    """Features of the photographs that all votes depend on, on disk before workers ask for them."""
-    paths = products.vote_reference(params)
-    if params.vote_reference and not paths:
-        print(f"votes are taken as they are: {params.photographs} holds fewer than vote_reference = {params.vote_reference} photographs")
-    if paths:
-        jobs.each(partial(_reference, params=params), paths, "CLIP features of the vote's reference")
-
-
 def _queries(sample: Sample, params: LabelParams, space: LabelSpace) -> None:
     products.queries(sample.image, space, params, params.device)
 
 
 def make_queries(samples: list[Sample], params: RunParams) -> list[jobs.Failure]:
     """Detected classes and Stage 1.1's masks of every photograph, on disk."""
-    make_reference(params)
     work = partial(_queries, params=params, space=vocabulary.vocabulary(params.vocabulary))
+    products.prepare_votes(params, params.device, params.workers)
     return jobs.each(work, samples, "Stage 1.1", params.workers).failures
 
 
@@ -116,8 +103,9 @@ def label(
 
     engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
     """
-    make_reference(params)
-    space, folder = vocabulary.vocabulary(params.vocabulary), folder or label_folder(params)
+    space = vocabulary.vocabulary(params.vocabulary)
+    products.prepare_votes(params, params.device, params.workers)
+    folder = folder or label_folder(params)
     if engine == "ray":
         gpus = float(params.device.startswith("cuda")) if gpus is None else gpus
         return cluster.label_collection(samples, folder, space, params, params.device, params.workers, gpus)
@@ -164,6 +152,8 @@ def fit(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: P
             print(f"read {path}: trained before on the same pseudo labels with the same parameters")
             return TrainResult(made, pd.DataFrame(described["curve"]).to_dict("records"), tuple(described["indices"]), described["seconds"])
     training.prepare(samples, params, params.device, params.workers)
+    if params.device != "cpu":
+        jobs.release()  # idle workers would keep their models on the device
     _, texts = words(params)
     result = training.train(samples, store, texts, params, params.seed, params.device, start)
     if distributed.rank() == 0:
@@ -185,11 +175,13 @@ def fit(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: P
 
 
 def train(samples: list[Sample], store: LabelStore, params: TrainNotebook, path: Path | None = None) -> TrainResult:
-    """Train the profile's module (``fit``) and write the record of it."""
+    """Train a module (``fit``) and write the record of it: the profile's among its results, another beside its file."""
+    own = path is not None and path != module_path(params)
     path = path or module_path(params)
     result = fit(samples, store, params, path)
     if distributed.rank() == 0:
-        records.of_training(params, result, path).write(results_folder(params) / "records", "train")
+        folder, name = (path.parent, path.stem) if own else (results_folder(params) / "records", "train")
+        records.of_training(params, result, path).write(folder, name)
     return result
 
 

@@ -125,6 +125,7 @@ class Store:
 
 
 def image_sha256(path: str | Path) -> str:
+    """The hash of a picture or another small file, read again only when the file has changed."""
     path = Path(path)
     try:
         status = path.stat()
@@ -133,6 +134,6 @@ def image_sha256(path: str | Path) -> str:
     return _image_sha256(str(path), status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.cache
 def _image_sha256(path: str, size: int, changed: int) -> str:
     return file_sha256(path)

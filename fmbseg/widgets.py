@@ -182,7 +182,7 @@ class Explore(ipywidgets.VBox):
         colour = {"threshold": self.threshold.value, "opacity": self.opacity.value, "table": HEAT}
         point = []
         for name, one in near.items():
-            picture = data_url(explore.heat(small, one[0], explore.spread(one), **colour))
+            picture = data_url(explore.heat(small, one[0], explore.limits(one), **colour))
             point.append(Panel(name, picture, _range(one), SMALL, cross=self.panels.point))
         if self.explorer.missing:
             point.append(Panel(ALIGNED, "", self.explorer.missing, SMALL))
@@ -190,7 +190,7 @@ class Explore(ipywidgets.VBox):
         for k, word in enumerate(space.names[:MOST_MAPS]):
             row = []
             for name, all_words in maps.items():
-                picture = data_url(explore.heat(small, all_words[k], explore.spread(all_words), **colour))
+                picture = data_url(explore.heat(small, all_words[k], explore.limits(all_words), **colour))
                 row.append(Panel(name, picture, _range(all_words[k]), SMALL))
             sections.append((word, row))
         return sections
@@ -278,7 +278,7 @@ def _shares(box: tuple[float, float, float, float], size: tuple[int, int], name:
 
 def _range(one: torch.Tensor) -> str:
     """Lowest and highest similarity of a map."""
-    low, high = (round(value, 2) + 0.0 for value in explore.spread(one))  # no -0.00
+    low, high = (round(value, 2) + 0.0 for value in explore.limits(one))  # no -0.00
     return f"{low:.2f} to {high:.2f}"
 
 

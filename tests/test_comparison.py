@@ -159,6 +159,8 @@ def test_image_level_names_of_the_photographs(make, tmp_path):
     assert with_names != pseudo_labels.LabelStore(tmp_path / "b", space, make(LabelParams)).key
     file.write_text("{}")
     assert pseudo_labels.LabelStore(tmp_path / "c", space, params).key != with_names
+    with pytest.raises(DataError, match="nowhere.json: cannot be read"):
+        pseudo_labels.content(make(LabelParams, image_level_names="nowhere.json"))
     with pytest.raises(DataError, match="has no entry in .*names.json; add its names"):
         pseudo_labels.given_labels(samples[0], space, params)
 

@@ -207,6 +207,6 @@ def test_torchrun_writes_one_module_and_one_record(tmp_path):
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout.count("the module is") == 1 and made.stderr.count("training: 100%") == 1
     assert len(list((tmp_path / "home/labels").glob("*/drawn_*.png"))) == len(list((tmp_path / "home/cache/encoder").iterdir())) == 6
-    assert [p.name for p in (tmp_path / "results/smoke/records").iterdir()] == ["train.json"]
-    record = storage.read_json(tmp_path / "results/smoke/records/train.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "module.json", "module.safetensors"]
+    record = storage.read_json(tmp_path / "module.json")
     assert record["protocol"]["processes"] == 2 and record["weights"]["module"] == storage.file_sha256(out) and record["images"] == 6

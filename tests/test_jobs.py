@@ -5,12 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from fmbseg import jobs
-from fmbseg.errors import DataError
+from fmbseg.errors import DataError, WorkerLost
 
 
 def process_of(item):
@@ -30,15 +29,20 @@ def troubled(item):
     return item
 
 
+def leave_a_file(path):
+    time.sleep(0.1)
+    path.touch()
+
+
 def workers_of(count=6):
     return {result for _, result in jobs.each(process_of, range(count), "test", 2).results}
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    jobs._pool.cache_clear()
+    jobs.release()
     yield
-    jobs._pool.cache_clear()
+    jobs.release()
 
 
 def test_workers_are_kept_for_the_next_call_and_not_for_other_surroundings(monkeypatch):
@@ -60,7 +64,7 @@ def test_a_failure_is_one_items_and_a_bug_stops_the_run_but_not_the_next():
 
 
 def test_a_lost_worker_is_told_and_the_next_call_has_new_ones():
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(WorkerLost, match="for want of memory; run again with fewer workers"):
         jobs.each(troubled, ["lost", "a", "b"], "test", 2)
     assert len(jobs.each(troubled, ["a", "b"], "test", 2).results) == 2
 
@@ -74,6 +78,23 @@ def test_a_worker_lost_between_calls_is_replaced():
 
 def test_an_interrupt_is_the_parents_alone():
     assert jobs.each(troubled, ["interrupted", "a"], "test", 2).failures == []
+
+
+def test_a_stopped_run_begins_nothing_more(tmp_path):
+    def stop(item, result):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.each(leave_a_file, [tmp_path / str(i) for i in range(40)], "test", 2, take=stop)
+    time.sleep(1.5)
+    assert 1 <= len(list(tmp_path.iterdir())) < 10
+
+
+def test_released_workers_are_gone():
+    workers = [pid for pid, _ in workers_of()]
+    jobs.release()
+    gone(workers)
+    jobs.release()  # nothing there: nothing to do
 
 
 SCRIPT = """
@@ -94,6 +115,10 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
     assert workers and all(alive(pid) for pid in workers)
     parent.kill()
     parent.wait()
+    gone(workers)
+
+
+def gone(workers):
     end = time.monotonic() + 20
     while any(alive(pid) for pid in workers) and time.monotonic() < end:
         time.sleep(0.1)

@@ -31,7 +31,7 @@ def test_paper_is_the_papers():
     assert (p.segment_short_side, p.segment_long_limit, p.window, p.window_stride) == (448, 2048, 448, 224)
     t = profiles.load("04_train_alignment", "paper")
     assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")
-    assert (p.min_votes, p.vote_reference) == (1, 0)
+    assert (p.min_votes, p.reference_photographs) == (1, 0)
     assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)  # Eq. 1 as written
 
 

@@ -1,14 +1,18 @@
 """The evaluation protocol: what is a parameter is what is used, and what is recorded."""
 
+import functools
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from fmbseg import datasets, evaluation, images, segment, vocabulary
+from fmbseg import alignment, datasets, evaluation, images, segment, vocabulary
 from fmbseg.backbones.clip import load_clip
+from fmbseg.backbones.encoder import load_encoder
 from fmbseg.errors import ParameterError
 from fmbseg.images import resize_map
-from fmbseg.params import EvaluateParams, SegmentParams, make
+from fmbseg.params import EvaluateParams, ModuleParams, SegmentParams, make
 from fmbseg.segment import DenseClip, Segmenter
 
 
@@ -49,7 +53,27 @@ def test_every_rule_is_in_the_record_and_in_the_key(own_home, smoke):
     keys = [evaluation.method_key("dense", base, "", "cpu")]
     keys += [evaluation.method_key("dense", base.model_copy(update={k: v}), "", "cpu") for k, v in settings.items()]
     assert len(set(keys)) == len(keys)
-    assert evaluation.method_key("dense", base.model_copy(update={"window_batch": 9}), "", "cpu") == keys[0]
+    for same in ({"window_batch": 9}, {"min_votes": 3, "reference_photographs": 2, "sam": "another"}):
+        assert evaluation.method_key("dense", base.model_copy(update=same), "", "cpu") == keys[0]
+    assert set(record.weights) == {"clip"}  # and SAM need not be here
+    other, given = base.model_copy(update={"reference_photographs": 2}), base.model_copy(update={"photographs": "not here"})
+    key = functools.partial(evaluation.method_key, module="", device="cpu")
+    assert key("stage1.1", base) != key("stage1.1", other) and key("stage1.1+labels", base) != key("stage1.1", base)
+    assert key("stage1.1+labels", given) == key("stage1.1+labels", base)  # given labels need no reference
+
+
+def test_a_module_trained_anew_is_read_anew(own_home, smoke, tmp_path):
+    """Also by workers and kernels that had read it before."""
+    found, params, module = datasets.load_benchmark("drawn"), smoke(EvaluateParams), tmp_path / "module.safetensors"
+    described = {"key": "a", "encoder": params.encoder, "clip": params.clip, "crop_input": params.crop_input}
+    columns, made = [(found.samples[1], found.space)], []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        width = load_encoder(params.encoder).width
+        alignment.save(module, alignment.Alignment(width, 384, ModuleParams(module="linear")), described)
+        os.utime(module, ns=(len(made), len(made)))
+        made += evaluation.predict("fmbseg", columns, params, str(module), "cpu")
+    assert (made[0] != made[1]).any() and (made[0] == made[2]).all()
 
 
 def test_windows_in_batches_are_the_same_windows(clip):

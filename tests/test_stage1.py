@@ -161,57 +161,59 @@ def test_the_best_word_of_a_class_votes():
     assert detect.winners(voting([0, 1, 2, 3]), unit_texts(3, [0, 1, 1, 2])) == [0, 1, 1, 2]
 
 
-def test_a_word_that_hardly_varies_wins_votes_in_units_of_its_spread():
-    reference = torch.tensor([[0.6, 0.1, 0.8], [-0.6, 0.1, 0.8], [0.6, -0.1, 0.8], [-0.6, -0.1, 0.8]])
+def test_a_word_that_hardly_varies_wins_votes_on_its_own_scale():
     two = ClassTexts(torch.eye(3)[:2], torch.arange(2), ("a", "b"))
-    unit = detect.spread(reference, two)
-    expected = (reference / reference.norm(dim=1, keepdim=True))[:, :2].std(dim=0, correction=0)
-    torch.testing.assert_close(unit, expected)
-    crops = hand_made((8, 8), torch.ones(3, 2, 2), torch.tensor([[0.3, 0.1, 0.8], [0.3, 0.02, 0.8]]))
-    assert detect.winners(crops, two) == [0, 0] and detect.winners(crops, two, unit) == [1, 0]
-    found = detect.detect(crops, two, DetectParams(min_votes=0), unit)
-    assert found == [Detected(0, "a", 1), Detected(1, "b", 1)]
-    assert detect.winners(crops, two, detect.spread(reference[:1], two)) == [0, 0]  # one crop: no spread, no change
+    reference = torch.tensor([[0.7, 0.3, 0.8], [-0.5, 0.3, 0.8], [0.7, 0.1, 0.8], [-0.5, 0.1, 0.8]])
+    similar = (reference / reference.norm(dim=1, keepdim=True))[:, :2]
+    scale = detect.Scale.of(reference, two)
+    torch.testing.assert_close(scale.mean, similar.mean(dim=0))
+    torch.testing.assert_close(scale.spread, similar.std(dim=0, correction=0))
+    crops = hand_made((8, 8), torch.ones(3, 2, 2), torch.tensor([[0.35, 0.3, 0.8], [0.35, 0.15, 0.8]]))
+    assert detect.winners(crops, two) == [0, 0] and detect.winners(crops, two, scale) == [1, 0]
+    assert detect.detect(crops, two, DetectParams(min_votes=0), scale) == [Detected(0, "a", 1), Detected(1, "b", 1)]
+    constant = hand_made((8, 8), torch.ones(3, 2, 2), torch.tensor([[0.1, 0.2, 0.8]]))
+    assert detect.winners(constant, two, detect.Scale.of(constant.tokens, two)) == [0]  # no spread at all: no error
 
 
-def test_votes_refer_to_the_photographs_of_the_collection(label_params, fresh_reference, tmp_path):
-    """Real ones: whichever are labelled, and by their bytes; one that cannot be read counts for nothing."""
+def test_votes_are_on_the_scale_of_the_collection(label_params, tmp_path):
+    """Real photographs: whichever of them are labelled, and by their bytes; one that cannot be read counts for nothing."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
     pool = datasets.load_collection("embedded_coco")[:3]
     for sample in pool:
-        (tmp_path / sample.image.name).write_bytes(sample.image.read_bytes())
-    params = label_params.model_copy(update={"photographs": str(tmp_path), "vote_reference": 2, "limit": 1})
+        (folder / sample.image.name).write_bytes(sample.image.read_bytes())
+    params = label_params.model_copy(update={"photographs": str(folder), "reference_photographs": 2, "limit": 1})
     space = vocabulary.vocabulary(params.vocabulary)
     texts = products.texts_of(space, params)
-    reference = products.vote_reference(params)
-    assert [p.name for p in reference] == sorted(s.image.name for s in pool)[:2] and products.vote_unit(texts, label_params) is None
-    unit = products.vote_unit(texts, params)
-    tokens = torch.cat([products.clip_features(path, params).tokens for path in reference])
-    torch.testing.assert_close(unit, (F.normalize(tokens, dim=-1) @ texts.features.T).std(dim=0, correction=0))
-    path = pool[2].image
-    found = [q.detected for q in products.queries(path, space, params)]
-    assert found == detect.detect(products.clip_features(path, params), texts, params, unit)
-    few = params.model_copy(update={"vote_reference": 4})
-    assert products.vote_reference(few) == () and products.vote_unit(texts, few) is None
+    names = sorted(path.name for path in folder.iterdir())
+
+    def tokens(*which):
+        return torch.cat([products.clip_features(folder / names[i], params).tokens for i in which])
+
+    scale = products.vote_scale(texts, params)
+    torch.testing.assert_close(scale.spread, (F.normalize(tokens(0, 1), dim=-1) @ texts.features.T).std(dim=0, correction=0))
+    found = [q.detected for q in products.queries(folder / names[2], space, params)]
+    assert found == detect.detect(products.clip_features(folder / names[2], params), texts, params, scale)
+    assert products.vote_scale(texts, label_params) is None and products.vote_content(label_params) == []
+
     before = pseudo_labels.content(params)
-    reference[1].write_bytes(b"damaged")
-    fresh_reference()
+    few = params.model_copy(update={"reference_photographs": 4})
+    assert products.vote_scale(texts, few) is None and products.vote_content(few) == []
+    (folder / names[1]).write_bytes(b"damaged")
+    assert pseudo_labels.content(params) == before  # one step, one scale ...
+    products.prepare_votes(params)  # ... and the next looks anew
     assert pseudo_labels.content(params) != before
-    torch.testing.assert_close(products.vote_unit(texts, params), detect.spread(products.clip_features(reference[0], params).tokens, texts))
-    reference[0].write_bytes(b"damaged")
-    fresh_reference()
-    with pytest.raises(DataError, match="vote_reference: none of 2 photographs can be read"):
-        products.vote_unit(texts, params)
+    torch.testing.assert_close(products.vote_scale(texts, params).mean, detect.Scale.of(tokens(0), texts).mean)
+    (folder / names[0]).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="reference_photographs: none of 2 can be read; give other photographs"):
+        products.prepare_votes(params)
 
 
-@pytest.fixture
-def fresh_reference():
-    def forget():
-        products._reference.cache_clear()
-        products._tokens.cache_clear()
-
-    forget()
-    yield forget
-    forget()
+def test_given_labels_do_not_vote(label_params, sample):
+    params = label_params.model_copy(update={"photographs": "no such folder", "reference_photographs": 2})
+    space = vocabulary.vocabulary(params.vocabulary)
+    (query,) = products.queries(sample.image, space, params, given=(3,))
+    assert query.detected == Detected(3, space.names[3], 0)
 
 
 def test_given_labels_replace_detection():

@@ -184,12 +184,19 @@ LIT_PROJECTION = resources.files("fmbseg") / "assets" / f"{LIT}.safetensors"
 """The stand-in's own trained tensors: the two projections. The towers come with ``fmbseg fetch``."""
 
 
+def weights_key(name: str) -> str:
+    """A model's name with a hash of its weights, without loading it. Raises WeightsError where they are not here."""
+    if name == LIT:
+        parts = storage.image_sha256(str(LIT_PROJECTION)), weights.key("all_minilm_l6_v2"), weights.key("efficientnet_lite2")
+        return f"{LIT}-{storage.digest(*parts)}"
+    return f"{name}@{weights.key(name)}" if name in CLIP_NAMES else name
+
+
 def assemble_lit() -> Path:
     """Put towers and projections together as one open_clip checkpoint in the cache; returns its path."""
     projection = Path(str(LIT_PROJECTION))
     text, image = weights.require("all_minilm_l6_v2"), weights.require("efficientnet_lite2")
-    key = storage.digest(storage.file_sha256(projection), weights.key("all_minilm_l6_v2"), weights.key("efficientnet_lite2"))
-    target = storage.home() / "weights" / f"{LIT}-{key}.safetensors"
+    target = storage.home() / "weights" / f"{weights_key(LIT)}.safetensors"
     if target.is_file():
         return target
     state = {
@@ -220,14 +227,12 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
         storage.write_json(configs / f"{LIT}.json", _lit_config(folder))
         open_clip.add_model_config(configs)
         architecture, pretrained = LIT, str(assemble_lit())
-        key = Path(pretrained).stem
     else:
         architecture, _, pretrained = (CLIP_NAMES.get(name) or name.removeprefix("random:")).partition(" ")
         if architecture not in open_clip.list_models() or bool(pretrained) == random:
             raise ParameterError(
                 f'clip = {name!r}: no such model; known are {", ".join(CLIP_NAMES)}, or "MODEL TAG" as open_clip lists them'
             )
-        key = f"{name}@{weights.key(name)}" if name in CLIP_NAMES else name
     options = {} if image_size is None or name == LIT else {"force_image_size": image_size}
     if name == LIT:  # EfficientNet-Lite's own normalisation: (pixel - 127) / 128
         options["force_preprocess_cfg"] = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
@@ -236,5 +241,5 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
         model = open_clip.create_model(
             architecture, pretrained=None if random else pretrained, device=device, pretrained_text=False, **options
         )
-    key = f"{key}@{image_size or model.visual.image_size}"
+    key = f"{weights_key(name)}@{image_size or model.visual.image_size}"
     return ImageText(model, open_clip.get_tokenizer(architecture), key, device, precision)

@@ -182,6 +182,12 @@ def _build(name: str) -> Sam:
     return builders[name]() if name in builders else sam_model_registry[_REGISTRY[name]]()
 
 
+def weights_key(name: str) -> str:
+    """A SAM's name with a hash of its weights, without loading it; the name alone where they are random or not here."""
+    here = name in SAM_NAMES and weights.is_here(weights.find(name))
+    return f"{name}@{weights.key(name)}" if here else name
+
+
 @functools.lru_cache(maxsize=1)
 def load_sam(name: str, device: str = "cpu", precision: Precision = "fp32") -> SamSegmenter:
     """SAM by name: ``mobile_sam``, ``sam_vitb``, ``sam_vitl``, ``sam_vith``; kept for the next call.
@@ -199,4 +205,4 @@ def load_sam(name: str, device: str = "cpu", precision: Precision = "fp32") -> S
     folder = weights.require(base)
     model = _build(base)
     model.load_state_dict(storage.read_tensors(folder / "model.safetensors")[0])
-    return SamSegmenter(model, f"{name}@{weights.key(base)}", device, precision)
+    return SamSegmenter(model, weights_key(name), device, precision)
