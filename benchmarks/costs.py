@@ -33,7 +33,7 @@ from throughput import random_weights  # isort: skip
 T = TypeVar("T")
 HEIGHT, WIDTH = 480, 640  # COCO's commonest size
 DETECTED = 5  # classes of a picture that Stage 1.1 queries: assumed
-SIZES = {"paper": 118_287, "base": 20_000, "embedded": 64, "smoke": 6}  # training photographs
+SIZES = {"paper": 118_287, "base": 20_000, "embedded": 80, "smoke": 6}  # training photographs
 
 
 @dataclass(frozen=True)
