@@ -79,12 +79,12 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def revision() -> str:
-    """The git revision of the checkout, "+changes" where it has uncommitted ones; "" outside one."""
+    """The git revision of the checkout, "+changes" where more than results/ is not as committed; "" outside one."""
     try:
         root = Path(__file__).resolve().parent.parent
         run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
         head = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]).stdout.strip()
         return head + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
