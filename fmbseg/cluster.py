@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,6 +44,15 @@ class Labeller:
         return {"image": row["image"], "reason": ""}
 
 
+def require() -> ModuleType:
+    """Ray. Raises ParameterError where it is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise ParameterError('engine ray: Ray is not installed; run: pip install -c constraints.txt "fmbseg[ray]"') from None
+    return ray
+
+
 def label_collection(
     samples: list[Sample], folder: str | Path, space: LabelSpace, params: LabelParams, device: str, workers: int, gpus: float
 ) -> tuple[LabelStore, list[jobs.Failure]]:
@@ -50,10 +60,7 @@ def label_collection(
 
     Raises ParameterError where Ray is not installed or the cluster has not so many CPUs or GPUs.
     """
-    try:
-        import ray
-    except ImportError:
-        raise ParameterError('engine ray: Ray is not installed; run: pip install -c constraints.txt "fmbseg[ray]"') from None
+    ray = require()
     store = LabelStore(folder, space, params)
     rows = [{"name": s.name, "image": str(s.image)} for s in samples]
     if not rows:

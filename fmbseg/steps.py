@@ -104,6 +104,8 @@ def label(
     engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
     """
     space = vocabulary.vocabulary(params.vocabulary)
+    if engine == "ray":
+        cluster.require()
     products.prepare_votes(params, params.device, params.workers)
     folder = folder or label_folder(params)
     if engine == "ray":

@@ -233,6 +233,7 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
             raise ParameterError(
                 f'clip = {name!r}: no such model; known are {", ".join(CLIP_NAMES)}, or "MODEL TAG" as open_clip lists them'
             )
+    key = weights_key(name)  # says so where they are not here
     options = {} if image_size is None or name == LIT else {"force_image_size": image_size}
     if name == LIT:  # EfficientNet-Lite's own normalisation: (pixel - 127) / 128
         options["force_preprocess_cfg"] = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
@@ -241,5 +242,5 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
         model = open_clip.create_model(
             architecture, pretrained=None if random else pretrained, device=device, pretrained_text=False, **options
         )
-    key = f"{weights_key(name)}@{image_size or model.visual.image_size}"
+    key = f"{key}@{image_size or model.visual.image_size}"
     return ImageText(model, open_clip.get_tokenizer(architecture), key, device, precision)
