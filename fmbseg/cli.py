@@ -67,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     common(sub, collection=True)
     sub.add_argument(
-        "--out", type=Path, metavar="FILE.safetensors", help="where the module is written (default: the profile's place in the cache)"
+        "--out",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="where the module is written, its record beside it (default: the profile's place in the cache)",
     )
 
     sub = command(

@@ -119,11 +119,13 @@ def test_records_say_everything(reproduced):
         and record["parameters"]["temperature"] == frame["param.temperature"]["fmbseg"]
     )
     assert (
-        set(record["weights"]) == {"clip", "sam", "module"}
+        set(record["weights"]) == {"clip", "module"}
         and record["versions"]["torch"]
         and record["hardware"]
         and record["protocol"]["window"] == 128
     )
+    stage = storage.read_json(reproduced / "records" / "evaluate-stage1-drawn.json")
+    assert stage["weights"] == {"clip": "random:ViT-S-32", "sam": "random:tiny_sam"}
     module = steps.module_path(TrainNotebook(profile="smoke"))
     assert record["weights"]["module"] == storage.file_sha256(module)
 
