@@ -52,4 +52,5 @@ def test_one_picture_through_every_step(few_models, smoke, own_home, tmp_path):
     frame = steps.evaluate(steps.benchmarks(q), q, tmp_path / "module.safetensors")
     assert set(frame["method"]) == {"dense", "stage1", "fmbseg"} and (frame["images"] == 1).all() and frame["failed"].sum() == 0
     for record in (tmp_path / "smoke" / "records").iterdir():
-        assert storage.read_json(record)["weights"]["sam"] == "random:sam_vith"
+        used = storage.read_json(record)["weights"]
+        assert used["clip"] == MODELS["clip"] and used.get("sam") == (MODELS["sam"] if "stage" in record.name else None)
