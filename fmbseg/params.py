@@ -59,7 +59,11 @@ class Params(BaseModel):
         return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "default", "meaning"])
 
 
-class RunParams(Params):
+class DataParams(Params):
+    data_root: str = Field("", description="folder of the benchmarks in their official layouts; empty: embedded data only")
+
+
+class RunParams(DataParams):
     profile: str = Field("paper", description="folder of params/ and results/ this run belongs to")
     seed: int = Field(0, ge=0, description="of everything random")
     device: str = Field("cpu", description="where models run: cpu, cuda, cuda:1, mps")
@@ -184,11 +188,10 @@ class SegmentParams(ModelParams):
     )
 
 
-class CollectionParams(Params):
+class CollectionParams(DataParams):
     """Unlabelled photographs and the words looked for in them."""
 
     photographs: str = Field("coco_stuff_train", description="a collection's name or a folder of photographs")
-    data_root: str = Field("", description="folder of the data sets in their official layouts; empty: embedded data only")
     limit: int | None = Field(None, ge=1, description="how many of them, evenly spread; none: all")
     vocabulary: str = Field("coco_stuff171", description="a label space's name, several joined by +, or a text file with a word a line")
     image_level_names: str = Field(

@@ -13,7 +13,7 @@ BIG = ("paper", "base")
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_every_notebook_has_its_parameters(notebook, profile):
     made = profiles.load(notebook, profile)
-    assert made.profile == profile and made.device == "cuda" and getattr(made, "data_root", "data") == "data"
+    assert made.profile == profile and made.device == "cuda" and made.data_root == "data"
 
 
 @pytest.mark.parametrize("profile", sorted(p.name for p in (ROOT / "params").iterdir()))
