@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -160,18 +159,17 @@ def method_key(method: str, params: EvaluateParams, module: str, device: str) ->
     """What a method's predictions depend on: parameters, weights and, for FMbSeg, the trained module."""
     if method not in METHODS:
         raise ParameterError(f"method {method!r}: unknown; known are {', '.join(METHODS)}")
-    weights, stage = [clip_weights_key(params.clip)], method.removesuffix(GIVEN) in STAGES
-    used: dict[str, Any] = {"precision": params.precision}
-    if stage:
+    weights = [clip_weights_key(params.clip)]
+    if method.removesuffix(GIVEN) in STAGES:
         weights.append(sam_weights_key(params.sam))
-        used |= params.content(LabelParams) | {"reference": None if method.endswith(GIVEN) else products.vote_content(params, device)}
+        used = params.content(LabelParams) | {"reference": None if method.endswith(GIVEN) else products.vote_content(params, device)}
     elif method == "dense_high_resolution":
-        used |= params.content(FeatureParams) | {"interpolation": params.interpolation, "templates": params.templates}
+        used = params.content(FeatureParams) | {"interpolation": params.interpolation, "templates": params.templates}
+    elif method == "dense":
+        used = params.content(SegmentParams, FeatureParams) | {"templates": params.templates, "dense_enlarge": params.dense_enlarge}
     else:
-        used |= params.content(SegmentParams) | {"templates": params.templates}
-        used |= {"dense_enlarge": params.dense_enlarge} | params.content(FeatureParams) if method == "dense" else {}
-    if method == "fmbseg":
         weights.append(load_alignment(module)[1]["key"])
+        used = params.content(SegmentParams) | {"templates": params.templates}
     return storage.digest(method, used, weights)
 
 
@@ -208,11 +206,11 @@ def evaluate_parts(
     """
     started = time.perf_counter()
     params = EvaluateParams(**params.part(EvaluateParams))  # what a notebook has beside does not matter here
+    if method in STAGES:
+        products.prepare_votes(params, device, workers)  # before the keys, which name the photographs it finds
     runs = tuple((method, module, method_key(method, params, module, device)) for module in modules)
     spaces = tuple(protocol_space(d, params) for d in datasets)
     chosen = [jobs.spread(dataset.samples, params.eval_limit) for dataset in datasets]
-    if method in STAGES:
-        products.prepare_votes(params, device, workers)
     columns: dict[Path, list[tuple[int, str, Sample]]] = {}
     for i, samples in enumerate(chosen):
         for sample in samples:

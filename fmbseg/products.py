@@ -1,7 +1,7 @@
 """What each step keeps of each picture on disk, made once and read ever after.
 
-Everything lies under ``home()/cache``, one file a picture, under a key that covers the picture's bytes, the weights
-and the parameters. Functions are given a path and make what is missing; they run in worker processes.
+Everything lies under ``home()/cache``, one file a picture, under a key that covers the picture's bytes, the weights,
+the parameters and, for votes, the photographs they are standardised over. Functions are given a path and make what is missing; they run in worker processes.
 """
 
 from __future__ import annotations

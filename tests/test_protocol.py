@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fmbseg import alignment, datasets, evaluation, images, segment, vocabulary
 from fmbseg.backbones.clip import load_clip
@@ -60,6 +61,21 @@ def test_every_rule_is_in_the_record_and_in_the_key(own_home, smoke):
     key = functools.partial(evaluation.method_key, module="", device="cpu")
     assert key("stage1.1", base) != key("stage1.1", other) and key("stage1.1+labels", base) != key("stage1.1", base)
     assert key("stage1.1+labels", given) == key("stage1.1+labels", base)  # given labels need no reference
+
+
+def test_counts_are_kept_under_the_photographs_that_votes_were_standardised_over(own_home, smoke, tmp_path):
+    found, folder = datasets.load_benchmark("drawn"), tmp_path / "photographs"
+    folder.mkdir()
+    for name, seed in (("a", 0), ("b", 1)):
+        Image.fromarray(np.random.RandomState(seed).randint(0, 255, (128, 160, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    params = smoke(EvaluateParams, eval_limit=1, photographs=str(folder), reference_photographs=2)
+    evaluation.evaluate("stage1.1", [found], params)
+    (counted,) = (own_home / "cache/counts").iterdir()
+    evaluation.evaluate("stage1.1", [found], params)
+    assert list((own_home / "cache/counts").iterdir()) == [counted]
+    (folder / "b.png").write_bytes(found.samples[0].image.read_bytes())
+    evaluation.evaluate("stage1.1", [found], params)
+    assert len(list((own_home / "cache/counts").iterdir())) == 2
 
 
 def test_a_module_trained_anew_is_read_anew(own_home, smoke, tmp_path):
