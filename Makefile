@@ -1,4 +1,4 @@
-# make tables: set everything up and make both tables' embedded columns, with pictures.
+# make tables: set everything up and make both tables' embedded columns, with images.
 # make test:   set everything up and run the tests.
 # make lab:    the notebooks in JupyterLab.
 # make docs:   the API reference and the pages of docs/, into build/docs; stops at a warning or a broken link.

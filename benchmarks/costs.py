@@ -1,9 +1,9 @@
-"""What a profile costs: FLOPs counted on its architectures (no weights, no pictures), and time and memory computed from them.
+"""What a profile costs: FLOPs counted on its architectures (no weights, no images), and time and memory computed from them.
 
     python benchmarks/costs.py                       the tables of docs/costs.md
     python benchmarks/costs.py paper --set precision=bf16
 
-Counted: matrix products and convolutions of one picture of 640 x 480. Not counted: reading pictures, element-wise work, the
+Counted: matrix products and convolutions of one image of 640 x 480. Not counted: reading images, element-wise work, the
 suppression and coding of masks. Times are the FLOPs over an ASSUMED share of the processor's data-sheet rate: a computation,
 not a measurement.
 """
@@ -22,18 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmbseg import alignment, commands, features, images, products, profiles, windows
-from fmbseg.backbones.clip import LIT, ImageText
-from fmbseg.backbones.encoder import Encoder, load_encoder
-from fmbseg.notebooks import EvaluateNotebook
+from fmbseg import commands, profiles
+from fmbseg.data import images
+from fmbseg.models.clip import LIT, ImageText
+from fmbseg.models.encoders import Encoder, load_encoder
 from fmbseg.params import ModuleParams
+from fmbseg.runs import cache
+from fmbseg.schemas import EvaluateRun
+from fmbseg.stage1 import features, windows
+from fmbseg.stage2 import alignment
 
 from throughput import random_weights  # isort: skip
 
 T = TypeVar("T")
 HEIGHT, WIDTH = 480, 640  # COCO's commonest size
-DETECTED = 5  # classes of a picture that Stage 1.1 queries: assumed
-SIZES = {"paper": 118_287, "base": 20_000, "embedded": 80, "smoke": 6}  # training photographs
+DETECTED = 5  # classes of an image that Stage 1.1 queries: assumed
+SIZES = {"paper": 118_287, "base": 20_000, "embedded": 80, "smoke": 6}  # training images
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,13 @@ def empty(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device="meta")
 
 
-def params_of(profile: str, settings: dict) -> EvaluateNotebook:
+def params_of(profile: str, settings: dict) -> EvaluateRun:
     loaded = profiles.load("05_evaluate", profile, settings)
     return random_weights(loaded.model_copy(update={"device": "cpu"}))
 
 
-def crops_of(clip, p: EvaluateNotebook) -> int:
-    """How many crops the picture gives."""
+def crops_of(clip, p: EvaluateRun) -> int:
+    """How many crops the image gives."""
     cell, side, stride = features.crop_grid(clip, p)
     height, width = images.target_size(HEIGHT, WIDTH, p.short_side, p.long_limit, cell)
     return len(windows.windows(height // cell, width // cell, side, stride))
@@ -127,10 +131,10 @@ def built(load: Callable[[str], T]) -> T:
         return load("cpu")
 
 
-def models(p: EvaluateNotebook) -> tuple[ImageText, nn.Module, Encoder]:
+def models(p: EvaluateRun) -> tuple[ImageText, nn.Module, Encoder]:
     """The three frozen models with shapes only. The stand-in has no random weights: its real ones are read, then left."""
-    clip = products.clip_of(p) if p.clip == LIT else built(lambda device: products.load_clip(p.clip, device, p.crop_input))
-    sam = built(lambda device: products.load_sam(p.sam, device).model)
+    clip = cache.clip_of(p) if p.clip == LIT else built(lambda device: cache.load_clip(p.clip, device, p.crop_input))
+    sam = built(lambda device: cache.load_sam(p.sam, device).model)
     encoder = built(lambda device: load_encoder(p.encoder, device))
     clip.model.to("meta")
     clip.device = "meta"
@@ -138,7 +142,7 @@ def models(p: EvaluateNotebook) -> tuple[ImageText, nn.Module, Encoder]:
 
 
 def cost(profile: str, settings: dict) -> dict:
-    """FLOPs a picture of each step, parameters and memory of a profile."""
+    """FLOPs an image of each step, parameters and memory of a profile."""
     p = params_of(profile, settings)
     clip, sam, encoder = models(p)
     crops, side = crops_of(clip, p), p.crop_input or clip.image_size
@@ -156,7 +160,7 @@ def cost(profile: str, settings: dict) -> dict:
 
     with torch.no_grad():
         embed, one, many = count(lambda: sam.image_encoder(empty(1, 3, size, size))), decode(1), decode(p.points_per_batch)
-    masks = p.points_per_batch * 3 * HEIGHT * WIDTH * 4  # SAM scales each batch's masks to the picture's size
+    masks = p.points_per_batch * 3 * HEIGHT * WIDTH * 4  # SAM scales each batch's masks to the image's size
 
     square, window = (n // encoder.patch * encoder.patch for n in (p.image_size, p.window))
     with torch.no_grad():
@@ -214,15 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     made = {profile: cost(profile, commands._settings(options.set)) for profile in options.profiles}
 
-    print("| profile | images | parameters: CLIP, SAM, encoder, module | crops a picture |\n| --- | --- | --- | --- |")
+    print("| profile | images | parameters: CLIP, SAM, encoder, module | crops an image |\n| --- | --- | --- | --- |")
     for profile, c in made.items():
         print(f"| {profile} | {SIZES[profile]:,} | {', '.join(f'{n / 1e6:.1f} M' for n in c['parameters'].values())} | {c['crops']} |")
     names = list(next(iter(made.values()))["flops"])
-    print(f"\n| GFLOPs a picture | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
+    print(f"\n| GFLOPs an image | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
     for profile, c in made.items():
         values = [f"{c['flops'][name] / 1e9:,.4g}" for name in names]
         print(f"| {profile} | {' | '.join(values)} |")
-    print("\n| computed, not measured | on | label all | encode all | train | segment a picture | memory: label, train, segment |")
+    print("\n| computed, not measured | on | label all | encode all | train | segment an image | memory: label, train, segment |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for profile, c in made.items():
         f, images_ = c["flops"], SIZES[profile]

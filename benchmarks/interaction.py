@@ -1,10 +1,10 @@
-"""How fast the explorer (notebook 09) answers: seconds from a change of a control to the finished pictures.
+"""How fast the explorer (notebook 09) answers: seconds from a change of a control to the finished images.
 
     python benchmarks/interaction.py
     python benchmarks/interaction.py --profile smoke --repeats 10
 
-Wall time (median and worst) and processor time (median) of each kind of change, once the picture is in; then what
-happens once a picture. The browser's own drawing and the way there are not in it.
+Wall time (median and worst) and processor time (median) of each kind of change, once the image is in; then what
+happens once an image. The browser's own drawing and the way there are not in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-from fmbseg import profiles, steps, widgets
+from fmbseg import profiles
+from fmbseg.runs import steps
+from fmbseg.viz import explorer
 
 
 def hardware() -> str:
@@ -51,8 +53,8 @@ def main() -> None:
     p = profiles.load("09_explore_similarity", options.profile)
     once = {}
     started = time.perf_counter()
-    widget = widgets.Explore(p, steps.photographs(p))
-    once["start: models loaded, first picture in"] = time.perf_counter() - started
+    widget = explorer.Explore(p, steps.photographs(p))
+    once["start: models loaded, first image in"] = time.perf_counter() - started
     counter = itertools.count()
     shares = itertools.cycle((0.2, 0.35, 0.5, 0.65, 0.8))
     changes = {
@@ -65,7 +67,7 @@ def main() -> None:
     found = {name: measure(change, options.repeats) for name, change in changes.items()}
     started = time.perf_counter()
     widget.tabs.selected_index = 1
-    once["Stage 1 opened: SAM sees the picture"] = time.perf_counter() - started
+    once["Stage 1 opened: SAM sees the image"] = time.perf_counter() - started
     found["Stage 1: known words"] = measure(changes["known words"], options.repeats)
     started = time.perf_counter()
     widget.find.click()
@@ -74,7 +76,7 @@ def main() -> None:
     print(hardware())
     height, width = widget.explorer.image.shape[:2]
     module = "with" if widget.explorer.segmenter else "without"
-    print(f"profile {options.profile}, picture of {width} x {height} pixels, {module} a trained module, words: {p.words}")
+    print(f"profile {options.profile}, image of {width} x {height} pixels, {module} a trained module, words: {p.words}")
     print(f"{'change':45s}{'median s':>10s}{'worst s':>10s}{'CPU s':>10s}")
     for name, (wall, processor) in found.items():
         print(f"{name:45s}{statistics.median(wall):10.3f}{max(wall):10.3f}{statistics.median(processor):10.3f}")

@@ -1,7 +1,7 @@
 """Images per second of every step, and the share of the time that each model takes. See README.md beside it.
 
     python benchmarks/throughput.py --profile embedded --images 4
-    python benchmarks/throughput.py --profile paper --random --size 640x480 --set photographs=drawn --set device=cuda
+    python benchmarks/throughput.py --profile paper --random --size 640x480 --set collection=drawn --set device=cuda
 
 What is compared (precisions; threads against processes) is measured side by side in one run: ratios, not records.
 """
@@ -22,15 +22,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmbseg import alignment, commands, detect, features, images, products, profiles, records, stage1_masks, stage1_query, steps, training
-from fmbseg.backbones.clip import CLIP_NAMES, LIT
-from fmbseg.backbones.encoder import load_encoder
-from fmbseg.notebooks import EvaluateNotebook
+from fmbseg import commands, profiles
+from fmbseg.data import images
+from fmbseg.models.clip import CLIP_NAMES, LIT
+from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams
-from fmbseg.segment import AlignedEncoder, Segmenter
+from fmbseg.runs import cache, records, steps
+from fmbseg.schemas import EvaluateRun
+from fmbseg.stage1 import detection, features, label_masks, query_sam
+from fmbseg.stage2 import alignment, training
+from fmbseg.stage2.segmenter import AlignedEncoder, Segmenter
 
 STEPS = ("CLIP features", "SAM embedding", "Stage 1.1 decoding", "automatic masks", "encoder patches", "training", "segmentation")
-WARM_UP = 1  # pictures before the clock starts
+WARM_UP = 1  # images before the clock starts
 
 
 def cores() -> int:
@@ -75,17 +79,17 @@ class Clock:
 class Pipeline:
     """The models of one set of parameters, and each step as (what is done before the clock starts, what is timed)."""
 
-    def __init__(self, params: EvaluateNotebook, pictures: list[np.ndarray]):
+    def __init__(self, params: EvaluateRun, pictures: list[np.ndarray]):
         self.params, self.pictures, p = params, pictures, params
-        load_encoder.cache_clear(), products.load_clip.cache_clear(), products.load_sam.cache_clear()
-        self.clip, self.sam = products.clip_of(p, p.device), products.sam_of(p, p.device)
+        load_encoder.cache_clear(), cache.load_clip.cache_clear(), cache.load_sam.cache_clear()
+        self.clip, self.sam = cache.clip_of(p, p.device), cache.sam_of(p, p.device)
         self.encoder = load_encoder(p.encoder, p.device, p.precision)
         self.space, self.texts = steps.words(p)
         side = p.image_size // self.encoder.patch * self.encoder.patch
         self.squares = [torch.from_numpy(images.resize(x, (side, side)))[None].to(p.device) for x in pictures]
         self.features = [features.extract(x, self.clip, p) for x in pictures]
-        scale = products.vote_scale(self.texts, p, p.device)
-        self.found = [detect.detect(f, self.texts, p, scale) for f in self.features]
+        scale = cache.vote_scale(self.texts, p, p.device)
+        self.found = [detection.detect(f, self.texts, p, scale) for f in self.features]
         self.module = alignment.Alignment(self.encoder.width, self.texts.features.shape[1], ModuleParams(**p.part(ModuleParams)))
         self.module.to(p.device)
         self.optimiser = torch.optim.SGD(self.module.parameters(), 1e-3, momentum=0.9)
@@ -102,7 +106,7 @@ class Pipeline:
             self.clock.watch(name, thing, method)
 
     def work(self, step: str) -> tuple[Callable[[int], object], Callable[[int], object]]:
-        """(before, timed), each a function of the picture's number."""
+        """(before, timed), each a function of the image's number."""
         p, pictures = self.params, self.pictures
         nothing, embed = (lambda i: None), (lambda i: self.sam.set_image(pictures[i]))
         return {
@@ -110,9 +114,9 @@ class Pipeline:
             "SAM embedding": (lambda i: self.sam.set_image(pictures[i - 1]), embed),
             "Stage 1.1 decoding": (
                 embed,
-                lambda i: stage1_query.query_masks(pictures[i], self.features[i], self.found[i], self.texts, self.sam, p),
+                lambda i: query_sam.query_masks(pictures[i], self.features[i], self.found[i], self.texts, self.sam, p),
             ),
-            "automatic masks": (embed, lambda i: stage1_masks.automatic_masks(pictures[i], self.sam, p)),
+            "automatic masks": (embed, lambda i: label_masks.automatic_masks(pictures[i], self.sam, p)),
             "encoder patches": (nothing, lambda i: self.encoder.encode(self.squares[i])),
             "training": (lambda i: self.module.train(), self.train_step),
             "segmentation": (lambda i: self.module.eval(), lambda i: self.segmenter.segment(pictures[i], self.space)),
@@ -136,7 +140,7 @@ class Pipeline:
         self.optimiser.step()
 
     def run(self, step: str, i: int) -> tuple[float, dict[str, float]]:
-        """(seconds, seconds in each model) of one picture (training: of one batch)."""
+        """(seconds, seconds in each model) of one image (training: of one batch)."""
         before, timed = self.work(step)
         before(i)
         synchronise(self.params.device)
@@ -148,7 +152,7 @@ class Pipeline:
 
 
 def measure(pipelines: dict[str, Pipeline], count: int) -> pd.DataFrame:
-    """One row a step and variant; variants take turns picture by picture, so that other load meets all alike."""
+    """One row a step and variant; variants take turns image by image, so that other load meets all alike."""
     rows = []
     for step in STEPS:
         taken = {name: [] for name in pipelines}
@@ -170,9 +174,9 @@ def measure(pipelines: dict[str, Pipeline], count: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _embed_pictures(params: EvaluateNotebook, pictures: list[np.ndarray], threads: int, ready, done) -> None:
+def _embed_pictures(params: EvaluateRun, pictures: list[np.ndarray], threads: int, ready, done) -> None:
     torch.set_num_threads(threads)
-    sam = products.sam_of(params, "cpu")
+    sam = cache.sam_of(params, "cpu")
     sam.set_image(pictures[-1])
     ready.wait()
     for picture in pictures:
@@ -180,7 +184,7 @@ def _embed_pictures(params: EvaluateNotebook, pictures: list[np.ndarray], thread
     done.wait()
 
 
-def processes_against_threads(params: EvaluateNotebook, pictures: list[np.ndarray]) -> dict[str, float]:
+def processes_against_threads(params: EvaluateRun, pictures: list[np.ndarray]) -> dict[str, float]:
     """SAM embeddings per second: one process of as many threads as cores, against as many processes of one thread."""
     context, found = multiprocessing.get_context("spawn"), {}
     for processes, threads in ((1, cores()), (cores(), 1)):
@@ -198,7 +202,7 @@ def processes_against_threads(params: EvaluateNotebook, pictures: list[np.ndarra
     return found
 
 
-def random_weights(params: EvaluateNotebook) -> EvaluateNotebook:
+def random_weights(params: EvaluateRun) -> EvaluateRun:
     """The same architectures with random weights: nothing to fetch, the same speed. The stand-in for CLIP keeps its own."""
     plain = {"sam": f"random:{params.sam}", "encoder": "+".join(f"random:{part}" for part in params.encoder.split("+"))}
     if params.clip != LIT:
@@ -210,8 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Images per second of every step.")
     parser.add_argument("--profile", default="embedded", help="folder of params/ to start from")
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any parameter; may be given again")
-    parser.add_argument("--images", type=int, default=4, help="pictures that every step sees (at least 2)")
-    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="scale all pictures to this size first")
+    parser.add_argument("--images", type=int, default=4, help="images that every step sees (at least 2)")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="scale all images to this size first")
     parser.add_argument("--random", action="store_true", help="random weights of the same architectures")
     parser.add_argument("--threads", type=int, default=cores(), help="threads of a CPU run (default: all cores)")
     parser.add_argument("--compare", nargs="*", choices=("precision", "processes"), default=["precision", "processes"], help="alternatives")
@@ -229,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         width, height = (int(side) for side in options.size.lower().split("x"))
         pictures = [images.resize(picture, (height, width)) for picture in pictures]
     name = hardware(params.device)
-    print(f"{name}; torch {torch.__version__}, {options.threads} threads; {len(pictures)} pictures, profile {params.profile}", flush=True)
+    print(f"{name}; torch {torch.__version__}, {options.threads} threads; {len(pictures)} images, profile {params.profile}", flush=True)
 
     precisions = ["fp32", "bf16"] if "precision" in options.compare else [params.precision]
     pipelines = {one: Pipeline(params.model_copy(update={"precision": one}), pictures) for one in precisions}
@@ -249,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "benchmark",
         "throughput",
         params.model_dump(),
-        params.photographs,
+        params.collection,
         images=len(pictures),
         seconds=round(time.perf_counter() - started, 1),
         hardware=name,

@@ -12,9 +12,9 @@ from fmbseg import commands
 from fmbseg.errors import FmbsegError
 
 EXAMPLES = """examples:
-  fmbseg fetch                                  bring the embedded weights and photographs, verified
+  fmbseg fetch                                  bring the embedded weights and images, verified
   fmbseg reproduce embedded                     run all notebooks, write the tables
-  fmbseg segment cat.jpg --classes "cat, sofa"  segment a picture into your words
+  fmbseg segment cat.jpg --classes "cat, sofa"  segment an image into your words
   fmbseg doctor                                 what is here, what is missing, what brings it
 """
 
@@ -37,24 +37,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--profile", default="embedded", help="folder of params/ to start from (default embedded)")
         sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="any parameter of the step; may be given again")
         if collection:
-            sub.add_argument("photographs", nargs="?", help="folder of unlabelled photographs (default: the profile's)")
+            sub.add_argument("images", nargs="?", help="folder of unlabelled images (default: the profile's)")
             sub.add_argument("--classes-file", metavar="FILE.txt", help="words to look for, one a line (default: the profile's vocabulary)")
-            sub.add_argument("--limit", type=int, help="how many photographs, evenly spread")
+            sub.add_argument("--limit", type=int, help="how many images, evenly spread")
             sub.add_argument("--workers", type=int, help="processes of one thread each")
 
-    sub = command(
-        "fetch", commands.fetch, "Bring weights and photographs here, verified by hash.", "Without names: all that a profile needs."
-    )
+    sub = command("fetch", commands.fetch, "Bring weights and images here, verified by hash.", "Without names: all that a profile needs.")
     sub.add_argument("names", nargs="*", help="names of weights; see --list")
     sub.add_argument("--profile", default="embedded", help="whose weights to bring (default embedded)")
     sub.add_argument("--list", action="store_true", help="print the table of all weights: source, licence, size, hash")
     sub.add_argument("--again", action="store_true", help="fetch anew what is here already")
 
-    sub = command("label", commands.label, "Stage 1: pseudo labels of unlabelled photographs.", "A stopped run goes on where it was.")
+    sub = command("label", commands.label, "Stage 1: pseudo labels of unlabelled images.", "A stopped run goes on where it was.")
     common(sub, collection=True)
     sub.add_argument("--out", type=Path, help="folder for the label maps (default: in the cache)")
     sub.add_argument("--coco", type=Path, metavar="FILE.json", help="also write the labels as COCO annotations (run-length encoded)")
-    sub.add_argument("--shard", type=int, default=0, help="this part of the photographs ...")
+    sub.add_argument("--shard", type=int, default=0, help="this part of the images ...")
     sub.add_argument("--num-shards", type=int, default=1, help="... of so many")
     sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help="who works: this machine, or a Ray cluster")
     sub.add_argument("--gpus-per-worker", type=float, metavar="N", help="ray only: GPUs of each worker (default: 1 on cuda, else 0)")
@@ -62,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "train",
         commands.train,
-        "Label photographs (Stage 1) and train the alignment module on them.",
+        "Label images (Stage 1) and train the alignment module on them.",
         "On several GPUs: torchrun --nproc-per-node 8 -m fmbseg.cli train --profile paper",
     )
     common(sub, collection=True)
@@ -86,26 +84,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--module", type=Path, help="trained module (default: the profile's)")
     sub.add_argument("--limit", type=int, help="how many images a benchmark, evenly spread")
     sub.add_argument("--workers", type=int, help="processes of one thread each")
-    sub.add_argument("--shard", type=int, help="count this part of the pictures only, from 0 ...")
+    sub.add_argument("--shard", type=int, help="count this part of the images only, from 0 ...")
     sub.add_argument("--num-shards", type=int, help="... of so many")
     sub.add_argument("--merge", nargs="*", metavar="FOLDER", help="add up the shards under these folders (default: the profile's) instead")
 
     sub = command(
         "segment",
         commands.segment,
-        "Segment pictures into any words.",
+        "Segment images into any words.",
         'fmbseg segment photo.jpg --classes "cat, sofa, rug" --background "wall, floor" --out cut/',
     )
     common(sub)
-    sub.add_argument("photographs", nargs="+", help="pictures, folders of pictures, or patterns such as 'photos/*.jpg'")
+    sub.add_argument("images", nargs="+", help="images, folders of images, or patterns such as 'photos/*.jpg'")
     sub.add_argument("--classes", required=True, help="words, separated by commas")
     sub.add_argument("--background", help="words that together are class 0, background")
     sub.add_argument("--out", type=Path, default=Path("cut"), help="folder for label maps, overlays and JSON (default cut/)")
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--module", type=Path, help="trained module (default: the profile's)")
-    which.add_argument(
-        "--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled photographs"
-    )
+    which.add_argument("--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled images")
     sub.add_argument("--limit", type=int, help="with --train-on: how many of them, evenly spread")
 
     sub = command(
@@ -122,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         commands.report,
         "One HTML page of a profile's results: tables, figures, records, versions.",
-        "Figures that show photographs show other people's: the page is for you, not for publishing.",
+        "Figures that show images show other people's: the page is for you, not for publishing.",
     )
     sub.add_argument("folder", type=Path, help="folder of results, such as results/embedded")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: report.html in that folder)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fmbseg.errors import FmbsegError, ParameterError
 
 if TYPE_CHECKING:
-    from fmbseg.vocabulary import LabelSpace
+    from fmbseg.data.label_spaces import LabelSpace
 
 
 def _value(text: str) -> Any:
@@ -41,50 +41,52 @@ def _params(options: argparse.Namespace, notebook: str, **given: Any):
 
 def _collection_params(options: argparse.Namespace, notebook: str):
     """Parameters of a command that takes a collection: what ``label`` and ``train`` have in common."""
-    given = {"photographs": options.photographs, "vocabulary": options.classes_file, "limit": options.limit, "workers": options.workers}
+    given = {"collection": options.images, "vocabulary": options.classes_file, "limit": options.limit, "workers": options.workers}
     return _params(options, notebook, **given)
 
 
 def fetch(options: argparse.Namespace) -> None:
-    from fmbseg import weights
+    from fmbseg.data import fetch
 
     if options.list:
-        print(weights.table().to_string(index=False))
+        print(fetch.table().to_string(index=False))
         return
     if options.names:
-        wanted = [weights.find(name) for name in options.names]
+        wanted = [fetch.find(name) for name in options.names]
     else:
-        wanted = [w for w in weights.TABLE if options.profile in w.profiles]
+        wanted = [w for w in fetch.TABLE if options.profile in w.profiles]
         if not wanted:
-            known = sorted({profile for w in weights.TABLE for profile in w.profiles})
+            known = sorted({profile for w in fetch.TABLE for profile in w.profiles})
             raise ParameterError(f"profile {options.profile!r}: no weights belong to it; known are {', '.join(known)}")
     for i, weight in enumerate(wanted, 1):
         print(f"[{i}/{len(wanted)}] {weight.name} ({weight.megabytes:.0f} MB, {weight.licence})", flush=True)
-        folder = weights.fetch(weight, options.again)
+        folder = fetch.fetch(weight, options.again)
         print(f"      {folder or 'in the cache of its hub'}", flush=True)
 
 
 def label(options: argparse.Namespace) -> None:
-    from fmbseg import export, jobs, steps
+    from fmbseg.runs import parallel, steps
+    from fmbseg.tools import export
 
     p = _collection_params(options, "03_stage_1_2_label_masks")
-    samples = jobs.shard(steps.photographs(p), options.shard, options.num_shards)
+    samples = parallel.shard(steps.collection(p), options.shard, options.num_shards)
     store, failures = steps.label(samples, p, options.out, options.engine, options.gpus_per_worker)
-    print(f"{len(samples) - len(failures)} of {len(samples)} photographs labelled in {store.folder}")
+    print(f"{len(samples) - len(failures)} of {len(samples)} images labelled in {store.folder}")
     if options.coco:
         count = export.write_coco(samples, store, options.coco)
-        print(f"{count} of them written to {options.coco} as COCO annotations (one a class and photograph, run-length encoded)")
+        print(f"{count} of them written to {options.coco} as COCO annotations (one a class and image, run-length encoded)")
     if failures:
         print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
 
 
 def train(options: argparse.Namespace) -> None:
-    from fmbseg import distributed, steps
+    from fmbseg.runs import steps
+    from fmbseg.stage2 import distributed
 
     p = _collection_params(options, "04_train_alignment")
     with distributed.group(p.device) as device:
         p = p.model_copy(update={"device": device})
-        samples = steps.photographs(p)
+        samples = steps.collection(p)
         store = steps.make_labels(distributed.share(samples), p)
         distributed.wait()
         path = options.out or steps.module_path(p)
@@ -94,7 +96,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from fmbseg import steps
+    from fmbseg.runs import steps
 
     p = _params(
         options,
@@ -114,11 +116,11 @@ def evaluate(options: argparse.Namespace) -> None:
     print(frame[[column for column in columns if column in frame]].to_string(index=False))
 
 
-def _pictures(given: Sequence[str]) -> list[Path]:
-    """The pictures that the command line names: files, folders, and patterns such as "photos/*.jpg"."""
+def _images(given: Sequence[str]) -> list[Path]:
+    """The images that the command line names: files, folders, and patterns such as "photos/*.jpg"."""
     from glob import glob
 
-    from fmbseg import images
+    from fmbseg.data import images
 
     found: list[Path] = []
     for name in given:
@@ -129,37 +131,43 @@ def _pictures(given: Sequence[str]) -> list[Path]:
         else:
             matches = sorted(Path(match) for match in glob(name, recursive=True) if Path(match).suffix.lower() in images.SUFFIXES)
             if not matches:
-                raise ParameterError(f"{name}: no picture matches it; give files, folders, or a pattern such as 'photos/*.jpg'")
+                raise ParameterError(f"{name}: no image matches it; give files, folders, or a pattern such as 'photos/*.jpg'")
             found += matches
     return list(dict.fromkeys(found))
 
 
 def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
-    """A module trained for the words of ``space``, on pseudo labels of its own unlabelled photographs."""
-    from fmbseg import steps, storage
+    """A module trained for the words of ``space``, on pseudo labels of its own unlabelled images."""
+    from fmbseg import files
+    from fmbseg.runs import steps
 
     words = [word for prompts in space.prompts for word in prompts]
-    file = storage.home() / "words" / f"{storage.digest(words)}.txt"
-    with storage.atomic_path(file) as part:
+    file = files.home() / "words" / f"{files.digest(words)}.txt"
+    with files.atomic_path(file) as part:
         part.write_text("\n".join(words) + "\n", encoding="utf-8")
-    p = _params(options, "04_train_alignment", photographs=str(options.train_on), vocabulary=str(file), limit=options.limit)
-    samples = steps.photographs(p)
-    path = steps.module_path(p, f"own-{storage.digest(words, str(options.train_on.absolute()))}")
+    p = _params(options, "04_train_alignment", collection=str(options.train_on), vocabulary=str(file), limit=options.limit)
+    samples = steps.collection(p)
+    path = steps.module_path(p, f"own-{files.digest(words, str(options.train_on.absolute()))}")
     result = steps.fit(samples, steps.make_labels(samples, p), p, path)
-    print(f"trained on {len(samples)} photographs of {options.train_on} for {len(result.classes)} of {len(words)} words: {path}")
+    print(f"trained on {len(samples)} images of {options.train_on} for {len(result.classes)} of {len(words)} words: {path}")
     return path
 
 
 def segment(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from fmbseg import images, plots, pseudo_labels, segment, steps, storage
+    from fmbseg import files
+    from fmbseg.data import images
+    from fmbseg.runs import steps
+    from fmbseg.stage1 import pseudo_labels
+    from fmbseg.stage2 import segmenter
+    from fmbseg.viz import figures
 
     p = _params(options, "05_evaluate")
-    space = segment.words_space(options.classes, options.background)
-    paths = _pictures(options.photographs)
+    space = segmenter.words_space(options.classes, options.background)
+    paths = _images(options.images)
     module = _own_module(options, space) if options.train_on else options.module or steps.module_path(p)
-    segmenter = segment.Segmenter.load(module, p.device, p)
+    segmenter = segmenter.Segmenter.load(module, p.device, p)
     failed = 0
     for path in tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1):
         try:
@@ -172,17 +180,17 @@ def segment(options: argparse.Namespace) -> None:
         stem = path.name if [p.stem for p in paths].count(path.stem) > 1 else path.stem
         out = options.out / stem
         pseudo_labels.write_label_map(out.with_name(f"{stem}.labels.png"), result.labels, space.palette)
-        plots.save(plots.label_figure(image, {"segmentation": result.labels}, space), out.with_name(f"{stem}.overlay.png"))
-        storage.write_json(out.with_name(f"{stem}.json"), segment.describe(result))
+        figures.save(figures.label_figure(image, {"segmentation": result.labels}, space), out.with_name(f"{stem}.overlay.png"))
+        files.write_json(out.with_name(f"{stem}.json"), segmenter.describe(result))
         tqdm.write(f"{path} -> {out}.labels.png, .overlay.png, .json")
     if failed == len(paths):
-        raise ParameterError("no picture could be read")
+        raise ParameterError("no image could be read")
 
 
 def reproduce(options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from fmbseg import reproduce
+    from fmbseg.runs import reproduce
 
     folder = reproduce.reproduce(options.profile, options.notebooks or (), _settings(options.set))
     for number in (1, 2):
@@ -200,12 +208,12 @@ def reproduce(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    from fmbseg import report
+    from fmbseg.runs import report
 
     print(report.write(options.folder, options.out))
 
 
 def doctor(options: argparse.Namespace) -> None:
-    from fmbseg import doctor
+    from fmbseg.runs import doctor
 
     print(doctor.report(options.data_root or ""))

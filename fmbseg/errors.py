@@ -6,7 +6,7 @@ class FmbsegError(Exception):
 
 
 class ImageError(FmbsegError):
-    """A picture or a mask cannot be used."""
+    """An image or a mask cannot be used."""
 
 
 class ParameterError(FmbsegError):

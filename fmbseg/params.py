@@ -28,7 +28,7 @@ def _number(value: Any) -> Any:
 
 SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
 SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
-COLLECTION_ONLY = {"photographs", "data_root", "limit", "eval_limit"}  # which pictures, not what is made of each
+COLLECTION_ONLY = {"images", "data_root", "limit", "eval_limit"}  # which images, not what is made of each
 
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Names = Annotated[tuple[str, ...], _AsTuple]
@@ -79,9 +79,9 @@ class FeatureParams(ModelParams):
     """High-resolution features (Sec. 3.1, 3.2)."""
 
     clip: str = Field("clip_vitl14", description="image-text model")
-    short_side: Count = Field(448, description="ours: the picture's short side in pixels before it is cropped")
+    short_side: Count = Field(448, description="ours: the image's short side in pixels before it is cropped")
     long_limit: Count = Field(2048, description="ours: its long side at most")
-    crop_size: Count = Field(224, description="ours: side of a crop in pixels of the scaled picture")
+    crop_size: Count = Field(224, description="ours: side of a crop in pixels of the scaled image")
     crop_stride: Count = Field(112, description="ours: pixels from one crop to the next")
     crop_input: int | None = Field(None, ge=32, description="ours: side to which a crop is scaled for the tower; none: its own")
     path: Literal["value", "plain"] = Field("value", description="dense features by the last block's values, or its plain tokens")
@@ -94,10 +94,10 @@ class DetectParams(Params):
 
     min_votes: int = Field(1, ge=0, description="ours: a class is present when MORE crops than this vote for it")
     min_vote_share: Share = Field(0.0, description="ours: ... and more than this share of the crops")
-    reference_photographs: int = Field(
+    reference_images: int = Field(
         0,
         ge=0,
-        description="ours: votes are standardised over the crops of so many of the photographs; 0, or where there are fewer: not",
+        description="ours: votes are standardised over the crops of so many of the images; 0, or where there are fewer: not",
     )
     templates: Literal["one", "plain", "seven", "eighty"] = Field("one", description="prompt templates whose features are averaged")
 
@@ -107,7 +107,7 @@ class QueryParams(ModelParams):
 
     sam: str = Field("sam_vith", description="ours: the paper does not name its SAM")
     points: Count = Field(5, description="query points a class")
-    keep_embeddings: bool = Field(False, description="keep SAM's picture embeddings on disk (2 MB each), so that it sees each picture once")
+    keep_embeddings: bool = Field(False, description="keep SAM's image embeddings on disk (2 MB each), so that it sees each image once")
     separate_points: bool = Field(False, description="ours: one query a point, masks joined, instead of one joint query")
 
 
@@ -123,7 +123,7 @@ class MaskParams(ModelParams):
 
 
 class CombineParams(Params):
-    """Pseudo labels of the whole picture (Sec. 3.2, 3.3)."""
+    """Pseudo labels of the whole image (Sec. 3.2, 3.3)."""
 
     stages: Literal["both", "1.1", "1.2"] = Field("both", description="which stage's masks are painted")
     overlap: Literal["similarity", "query", "agree"] = Field(
@@ -177,25 +177,25 @@ class OptimiserParams(Params):
 class SegmentParams(ModelParams):
     """Deployment (Sec. 3.3) and the evaluation protocol."""
 
-    segment_short_side: Count = Field(448, description="the picture's short side, unless the long one would pass the limit")
-    segment_long_limit: Count = Field(2048, description="the picture's long side at most")
+    segment_short_side: Count = Field(448, description="the image's short side, unless the long one would pass the limit")
+    segment_long_limit: Count = Field(2048, description="the image's long side at most")
     window: Count = Field(448, description="side of the sliding window in pixels")
     window_stride: Count = Field(224, description="pixels from one window to the next")
     window_batch: Count = Field(1, description="windows through the encoder at once")
-    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of similarities, to the picture's own size")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of similarities, to the image's own size")
     background_words: Literal["stuff", "name"] | Names = Field(
         "stuff", description="ours: class 0 of the columns with background: the stuff words of VOC-21, the word itself (name), or a list"
     )
 
 
 class CollectionParams(DataParams):
-    """Unlabelled photographs and the words looked for in them."""
+    """Unlabelled images and the words looked for in them."""
 
-    photographs: str = Field("coco_stuff_train", description="a collection's name or a folder of photographs")
+    collection: str = Field("coco_stuff_train", description="a collection's name or a folder of images")
     limit: int | None = Field(None, ge=1, description="how many of them, evenly spread; none: all")
     vocabulary: str = Field("coco_stuff171", description="a label space's name, several joined by +, or a text file with a word a line")
     image_level_names: str = Field(
-        "", description="the paper's semi-supervised variant: a JSON file, photograph -> its names, in place of detection; empty: none"
+        "", description="the paper's semi-supervised variant: a JSON file, image -> its names, in place of detection; empty: none"
     )
 
 

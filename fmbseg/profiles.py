@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from fmbseg import storage
+from fmbseg import files
 from fmbseg.errors import ParameterError
-from fmbseg.notebooks import NOTEBOOKS
 from fmbseg.params import RunParams, make
+from fmbseg.schemas import NOTEBOOKS
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def load(notebook: str, profile: str, overrides: Mapping[str, Any] | None = None
 
     shared.yaml may hold keys of any step; a notebook takes those of its own schema.
     """
-    schema, folder = schema_of(notebook), storage.project_root() / "params" / profile
+    schema, folder = schema_of(notebook), files.project_root() / "params" / profile
     if not profile.isidentifier() or not folder.is_dir():
         known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())
         raise ParameterError(f"profile {profile!r}: no such folder of params/; known are {', '.join(known)}")

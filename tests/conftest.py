@@ -1,4 +1,4 @@
-"""Fixtures: the embedded weights and photographs, fetched by ``make test`` (or ``fmbseg fetch``) before."""
+"""Fixtures: the embedded weights and images, fetched by ``make test`` (or ``fmbseg fetch``) before."""
 
 import os
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from fmbseg import datasets, images, weights
+from fmbseg.data import benchmarks, fetch, images
 from fmbseg.params import LabelParams, make
 
 EMBEDDED = {
@@ -35,9 +35,9 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def sample():
-    """A real photograph with panoptic truth."""
-    weights.require("coco_panoptic_20")
-    return datasets.load_benchmark("embedded_coco_object81").samples[0]
+    """A real image with panoptic truth."""
+    fetch.require("coco_panoptic_20")
+    return benchmarks.load_benchmark("embedded_coco_object81").samples[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from fmbseg import alignment, storage
-from fmbseg.alignment import Alignment
+from fmbseg import files
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.params import ModuleParams
+from fmbseg.stage2 import alignment
+from fmbseg.stage2.alignment import Alignment
 
 MODULES = ("linear", "mlp", "transformer")
 WIDTH, OUT = 48, 20
@@ -49,7 +50,7 @@ def test_only_the_transformer_looks_at_other_patches(name, alone):
     before, after = made(x), made(changed)
     assert not torch.allclose(before[0, :, 0, 0], after[0, :, 0, 0], atol=1e-4)
     assert torch.allclose(before[0, :, 1:], after[0, :, 1:], atol=1e-6) == alone
-    torch.testing.assert_close(before[1], after[1])  # another picture
+    torch.testing.assert_close(before[1], after[1])  # another image
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -84,7 +85,7 @@ def test_standardisation_is_saved_and_not_trained():
 
 
 def test_file_that_is_no_module_is_refused(tmp_path):
-    foreign = storage.write_tensors(tmp_path / "features.safetensors", {"map": torch.ones(3)}, {"model": "clip"})
+    foreign = files.write_tensors(tmp_path / "features.safetensors", {"map": torch.ones(3)}, {"model": "clip"})
     with pytest.raises(DataError, match="features.safetensors: not an alignment module"):
         alignment.load(foreign)
     with pytest.raises(DataError, match="none.safetensors: no trained module there; run notebook 04 or: fmbseg train"):
@@ -96,7 +97,7 @@ def test_file_that_is_no_module_is_refused(tmp_path):
 
 @pytest.mark.parametrize("described", ["{}", '{"width": 4, "out": 2, "module": {"module": "linear"}}'])
 def test_damaged_module_is_refused(tmp_path, described):
-    path = storage.write_tensors(tmp_path / "m.safetensors", {"map": torch.ones(3)}, {"fmbseg": described})
+    path = files.write_tensors(tmp_path / "m.safetensors", {"map": torch.ones(3)}, {"fmbseg": described})
     with pytest.raises(DataError, match="m.safetensors"):
         alignment.load(path)
 

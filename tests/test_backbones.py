@@ -1,4 +1,4 @@
-"""Image-text models, SAM and encoders: value path, real weights, random architectures."""
+"""Image-text models, SAM and encoders: value path, real fetch, random architectures."""
 
 import numpy as np
 import open_clip
@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmbseg import weights
-from fmbseg.backbones.clip import LIT, ImageText, load_clip, value_path
-from fmbseg.backbones.encoder import load_encoder
-from fmbseg.backbones.sam import load_sam
+from fmbseg.data import benchmarks
 from fmbseg.errors import ParameterError, WeightsError
+from fmbseg.models.clip import LIT, ImageText, load_clip, value_path
+from fmbseg.models.encoders import load_encoder
+from fmbseg.models.sam import load_sam
 
 
 def crops(count=2, side=224):
@@ -109,11 +109,11 @@ def test_stand_in_knows_a_cat_from_a_bus():
 
 
 def test_stand_in_finds_what_is_in_real_photographs():
-    """Image-level truth of the embedded photographs: the best of the 80 names is one of the picture's in most of them."""
-    from fmbseg import datasets, images
-    from fmbseg.vocabulary import class_texts
+    """Image-level truth of the embedded images: the best of the 80 names is one of the image's in most of them."""
+    from fmbseg.data import images
+    from fmbseg.models.texts import class_texts
 
-    clip, found = load_clip(LIT), datasets.load_benchmark("embedded_coco_object80")
+    clip, found = load_clip(LIT), benchmarks.load_benchmark("embedded_coco_object80")
     texts = class_texts(clip, found.space)
     hits = 0
     for one in found.samples:
@@ -125,9 +125,9 @@ def test_stand_in_finds_what_is_in_real_photographs():
 
 
 def test_sam_outlines_the_cup_in_a_real_photograph():
-    from fmbseg import datasets, images
+    from fmbseg.data import images
 
-    found = datasets.load_benchmark("embedded_coco_object80")
+    found = benchmarks.load_benchmark("embedded_coco_object80")
     (one,) = [s for s in found.samples if s.name == "000000311303"]
     cup = one.truth() == found.space.names.index("cup")
     rows, columns = np.nonzero(cup)
@@ -190,7 +190,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 
 def test_hub_weights_that_are_not_here_name_the_command(monkeypatch):
-    monkeypatch.setattr(weights, "is_here", lambda weight: False)
+    monkeypatch.setattr(fetch, "is_here", lambda weight: False)
     for load, name in ((load_encoder, "dinov2_vits14"), (load_sam, "sam_vitb"), (load_clip, "clip_vitb16")):
         with pytest.raises(WeightsError, match=f"fmbseg fetch {name}"):
             load(name)
@@ -198,7 +198,7 @@ def test_hub_weights_that_are_not_here_name_the_command(monkeypatch):
 
 def test_encoder_key_covers_the_stages_it_reads():
     """Kept patches are found by this key: the same weights read at other stages are another encoder."""
-    from fmbseg.backbones.encoder import FeaturePyramid
+    from fmbseg.models.encoders import FeaturePyramid
 
     network = load_encoder("random:efficientnet_lite2").network
     one, other = (FeaturePyramid("name", network, stages, 16, (0.5,) * 3, (0.5,) * 3) for stages in ([3], [4]))

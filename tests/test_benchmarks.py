@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from fmbseg import storage
+from fmbseg import files
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_throughput_measures_every_step_and_writes_a_record(capsys, monkeypatch,
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     out = tmp_path / "record.json"
     throughput.main(["--profile", "smoke", "--images", "2", "--compare", "precision", "--note", "a test", "--out", str(out)])
-    record, told = storage.read_json(out), capsys.readouterr().out
+    record, told = files.read_json(out), capsys.readouterr().out
     found = record["protocol"]["steps"]
     assert [(r["step"], r["variant"]) for r in found] == [(s, v) for s in throughput.STEPS for v in ("fp32", "bf16")]
     assert all(r["seconds"] > 0 and 0 < sum(r["shares"].values()) <= 1.001 for r in found)

@@ -1,4 +1,4 @@
-"""The explorer in a real browser: JupyterLab and Voila, drawn pictures and random models (about a minute).
+"""The explorer in a real browser: JupyterLab and Voila, drawn images and random models (about a minute).
 
 Screenshots go to ``build/screens/`` for people to look at. Skipped where no chromium is found; on Debian:
 ``apt-get install chromium``.
@@ -18,10 +18,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from fmbseg import alignment, products, steps
-from fmbseg.backbones.encoder import load_encoder
-from fmbseg.notebooks import ExploreNotebook
+from fmbseg.models.encoders import load_encoder
 from fmbseg.params import AlignParams, ModuleParams
+from fmbseg.runs import cache, steps
+from fmbseg.schemas import ExploreRun
+from fmbseg.stage2 import alignment
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 SCREENS = ROOT / "build" / "screens"
@@ -45,8 +46,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PAT
 
 def write_module(smoke):
     """An untrained alignment module where the smoke profile's lies."""
-    p, align = smoke(ExploreNotebook, profile="smoke"), smoke(AlignParams)
-    width, out = load_encoder(align.encoder).width, products.clip_of(p).encode_text(["word"]).shape[1]
+    p, align = smoke(ExploreRun, profile="smoke"), smoke(AlignParams)
+    width, out = load_encoder(align.encoder).width, cache.clip_of(p).encode_text(["word"]).shape[1]
     described = {"key": "untrained", "encoder": align.encoder, "clip": p.clip, "crop_input": p.crop_input, "templates": p.templates}
     return alignment.save(steps.module_path(p), alignment.Alignment(width, out, ModuleParams()), described)
 
@@ -148,7 +149,7 @@ def voila_options():
 
 def upload(page, path):
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Upload a picture").click()
+        page.get_by_role("button", name="Upload an image").click()
     chooser.value.set_files(path)
 
 
@@ -165,7 +166,7 @@ class Screen:
         self.page.wait_for_function("() => [...document.querySelectorAll('.fmbseg-note')].some(n => n.textContent.includes('Answered'))")
 
     def pictures(self):
-        """{(section, panel): address of its picture} of the open tab, in which no two pictures overlap."""
+        """{(section, panel): address of its image} of the open tab, in which no two images overlap."""
         panels = self.page.evaluate(PANELS)  # in one go: between two questions the page may change
         for i, (_, _, _, a) in enumerate(panels):
             for _, _, _, b in panels[:i]:
@@ -189,7 +190,7 @@ class Screen:
         return float(self.page.locator(f".widget-slider:has(label:text-is('{label}')) .widget-readout").text_content())
 
     def changed(self, before):
-        """Wait until a picture is another than before; returns {key: address} now and the keys that changed."""
+        """Wait until an image is another than before; returns {key: address} now and the keys that changed."""
         for _ in range(PATIENCE // 100):
             now = self.pictures()
             differing = {key for key in now if now[key] != before.get(key)}
@@ -200,7 +201,7 @@ class Screen:
                     now = later
                     self.page.wait_for_timeout(500)
                 return now, {key for key in now if now[key] != before.get(key)}
-        raise AssertionError("no picture changed")
+        raise AssertionError("no image changed")
 
     def shoot(self, what):
         self.page.locator(".fmbseg-panels:visible").first.scroll_into_view_if_needed()
@@ -217,33 +218,33 @@ def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dar
     screen = Screen(page, f"{place}-{'dark' if dark else 'light'}")
     start = screen.pictures()
     both = {"CLIP dense", "aligned encoder"}
-    assert set(start) == {("Picture", "photograph"), ("Picture", "segmentation")} | {
+    assert set(start) == {("Image", "image"), ("Image", "segmentation")} | {
         (section, model) for section in ("Similar to the point", "sky", "grass", "sun", "house") for model in both
     }
     screen.shoot("1-start")
 
     screen.type("Words", "sky, house, dragon")
     now, changed = screen.changed(start)
-    assert {section for section, _ in now} == {"Picture", "Similar to the point", "sky", "house", "dragon"}
-    assert ("dragon", "CLIP dense") in changed and ("Picture", "photograph") not in changed
+    assert {section for section, _ in now} == {"Image", "Similar to the point", "sky", "house", "dragon"}
+    assert ("dragon", "CLIP dense") in changed and ("Image", "image") not in changed
     screen.shoot("2-words")
 
     screen.slide("Threshold", "ArrowRight", 60)
     before, (now, changed) = now, screen.changed(now)
     assert screen.readout("Threshold") == 0.6
-    assert {("sky", m) for m in both} | {("Picture", "segmentation")} <= changed and ("Picture", "photograph") not in changed
+    assert {("sky", m) for m in both} | {("Image", "segmentation")} <= changed and ("Image", "image") not in changed
     screen.shoot("3-threshold")
     screen.slide("Threshold", "Home")
     now, _ = screen.changed(now)
     assert now["sky", "CLIP dense"] == before["sky", "CLIP dense"]
 
-    photograph = page.locator(".fmbseg-panel[data-title=photograph] .fmbseg-frame")
+    photograph = page.locator(".fmbseg-panel[data-title=image] .fmbseg-frame")
     box = photograph.bounding_box()
     photograph.click(position={"x": box["width"] * 0.2, "y": box["height"] * 0.9})
     now, changed = screen.changed(now)
     assert changed == {("Similar to the point", m) for m in both}
     assert abs(screen.readout("Point across") - 0.2) < 0.02 and abs(screen.readout("Point down") - 0.9) < 0.02
-    cross = page.locator(".fmbseg-panel[data-title=photograph] .fmbseg-cross").bounding_box()
+    cross = page.locator(".fmbseg-panel[data-title=image] .fmbseg-cross").bounding_box()
     assert abs(cross["x"] + cross["width"] / 2 - box["x"] - box["width"] * 0.2) < 3
     screen.shoot("4-point")
     screen.slide("Point across", "End")
@@ -283,15 +284,15 @@ def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dar
 
 
 def test_own_pictures_and_no_module(browser, serve, project, smoke, tmp_path):
-    """A picture is uploaded; a file that is none says so; without a module one sentence says how to get one."""
-    module = steps.module_path(smoke(ExploreNotebook, profile="smoke"))
+    """An image is uploaded; a file that is none says so; without a module one sentence says how to get one."""
+    module = steps.module_path(smoke(ExploreRun, profile="smoke"))
     module.rename(module.with_suffix(".away"))
     try:
         page = open_voila(browser, serve, False)
         screen = Screen(page, "voila-no-module")
         assert set(screen.pictures()) == {
-            ("Picture", "photograph"),
-            ("Picture", "segmentation"),
+            ("Image", "image"),
+            ("Image", "segmentation"),
             ("Similar to the point", "aligned encoder"),
         } | {(section, "CLIP dense") for section in ("Similar to the point", "sky", "grass", "sun", "house")}
         assert page.text_content("body").count("run notebook 04, or: fmbseg train --profile smoke") == 1
@@ -301,14 +302,14 @@ def test_own_pictures_and_no_module(browser, serve, project, smoke, tmp_path):
         start = screen.pictures()
         upload(page, own)
         _, changed = screen.changed(start)
-        assert ("Picture", "photograph") in changed
-        assert page.get_by_label("Picture", exact=True).input_value().replace("\xa0", " ") == "own.png (uploaded)"
+        assert ("Image", "image") in changed
+        assert page.get_by_label("Image", exact=True).input_value().replace("\xa0", " ") == "own.png (uploaded)"
         page.wait_for_selector(".fmbseg-note:has-text('300 x 150 pixels')")
         screen.shoot("uploaded")
         broken = tmp_path / "broken.png"
-        broken.write_bytes(b"no picture")
+        broken.write_bytes(b"no image")
         upload(page, broken)
-        page.wait_for_selector(".fmbseg-error:has-text('broken.png: cannot be read as a picture')")
+        page.wait_for_selector(".fmbseg-error:has-text('broken.png: cannot be read as an image')")
         page.close()
     finally:
         module.with_suffix(".away").rename(module)

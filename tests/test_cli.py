@@ -10,8 +10,11 @@ from conftest import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 
-from fmbseg import alignment, cli, datasets, steps, storage, vocabulary, weights
-from fmbseg.notebooks import TrainNotebook
+from fmbseg import cli, files
+from fmbseg.data import benchmarks, fetch, label_spaces
+from fmbseg.runs import steps
+from fmbseg.schemas import TrainRun
+from fmbseg.stage2 import alignment
 
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "report", "doctor")
 
@@ -112,8 +115,8 @@ def test_outside_a_project_is_one_line(capsys, tmp_path, monkeypatch):
 
 def test_fetch_lists_every_weight(capsys):
     status, out, _ = told(capsys, "fetch", "--list")
-    assert status == 0 and len(out.splitlines()) == 1 + len(weights.TABLE)
-    for weight in weights.TABLE:
+    assert status == 0 and len(out.splitlines()) == 1 + len(fetch.TABLE)
+    for weight in fetch.TABLE:
         (line,) = [line for line in out.splitlines() if line.split()[0] == weight.name]
         assert weight.licence in line and (weight.archive.sha256 if weight.archive else weight.sha256 or weight.reference) in line
 
@@ -121,12 +124,12 @@ def test_fetch_lists_every_weight(capsys):
 def test_doctor_says_what_is_here_and_what_brings_the_rest(capsys, own_home, tmp_path):
     status, out, _ = told(capsys, "doctor")
     assert status == 0 and "fmbseg fetch mobile_sam" in out and str(own_home) in out and "torchvision 0." in out
-    assert all(weight.name in out for weight in weights.TABLE) and all(name in out for name in datasets.BENCHMARKS)
+    assert all(weight.name in out for weight in fetch.TABLE) and all(name in out for name in benchmarks.BENCHMARKS)
     assert [line.split()[0] for line in out.splitlines() if " drawn " in line] == ["ok"]
-    folder = weights.find("mobile_sam").folder
+    folder = fetch.find("mobile_sam").folder
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"good")
-    storage.write_json(folder / "manifest.json", {"files": {"model.safetensors": storage.file_sha256(folder / "model.safetensors")}})
+    files.write_json(folder / "manifest.json", {"files": {"model.safetensors": files.file_sha256(folder / "model.safetensors")}})
     line = lambda: next(x for x in told(capsys, "doctor")[1].splitlines() if " mobile_sam " in x)  # noqa: E731
     assert line().split()[0] == "ok"
     (folder / "model.safetensors").write_bytes(b"bad")
@@ -143,11 +146,11 @@ def trained(tmp_path_factory):
         out = home / "toy.safetensors"
         assert cli.main(["train", "--profile", "smoke", "--limit", "4", "--set", f"results_dir={home / 'results'}", "--out", str(out)]) == 0
         assert not (home / "results").exists()  # those of a profile are for its own module
-        record = storage.read_json(home / "toy.json")
+        record = files.read_json(home / "toy.json")
         assert (
-            record["images"] == 4 and record["parameters"]["profile"] == "smoke" and record["weights"]["module"] == storage.file_sha256(out)
+            record["images"] == 4 and record["parameters"]["profile"] == "smoke" and record["weights"]["module"] == files.file_sha256(out)
         )
-        image = datasets.load_benchmark("drawn").samples[1].image
+        image = benchmarks.load_benchmark("drawn").samples[1].image
     return home, out, image
 
 
@@ -155,7 +158,7 @@ def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tm
     home, module, image = trained
     monkeypatch.setenv("FMBSEG_HOME", str(home))
     out, broken = tmp_path / "cut", tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     arguments = ["--classes", "sun, house, tree", "--background", "sky", "--profile", "smoke", "--module", str(module), "--out", str(out)]
     status, told_out, error = told(capsys, "segment", str(image), str(broken), *arguments)
     assert status == 0 and "left out" in told_out + error and "broken.png" in told_out + error
@@ -170,7 +173,7 @@ def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tm
     assert {c["name"]: c["pixels"] for c in described["classes"]} == {names[k]: int((values == k).sum()) for k in np.unique(values)}
     assert Image.open(out / f"{image.stem}.overlay.png").format == "PNG"
     status, _, error = told(capsys, "segment", str(broken), *arguments)
-    assert status == 2 and error.splitlines()[-1] == "fmbseg: no picture could be read"
+    assert status == 2 and error.splitlines()[-1] == "fmbseg: no image could be read"
 
 
 def test_segment_of_names_with_dots_and_of_folders(trained, capsys, monkeypatch, tmp_path):
@@ -201,7 +204,7 @@ def test_label_in_shards_and_evaluate(trained, capsys, monkeypatch, tmp_path):
         status, out, _ = told(
             capsys, "label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--shard", shard, "--num-shards", "2"
         )
-        assert status == 0 and "3 of 3 photographs labelled" in out
+        assert status == 0 and "3 of 3 images labelled" in out
     assert len(list((tmp_path / "labels").glob("*.png"))) == 6
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "fmbseg", "dense", "--limit", "2", "--module", str(module))
     assert status == 0 and "random weights: the number means nothing" in out
@@ -215,20 +218,20 @@ def test_label_says_how_many_failed_and_where_the_reasons_are(trained, capsys, m
     home, _, image = trained
     monkeypatch.setenv("FMBSEG_HOME", str(home))
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/broken.png").write_bytes(b"no picture")
+    (tmp_path / "in/broken.png").write_bytes(b"no image")
     (tmp_path / "in/whole.png").write_bytes(image.read_bytes() + b" ")
     arguments = ["label", str(tmp_path / "in"), "--profile", "smoke", "--out", str(tmp_path / "labels")]
     status, out, _ = told(capsys, *arguments)
-    assert status == 0 and "1 of 2 photographs labelled" in out
+    assert status == 0 and "1 of 2 images labelled" in out
     assert f"1 failed; the reasons are in {tmp_path / 'labels/failed'}" in out
-    assert "cannot be read" in storage.read_json(tmp_path / "labels/failed/broken.json")["reason"]
+    assert "cannot be read" in files.read_json(tmp_path / "labels/failed/broken.json")["reason"]
     (tmp_path / "in/broken.png").unlink()
     status, out, _ = told(capsys, *arguments)
-    assert status == 0 and "1 of 1 photographs labelled" in out and "failed;" not in out
+    assert status == 0 and "1 of 1 images labelled" in out and "failed;" not in out
 
 
 def test_default_module_lies_in_the_profiles_place(own_home):
-    assert steps.module_path(TrainNotebook(profile="smoke")) == own_home / "modules/smoke/alignment.safetensors"
+    assert steps.module_path(TrainRun(profile="smoke")) == own_home / "modules/smoke/alignment.safetensors"
 
 
 def test_segment_takes_patterns_and_trains_on_own_photographs(trained, capsys, monkeypatch, tmp_path):
@@ -240,15 +243,15 @@ def test_segment_takes_patterns_and_trains_on_own_photographs(trained, capsys, m
     words = ["--classes", "sun, house", "--background", "sky", "--profile", "smoke", "--set", f"results_dir={tmp_path / 'results'}"]
     arguments = ["segment", str(tmp_path / "in/*.png"), *words, "--train-on", str(tmp_path / "in"), "--out", str(tmp_path / "cut")]
     status, out, _ = told(capsys, *arguments)
-    assert status == 0 and "trained on 2 photographs" in out and "of 3 words" in out
+    assert status == 0 and "trained on 2 images" in out and "of 3 words" in out
     assert len(list((tmp_path / "cut").glob("own?.labels.png"))) == 2
     (made,) = [path for path in (home / "modules/smoke").glob("own-*.safetensors")]
     _, described = alignment.load(made)
-    assert described["photographs"] == 2 and set(described["classes"]) <= {"sun", "house", "sky"}
+    assert described["images"] == 2 and set(described["classes"]) <= {"sun", "house", "sky"}
     status, out, _ = told(capsys, *arguments)
     assert status == 0 and "trained before" in out
     status, _, error = told(capsys, "segment", str(tmp_path / "in/*.jpg"), "--classes", "sun")
-    assert status == 2 and "no picture matches it; give files, folders, or a pattern" in error
+    assert status == 2 and "no image matches it; give files, folders, or a pattern" in error
     status, _, error = told(capsys, "segment", "a.jpg", "--classes", "sun", "--train-on", "x", "--module", "y")
     assert status == 2 and "not allowed with argument" in error
 
@@ -261,7 +264,7 @@ def test_labels_as_coco_annotations_read_by_pycocotools(trained, capsys, monkeyp
     assert status == 0 and f"6 of them written to {file} as COCO annotations" in out
     coco = COCO(str(file))
     capsys.readouterr()
-    classes = vocabulary.vocabulary("voc21").names
+    classes = label_spaces.vocabulary("voc21").names
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(classes) and len(coco.getImgIds()) == 6
     pixels = 0
     for picture in coco.loadImgs(coco.getImgIds()):

@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from fmbseg import cli, cluster, datasets, products, pseudo_labels, storage, vocabulary
-from fmbseg.backbones.clip import load_clip
-from fmbseg.backbones.sam import load_sam
-from fmbseg.datasets import Sample
+from fmbseg import cli, files
+from fmbseg.data import collections, label_spaces
+from fmbseg.data.samples import Sample
 from fmbseg.errors import ParameterError
+from fmbseg.models.clip import load_clip
+from fmbseg.models.sam import load_sam
 from fmbseg.params import LabelParams
+from fmbseg.runs import cache, cluster
+from fmbseg.stage1 import pseudo_labels
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='Ray is not installed: pip install -e ".[ray]"')
 
 
 @pytest.fixture
 def samples(own_home, tmp_path, monkeypatch):
-    """Three drawn pictures and a broken one, which is given by a relative path."""
-    drawn = [Sample(s.name, s.image) for s in datasets.load_collection("drawn")[:3]]
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    """Three drawn images and a broken one, which is given by a relative path."""
+    drawn = [Sample(s.name, s.image) for s in collections.load_collection("drawn")[:3]]
+    (tmp_path / "broken.png").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
     return [drawn[0], Sample("broken", Path("broken.png")), *drawn[1:]]
 
@@ -44,7 +47,7 @@ def start(ray, attempts=3):
 def test_two_ray_workers_make_the_same_files_as_one_process(samples, smoke, tmp_path, monkeypatch):
     import ray
 
-    space, params = vocabulary.label_space("voc20"), smoke(LabelParams)
+    space, params = label_spaces.label_space("voc20"), smoke(LabelParams)
     _, serial = pseudo_labels.label_collection(samples, tmp_path / "serial", space, params)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it writes a token into the home folder
     monkeypatch.setenv("FMBSEG_HOME", str(tmp_path / "other"))
@@ -64,15 +67,15 @@ def test_two_ray_workers_make_the_same_files_as_one_process(samples, smoke, tmp_
 
 
 def test_a_worker_loads_the_models_once(samples, smoke, tmp_path):
-    space, params = vocabulary.label_space("voc20"), smoke(LabelParams)
+    space, params = label_spaces.label_space("voc20"), smoke(LabelParams)
     pseudo_labels.LabelStore(tmp_path / "labels", space, params)
     load_clip.cache_clear(), load_sam.cache_clear()
-    worker = cluster.Labeller(str(storage.home()), str(tmp_path), str(tmp_path / "labels"), space, params, "cpu")
+    worker = cluster.Labeller(str(files.home()), str(tmp_path), str(tmp_path / "labels"), space, params, "cpu")
     loaded = lambda: (load_clip.cache_info().misses, load_sam.cache_info().misses)  # noqa: E731
     assert loaded() == (1, 1)
     rows = [worker({"name": s.name, "image": str(s.image)}) for s in samples]
     assert loaded() == (1, 1) and [row["reason"] == "" for row in rows] == [True, False, True, True]
-    assert products.clip_of(params) is products.clip_of(params)
+    assert cache.clip_of(params) is cache.clip_of(params)
 
 
 @pytest.mark.parametrize(("workers", "gpus", "fits"), [(2, 0, True), (5, 0, False), (2, 0.5, True), (2, 1, False)])

@@ -1,4 +1,4 @@
-"""Ablations, stages and fine-tuning on the drawn pictures with random weights: what is compared, not how well."""
+"""Ablations, stages and fine-tuning on the drawn images with random weights: what is compared, not how well."""
 
 import json
 
@@ -7,10 +7,13 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from fmbseg import alignment, comparison, datasets, evaluation, pseudo_labels, records, steps, vocabulary
+from fmbseg.data import benchmarks, label_spaces
 from fmbseg.errors import DataError, ParameterError
-from fmbseg.notebooks import ArchitectureNotebook, CompareNotebook, FineTuneNotebook, StagesNotebook
 from fmbseg.params import EvaluateParams, LabelParams
+from fmbseg.runs import ablations, evaluate, records, steps
+from fmbseg.schemas import ArchitectureRun, CompareRun, FineTuneRun, StagesRun
+from fmbseg.stage1 import pseudo_labels
+from fmbseg.stage2 import alignment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,23 +33,23 @@ def make(smoke, place):
 
 @pytest.fixture(scope="module")
 def ablation(make):
-    """Two variants with two seeds each: (parameters, runs, photographs, store, benchmarks, frame)."""
+    """Two variants with two seeds each: (parameters, runs, images, store, benchmarks, frame)."""
     variants = {"warm": {"temperature": 1.0}, "cold": {"temperature": 0.05}}
-    params = make(CompareNotebook, variants=variants, baseline="warm", seeds=[0, 3], learning_rate=0.5, epochs=2)
-    samples = steps.photographs(params)
+    params = make(CompareRun, variants=variants, baseline="warm", seeds=[0, 3], learning_rate=0.5, epochs=2)
+    samples = steps.collection(params)
     store, found = steps.make_labels(samples, params), steps.benchmarks(params)
-    runs = comparison.plan(params, "loss")
-    return params, runs, samples, store, found, comparison.compare(runs, "loss", samples, store, found)
+    runs = ablations.plan(params, "loss")
+    return params, runs, samples, store, found, ablations.compare(runs, "loss", samples, store, found)
 
 
 def test_a_plan_is_every_variant_with_every_seed(make):
-    params = make(ArchitectureNotebook, seeds=[1, 2])
-    runs = comparison.plan(params, "architecture")
+    params = make(ArchitectureRun, seeds=[1, 2])
+    runs = ablations.plan(params, "architecture")
     assert [(r.variant, r.params.module, r.params.seed) for r in runs] == [
         (name, name, seed) for name in ("linear", "mlp", "transformer") for seed in (1, 2)
     ]
     assert len({r.path for r in runs}) == 6
-    (one, two) = comparison.encoder_runs(params, ["a", "b+c"])
+    (one, two) = ablations.encoder_runs(params, ["a", "b+c"])
     assert (one.params.encoder, two.params.encoder, two.params.seed) == ("a", "b+c", 1) and one.path != two.path
 
 
@@ -59,7 +62,7 @@ def test_variants_are_checked_before_anything_runs(make):
         ({"variants": {"a": {}}, "baseline": "a", "seeds": [1, 1]}, "seeds = .*twice"),
     ):
         with pytest.raises(ParameterError, match=message):
-            make(CompareNotebook, **values)
+            make(CompareRun, **values)
 
 
 def test_every_run_is_recorded_with_its_own_parameters(ablation, place):
@@ -76,7 +79,7 @@ def test_same_seed_same_number_another_seed_another(ablation):
     before = {run.path: run.path.read_bytes() for run in runs}
     for run in runs:
         run.path.unlink()
-    again = comparison.compare(runs, "loss", samples, store, found)
+    again = ablations.compare(runs, "loss", samples, store, found)
     columns = ["method", "param.seed", "miou"]
     assert again[columns].equals(frame[columns])
     assert frame[frame["method"] == "cold"]["miou"].nunique() == 2
@@ -107,26 +110,26 @@ def test_what_changes_the_training_is_trained_anew(ablation):
 
 def test_curves_hold_every_step(ablation):
     _, runs, _, _, _, _ = ablation
-    curves = comparison.curves(runs)
+    curves = ablations.curves(runs)
     assert len(curves) == 4 * 4 and set(curves["variant"]) == {"warm", "cold"} and set(curves["seed"]) == {0, 3}
 
 
 def test_summary_and_pairs_by_hand():
     rows = [("a", 0, 10.0), ("a", 1, 14.0), ("b", 0, 11.0), ("b", 1, 13.0)]
     frame = pd.DataFrame([("set", m, s, v, 5) for m, s, v in rows], columns=["dataset", "method", "param.seed", "miou", "images"])
-    made = comparison.summary(frame).set_index("variant")
+    made = ablations.summary(frame).set_index("variant")
     assert made.loc["a", ["mean", "seeds", "images"]].tolist() == [12.0, 2, 5] and round(made.loc["a", "spread"], 4) == 2.8284
-    pairs = comparison.paired(frame, "a").iloc[0]
+    pairs = ablations.paired(frame, "a").iloc[0]
     assert (pairs["variant"], pairs["difference to a"], pairs["seeds better"]) == ("b", 0.0, "1 of 2")
     assert round(pairs["spread"], 4) == 1.4142
 
 
 def test_stages_with_and_without_labels_and_fmbseg_on_each(make):
-    params = make(StagesNotebook)
-    frame = comparison.stages(steps.photographs(params), steps.benchmarks(params), params)
+    params = make(StagesRun)
+    frame = ablations.stages(steps.collection(params), steps.benchmarks(params), params)
     plain = {"stage1.1", "stage1.2", "stage1"}
     assert set(frame["method"]) == plain | {f"{m}+labels" for m in plain} | {f"fmbseg on {m}" for m in plain}
-    table = comparison.stages_table(frame)
+    table = ablations.stages_table(frame)
     trained = table["FMbSeg trained on them"]
     assert trained.xs("given", level="image-level labels").isna().all(axis=None), "no names were given to train on"
     assert table["the pseudo labels"].notna().all(axis=None)
@@ -137,21 +140,21 @@ def test_stages_with_and_without_labels_and_fmbseg_on_each(make):
 
 def test_given_labels_take_the_place_of_detection(make, monkeypatch):
     """The classes of the truth, less the background, reach Stage 1; without "+labels" nothing does."""
-    drawn = datasets.load_benchmark("drawn")
+    drawn = benchmarks.load_benchmark("drawn")
     seen = []
     empty = pseudo_labels.PseudoLabel(np.full((128, 160), 255, np.uint8), [], [], [])
-    monkeypatch.setattr(evaluation.pseudo_labels, "label_picture", lambda *arguments: seen.append(arguments[-1]) or empty)
+    monkeypatch.setattr(evaluate.pseudo_labels, "label_picture", lambda *arguments: seen.append(arguments[-1]) or empty)
     for method in ("stage1.1", "stage1.1+labels"):
-        evaluation.predict(method, [(drawn.samples[0], drawn.space)], make(EvaluateParams), "", "cpu")
+        evaluate.predict(method, [(drawn.samples[0], drawn.space)], make(EvaluateParams), "", "cpu")
     assert seen == [None, (0, 1, 2, 3)]
 
 
 def test_image_level_names_of_the_photographs(make, tmp_path):
-    samples = steps.photographs(make(CompareNotebook, variants={"a": {}}, baseline="a"))
+    samples = steps.collection(make(CompareRun, variants={"a": {}}, baseline="a"))
     file = tmp_path / "names.json"
     file.write_text(json.dumps({s.image.stem: ["cat", "dragon"] for s in samples}))
     params = make(LabelParams, image_level_names=str(file))
-    space = vocabulary.vocabulary("voc21")
+    space = label_spaces.vocabulary("voc21")
     assert pseudo_labels.given_labels(samples[0], space, params) == (space.names.index("cat"),)
     label = pseudo_labels.label_picture(samples[0].image, space, params, "cpu", pseudo_labels.given_labels(samples[0], space, params))
     assert [d.name for d in label.detected] == ["cat"]
@@ -167,28 +170,28 @@ def test_image_level_names_of_the_photographs(make, tmp_path):
 
 def test_fine_tuning_goes_on_from_the_module_and_uses_no_truth(make, place):
     params = make(
-        FineTuneNotebook,
-        target_photographs="drawn",
+        FineTuneRun,
+        target_collection="drawn",
         target_vocabulary="voc21",
         target_limit=3,
         fine_tune_epochs=1,
         fine_tune_rate=1e-9,
         weight_decay=0.0,
     )
-    samples = steps.photographs(params)
+    samples = steps.collection(params)
     before = steps.module_path(params)
     steps.fit(samples, steps.make_labels(samples, params), params, before)
-    frame = comparison.fine_tune(steps.benchmarks(params), params)
+    frame = ablations.fine_tune(steps.benchmarks(params), params)
     assert list(frame["method"]) == ["after", "before"] and frame["miou"].nunique() == 1, "a rate of nothing changes nothing"
     tuned, described = alignment.load(steps.module_path(params, "fine_tuned"))
     start, _ = alignment.load(before)
     assert (tuned.module.project.weight - start.module.project.weight).abs().max() < 1e-6
-    assert tuned.mean.equal(start.mean) and described["photographs"] == 3
-    comparison.fine_tune(steps.benchmarks(params), params.model_copy(update={"fine_tune_rate": 0.5}))
+    assert tuned.mean.equal(start.mean) and described["images"] == 3
+    ablations.fine_tune(steps.benchmarks(params), params.model_copy(update={"fine_tune_rate": 0.5}))
     tuned, _ = alignment.load(steps.module_path(params, "fine_tuned"))
     assert (tuned.module.project.weight - start.module.project.weight).abs().max() > 1e-4
-    with pytest.raises(ParameterError, match="target_photographs and target_vocabulary: not given"):
-        comparison.fine_tune([], make(FineTuneNotebook))
+    with pytest.raises(ParameterError, match="target_collection and target_vocabulary: not given"):
+        ablations.fine_tune([], make(FineTuneRun))
     assert set(records.load(place / "smoke/records/fine_tune")["param.learning_rate"]) == {params.learning_rate, 0.5}
 
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmbseg import cli, datasets, doctor, embedded, images, layouts, storage, vocabulary, weights
+from fmbseg import cli, files
+from fmbseg.data import benchmarks, collections, embedded, fetch, images, label_spaces
 from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
-from fmbseg.metrics import Confusion
+from fmbseg.runs import doctor
+from fmbseg.stage2.metrics import Confusion
 
 VOC12, VOC10 = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
 COCO = "coco/annotations/val2017/*.png"
@@ -33,7 +35,7 @@ def split(path, stems):
 
 @pytest.fixture
 def root(tmp_path):
-    """Every benchmark in its official layout, one or two pictures each."""
+    """Every benchmark in its official layout, one or two images each."""
     root = tmp_path / "data"
     for base, kind, masks, ids in (
         (VOC12, "Segmentation", "SegmentationClass", [0, 1, 20, 255]),
@@ -58,7 +60,7 @@ def root(tmp_path):
 
 def names_in(name, row):
     """Class names of a row of truth; "-" where ignored."""
-    space = vocabulary.label_space(name)
+    space = label_spaces.label_space(name)
     return ["-" if k == 255 else space.names[k] for k in row]
 
 
@@ -78,9 +80,9 @@ def names_in(name, row):
     ],
 )
 def test_official_layouts(name, row, root):
-    dataset = datasets.load_benchmark(name, str(root))
+    dataset = benchmarks.load_benchmark(name, str(root))
     truth = dataset.samples[0].truth()
-    assert dataset.name == name and dataset.space.names == vocabulary.label_space(name).names
+    assert dataset.name == name and dataset.space.names == label_spaces.label_space(name).names
     assert truth.shape == (8, 10) and truth.dtype == np.uint8 and (truth == truth[0]).all()
     assert names_in(name, truth[0])[: len(row)] == row
     counts = Confusion(len(dataset.space))
@@ -90,7 +92,7 @@ def test_official_layouts(name, row, root):
 
 @pytest.mark.parametrize("name", ["voc21", "context59"])
 def test_the_split_says_which_pictures_and_in_which_order(name, root):
-    assert [s.name for s in datasets.load_benchmark(name, str(root)).samples] == ["b_1", "a_1"]
+    assert [s.name for s in benchmarks.load_benchmark(name, str(root)).samples] == ["b_1", "a_1"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_every_class_has_a_raw_id_and_no_other_id_is_read(name, ids, pattern, la
     raw = np.full((8, 32), 255, np.uint8)
     raw.flat[: last + 1] = np.arange(last + 1)
     Image.fromarray(raw).save(mask_file)
-    sample = datasets.load_benchmark(name, str(root)).samples[0]
+    sample = benchmarks.load_benchmark(name, str(root)).samples[0]
     picture(sample.image, (8, 32))
     truth = sample.truth()
     found, counts = np.unique(truth[truth != 255], return_counts=True)
@@ -135,7 +137,7 @@ def test_camvid_refuses_a_word_that_is_no_class_of_it(root):
 
 def refusal(error, *arguments):
     with pytest.raises(error) as caught:
-        datasets.load_benchmark(*arguments)
+        benchmarks.load_benchmark(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -144,7 +146,7 @@ def test_missing_parts_are_one_sentence(root):
     (root / VOC12 / "SegmentationClass/a_1.png").unlink()
     assert "a_1.jpg: has no mask at" in refusal(DataError, "voc20", str(root))
     (root / VOC10 / "JPEGImages/a_1.jpg").unlink()
-    assert "the split names 1 pictures that are not there, such as a_1" in refusal(DataError, "context60", str(root))
+    assert "the split names 1 images that are not there, such as a_1" in refusal(DataError, "context60", str(root))
     (root / VOC10 / "ImageSets/SegmentationContext/val.txt").unlink()
     message = refusal(DataError, "context59", str(root))
     assert "split VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt; it comes as VOCtrainval_03-May-2010.tar" in message
@@ -152,10 +154,10 @@ def test_missing_parts_are_one_sentence(root):
     next((root / "cityscapes/gtFine").rglob("*.png")).unlink()
     assert "has no mask at" in refusal(DataError, "cityscapes19", str(root))
     next((root / "coco/images").rglob("*.jpg")).unlink()
-    assert "no picture found" in refusal(DataError, "coco_stuff171", str(root))
+    assert "no image found" in refusal(DataError, "coco_stuff171", str(root))
 
 
-@pytest.mark.parametrize("name", list(layouts.LAYOUTS))
+@pytest.mark.parametrize("name", list(benchmarks.LAYOUTS))
 def test_no_data_root_is_one_sentence(name, tmp_path):
     assert "needs data_root, the folder that holds" in refusal(DataError, name)
     message = refusal(DataError, name, str(tmp_path))
@@ -181,14 +183,14 @@ def folder(tmp_path):
 
 def test_folder_data_set(folder, tmp_path):
     for name, root in ((f"folder:{folder}", ""), ("folder:mine", str(tmp_path))):
-        dataset = datasets.load_benchmark(name, root)
+        dataset = benchmarks.load_benchmark(name, root)
         assert dataset.space.names == ("cat", "sofa", "rug") and not dataset.space.background
         assert [s.name for s in dataset.samples] == ["a", "b"] and dataset.samples[0].truth()[0, :4].tolist() == [0, 1, 2, 255]
 
 
 def test_class_0_named_background_is_background(folder):
     (folder / "classes.txt").write_text("background\nsofa\nrug")
-    space = datasets.load_benchmark(f"folder:{folder}").space
+    space = benchmarks.load_benchmark(f"folder:{folder}").space
     assert space.background and space.with_background_words(["wall", "sofa"]).prompts == (("wall",), ("sofa",), ("rug",))
 
 
@@ -205,33 +207,33 @@ def test_incomplete_folder_is_one_sentence(folder, tmp_path):
 def test_mask_of_another_size_is_one_sentence(folder):
     Image.fromarray(np.zeros((5, 6), np.uint8)).save(folder / "masks/a.png")
     with pytest.raises(ImageError) as caught:
-        datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
-    assert str(caught.value) == f"{folder / 'masks/a.png'}: the mask is 6 x 5 pixels and its picture 10 x 8; both must be of one size"
+        benchmarks.load_benchmark(f"folder:{folder}").samples[0].truth()
+    assert str(caught.value) == f"{folder / 'masks/a.png'}: the mask is 6 x 5 pixels and its image 10 x 8; both must be of one size"
 
 
 def test_mask_of_a_picture_turned_by_its_exif_stands_upright(folder):
     sideways = Image.new("RGB", (8, 10))
     sideways.getexif()[0x0112] = 6
     sideways.save(folder / "images/a.jpg", exif=sideways.getexif())
-    sample = datasets.load_benchmark(f"folder:{folder}").samples[0]
+    sample = benchmarks.load_benchmark(f"folder:{folder}").samples[0]
     assert sample.truth().shape == images.read_image(sample.image).shape[:2] == (8, 10)
 
 
 def test_id_that_is_no_line_of_the_classes_is_refused(folder):
     mask(folder / "masks/a.png", [3] + [0] * 9)
     with pytest.raises(DataError, match="holds id 3, which the data set has not; its ids are 0 to 2, and 255"):
-        datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
+        benchmarks.load_benchmark(f"folder:{folder}").samples[0].truth()
 
 
 def test_pictures_of_one_name_are_refused(folder):
     picture(folder / "images/a.png")
-    assert "several pictures are named a" in refusal(DataError, f"folder:{folder}")
+    assert "several images are named a" in refusal(DataError, f"folder:{folder}")
 
 
 def test_colour_mask_is_refused(folder):
     picture(folder / "masks/a.png")
     with pytest.raises(ImageError, match="8-bit index"):
-        datasets.load_benchmark(f"folder:{folder}").samples[0].truth()
+        benchmarks.load_benchmark(f"folder:{folder}").samples[0].truth()
 
 
 # ---------------------------------------------------------------- the embedded sets
@@ -239,7 +241,7 @@ def test_colour_mask_is_refused(folder):
 
 @pytest.mark.parametrize("name, count, classes", [("coco_object80", 30, 80), ("coco_object81", 30, 81), ("coco_panoptic133", 20, 133)])
 def test_embedded_truth_has_the_size_of_its_picture(name, count, classes):
-    dataset = datasets.load_benchmark(f"embedded_{name}")
+    dataset = benchmarks.load_benchmark(f"embedded_{name}")
     assert len(dataset.samples) == len({s.name for s in dataset.samples}) == count and len(dataset.space) == classes
     seen = set()
     for sample in dataset.samples:
@@ -250,19 +252,19 @@ def test_embedded_truth_has_the_size_of_its_picture(name, count, classes):
 
 
 def test_embedded_object_80_is_81_without_its_background():
-    for with_one, without in zip(*(datasets.load_benchmark(f"embedded_coco_object{n}").samples for n in (81, 80))):
+    for with_one, without in zip(*(benchmarks.load_benchmark(f"embedded_coco_object{n}").samples for n in (81, 80))):
         assert with_one.image == without.image
         truth = with_one.truth().astype(int)
         np.testing.assert_array_equal(without.truth(), np.where((truth == 0) | (truth == 255), 255, truth - 1))
 
 
 def test_panoptic_things_are_the_objects():
-    things = datasets.load_benchmark("embedded_coco_object80")
-    for sample, panoptic in zip(things.samples, datasets.load_benchmark("embedded_coco_panoptic133").samples):
+    things = benchmarks.load_benchmark("embedded_coco_object80")
+    for sample, panoptic in zip(things.samples, benchmarks.load_benchmark("embedded_coco_panoptic133").samples):
         a, b = sample.truth(), panoptic.truth()
         assert sample.name == panoptic.name
         np.testing.assert_array_equal(a, np.where(b < 80, b, 255))
-    assert vocabulary.label_space("coco_panoptic133").names[:80] == things.space.names
+    assert label_spaces.label_space("coco_panoptic133").names[:80] == things.space.names
 
 
 def test_crowds_are_ignored_and_small_outlines_lie_on_top():
@@ -275,73 +277,73 @@ def test_crowds_are_ignored_and_small_outlines_lie_on_top():
 
 def test_missing_photographs_name_the_command(own_home):
     with pytest.raises(FmbsegError, match="run: fmbseg fetch coco_panoptic_20"):
-        datasets.load_benchmark("embedded_coco_panoptic133")
+        benchmarks.load_benchmark("embedded_coco_panoptic133")
 
 
 def test_drawn_pictures_are_the_same_every_time(own_home):
-    first = datasets.load_benchmark("drawn")
-    hashes = [storage.file_sha256(s.image) for s in first.samples]
+    first = benchmarks.load_benchmark("drawn")
+    hashes = [files.file_sha256(s.image) for s in first.samples]
     for sample in first.samples:
         assert sample.truth().shape == images.read_image(sample.image).shape[:2] and set(np.unique(sample.truth())) == {0, 1, 2, 3}
         sample.image.unlink()
-    assert [storage.file_sha256(s.image) for s in datasets.load_benchmark("drawn").samples] == hashes and len(set(hashes)) == 6
+    assert [files.file_sha256(s.image) for s in benchmarks.load_benchmark("drawn").samples] == hashes and len(set(hashes)) == 6
 
 
-# ---------------------------------------------------------------- unlabelled photographs
+# ---------------------------------------------------------------- unlabelled images
 
 
 @pytest.fixture
 def fresh():
-    datasets._evaluation_pictures.cache_clear()
+    collections._evaluation_pictures.cache_clear()
     yield
-    datasets._evaluation_pictures.cache_clear()
+    collections._evaluation_pictures.cache_clear()
 
 
 def test_pool_holds_no_evaluation_picture(fresh):
-    pool = datasets.load_collection("embedded_pool")
+    pool = collections.load_collection("embedded_pool")
     assert len(pool) == len({s.name for s in pool}) == 255 and all("/" not in s.name for s in pool)
-    evaluated = [s.image for name in datasets.EMBEDDED for s in datasets.load_benchmark(name).samples]
+    evaluated = [s.image for name in collections.EMBEDDED for s in benchmarks.load_benchmark(name).samples]
     assert not {s.image.stem for s in pool} & {p.stem for p in evaluated}
-    assert not {storage.file_sha256(s.image) for s in pool} & {storage.file_sha256(p) for p in evaluated}
+    assert not {files.file_sha256(s.image) for s in pool} & {files.file_sha256(p) for p in evaluated}
 
 
 def test_evaluation_pictures_are_left_out_of_a_folder(fresh, sample, tmp_path):
-    folder = tmp_path / "photographs"
+    folder = tmp_path / "images"
     picture(folder / "deep" / "mine.jpg", value=1)
     picture(folder / "deep" / "own.jpg", value=2)
     picture(folder / "other" / "own.jpg", value=3)
     picture(folder / f"{sample.image.stem}.png", value=4)  # its file name
     shutil.copy(sample.image, folder / "renamed.jpg")  # its bytes
-    found = datasets.load_collection(str(folder))
+    found = collections.load_collection(str(folder))
     assert [s.name for s in found] == ["deep__mine", "deep__own", "other__own"] and all(s.truth is None for s in found)
     for path in folder.glob("*/*.jpg"):
         path.unlink()
-    with pytest.raises(DataError, match="every picture in it is an evaluation picture"):
-        datasets.load_collection(str(folder))
+    with pytest.raises(DataError, match="every image in it is an evaluation image"):
+        collections.load_collection(str(folder))
 
 
 def test_pictures_of_the_data_root_are_left_out(fresh, root, tmp_path):
     shutil.copy(next((root / "ADEChallengeData2016/images").rglob("*.jpg")), tmp_path / "renamed.jpg")
-    picture(tmp_path / "photographs" / "mine.jpg", value=33)
-    shutil.move(tmp_path / "renamed.jpg", tmp_path / "photographs" / "renamed.jpg")
-    picture(tmp_path / "photographs" / "ADE_val_00000001.jpg", value=34)
-    assert [s.name for s in datasets.load_collection(str(tmp_path / "photographs"), str(root))] == ["mine"]
-    assert len(datasets.load_collection(str(tmp_path / "photographs"))) == 3
+    picture(tmp_path / "images" / "mine.jpg", value=33)
+    shutil.move(tmp_path / "renamed.jpg", tmp_path / "images" / "renamed.jpg")
+    picture(tmp_path / "images" / "ADE_val_00000001.jpg", value=34)
+    assert [s.name for s in collections.load_collection(str(tmp_path / "images"), str(root))] == ["mine"]
+    assert len(collections.load_collection(str(tmp_path / "images"))) == 3
 
 
-def test_voc_photographs_are_those_that_nothing_evaluates_on(fresh, root):
-    picture(root / "VOCdevkit/VOC2012/JPEGImages/mine.jpg", value=9)  # the others have the evaluated pictures' bytes
-    assert [s.name for s in datasets.load_collection("voc_photographs", str(root))] == ["mine"]
-    with pytest.raises(DataError, match="voc_photographs: not under .*JPEGImages; it comes as VOCtrainval"):
-        datasets.load_collection("voc_photographs", str(root / "none"))
+def test_voc_images_are_those_that_nothing_evaluates_on(fresh, root):
+    picture(root / "VOCdevkit/VOC2012/JPEGImages/mine.jpg", value=9)  # the others have the evaluated images' bytes
+    assert [s.name for s in collections.load_collection("voc_images", str(root))] == ["mine"]
+    with pytest.raises(DataError, match="voc_images: not under .*JPEGImages; it comes as VOCtrainval"):
+        collections.load_collection("voc_images", str(root / "none"))
 
 
 def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
     picture(root / "coco/images/train2017/000000000009.jpg", value=7)
-    assert [s.name for s in datasets.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
+    assert [s.name for s in collections.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
     shutil.rmtree(root / "coco/images/train2017")
     with pytest.raises(DataError, match="coco_stuff_train: not under .*; it comes as train2017.zip"):
-        datasets.load_collection("coco_stuff_train", str(root))
+        collections.load_collection("coco_stuff_train", str(root))
 
 
 # ---------------------------------------------------------------- what doctor says of them
@@ -359,7 +361,7 @@ def test_doctor_counts_what_is_here_and_names_what_is_missing(root):
     (root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png").unlink()
     report = doctor.report(str(root))
     told = lines_of(report)
-    for name, layout in layouts.LAYOUTS.items():
+    for name, layout in benchmarks.LAYOUTS.items():
         good = name not in ("context60", "context59", "cityscapes19", "ade150")
         assert told[name].split()[0] == ("ok" if good else "missing"), name
         assert not good or f"of the official {layout.images} images" in told[name]
@@ -381,21 +383,21 @@ def test_the_doctor_command_takes_the_folder(option, root, capsys):
 
 def test_doctor_without_a_data_root_names_every_source():
     report = doctor.report()
-    assert all(layout.bring in report for layout in {*layouts.LAYOUTS.values(), layouts.TRAIN})
+    assert all(layout.bring in report for layout in {*benchmarks.LAYOUTS.values(), benchmarks.TRAIN})
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "embedded_pol"])
 def test_missing_folder_is_one_sentence(name):
-    with pytest.raises(ImageError, match="no such folder; give a folder of pictures"):
-        datasets.load_collection(name)
+    with pytest.raises(ImageError, match="no such folder; give a folder of images"):
+        collections.load_collection(name)
 
 
 def test_names_stay_unique_where_only_the_suffix_differs(fresh, tmp_path):
-    picture(tmp_path / "photographs/a.jpg", value=1)
-    picture(tmp_path / "photographs/a.png", value=2)
-    found = datasets.load_collection(str(tmp_path / "photographs"))
+    picture(tmp_path / "images/a.jpg", value=1)
+    picture(tmp_path / "images/a.png", value=2)
+    found = collections.load_collection(str(tmp_path / "images"))
     assert len({s.name for s in found}) == len(found) == 2
 
 
 def test_weights_of_every_collection_are_in_the_table():
-    assert all(weights.find(name).use == "photographs" for name in datasets.POOL)
+    assert all(fetch.find(name).use == "images" for name in collections.POOL)

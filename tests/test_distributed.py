@@ -11,13 +11,17 @@ from conftest import ROOT
 from torch import nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from fmbseg import alignment, datasets, distributed, losses, steps, storage, training, vocabulary
-from fmbseg.backbones.clip import load_clip
+from fmbseg import files
+from fmbseg.data import benchmarks
+from fmbseg.data.images import IGNORED
 from fmbseg.errors import ParameterError
-from fmbseg.images import IGNORED
-from fmbseg.notebooks import TrainNotebook
+from fmbseg.models import texts as texts_of
+from fmbseg.models.clip import load_clip
 from fmbseg.params import AlignParams, LabelParams
-from fmbseg.pseudo_labels import LabelStore, PseudoLabel
+from fmbseg.runs import steps
+from fmbseg.schemas import TrainRun
+from fmbseg.stage1.pseudo_labels import LabelStore, PseudoLabel
+from fmbseg.stage2 import alignment, distributed, losses, training
 
 LOSSES = ("tsupcon", "prototype", "supcon")
 FOUR = torch.tensor([0, 1, -1, 2, 0, -1]), torch.tensor([1, -1, -1, -1, -1, 1])  # labels of the two processes' patches
@@ -54,14 +58,14 @@ def of_toy(name, labels, across):
 
 
 def arguments(home, smoke, **values):
-    """What ``training.train`` takes, of the drawn pictures: the truth as pseudo labels, two of them unlabelled."""
-    drawn = datasets.load_benchmark("drawn")
+    """What ``training.train`` takes, of the drawn images: the truth as pseudo labels, two of them unlabelled."""
+    drawn = benchmarks.load_benchmark("drawn")
     store = LabelStore(home / "labels", drawn.space, smoke(LabelParams))
     for i, sample in enumerate(drawn.samples):
         labels = sample.truth()
         labels[: len(labels) if i in (1, 4) else 10] = IGNORED
         store.write(sample, PseudoLabel(labels, [], [], []))
-    texts = vocabulary.class_texts(load_clip(smoke(LabelParams).clip), drawn.space)
+    texts = texts_of.class_texts(load_clip(smoke(LabelParams).clip), drawn.space)
     return list(drawn.samples), store, texts, smoke(AlignParams, epochs=2, temperature=0.2, learning_rate=0.2, **values), 3
 
 
@@ -128,7 +132,7 @@ def test_a_batch_without_a_label_is_no_step(both):
 
 @pytest.mark.parametrize("name", [*(f"five-{n}" for n in LOSSES), "one"])
 def test_training_in_two_processes_is_training_in_one(name, both):
-    """Six pictures, five a batch and one a batch: the last batch is smaller, and a process gets no picture of some."""
+    """Six images, five a batch and one a batch: the last batch is smaller, and a process gets no image of some."""
     made, alone, home = both
     expected = alone[name]
     for rank in (0, 1):
@@ -192,7 +196,7 @@ def test_another_process_than_the_first_writes_nothing(smoke, own_home, tmp_path
     result = training.train(samples, store, *rest)
     monkeypatch.setattr(training, "train", lambda *_: result)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    params = smoke(TrainNotebook, results_dir=str(tmp_path / "results"))
+    params = smoke(TrainRun, results_dir=str(tmp_path / "results"))
     assert steps.train(samples, store, params, tmp_path / "module.safetensors") is result
     assert not (tmp_path / "module.safetensors").exists() and not (tmp_path / "results").exists()
 
@@ -208,5 +212,5 @@ def test_torchrun_writes_one_module_and_one_record(tmp_path):
     assert made.stdout.count("the module is") == 1 and made.stderr.count("training: 100%") == 1
     assert len(list((tmp_path / "home/labels").glob("*/drawn_*.png"))) == len(list((tmp_path / "home/cache/encoder").iterdir())) == 6
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "module.json", "module.safetensors"]
-    record = storage.read_json(tmp_path / "module.json")
-    assert record["protocol"]["processes"] == 2 and record["weights"]["module"] == storage.file_sha256(out) and record["images"] == 6
+    record = files.read_json(tmp_path / "module.json")
+    assert record["protocol"]["processes"] == 2 and record["weights"]["module"] == files.file_sha256(out) and record["images"] == 6

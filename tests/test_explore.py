@@ -1,4 +1,4 @@
-"""The explorer without a browser: what it computes on a real photograph, and what its widget says."""
+"""The explorer without a browser: what it computes on a real image, and what its widget says."""
 
 import datetime
 
@@ -8,14 +8,19 @@ import torch
 from conftest import EMBEDDED
 from PIL import Image
 
-from fmbseg import alignment, detect, explore, images, products, segment, stage1_query, steps, vocabulary, weights
-from fmbseg.backbones.encoder import load_encoder
+from fmbseg.data import fetch, images
+from fmbseg.data.images import IGNORED
 from fmbseg.errors import ImageError, ParameterError
-from fmbseg.explore import ALIGNED, CLIP
-from fmbseg.images import IGNORED
-from fmbseg.notebooks import ExploreNotebook
+from fmbseg.models import texts as texts_of
+from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams, make
-from fmbseg.plots import colour_masks
+from fmbseg.runs import cache, steps
+from fmbseg.schemas import ExploreRun
+from fmbseg.stage1 import detection, query_sam
+from fmbseg.stage2 import alignment, segmenter
+from fmbseg.viz import explore
+from fmbseg.viz.explore import ALIGNED, CLIP
+from fmbseg.viz.figures import colour_masks
 
 VALUES = EMBEDDED | {"profile": "embedded", "max_side": 320, "segment_short_side": 224, "window": 224, "window_stride": 112}
 VALUES |= {"short_side": 256, "min_votes": 0}
@@ -25,14 +30,14 @@ TABLE = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
 
 @pytest.fixture(scope="module")
 def params():
-    return make(ExploreNotebook, VALUES)
+    return make(ExploreRun, VALUES)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """The fetched weights and an untrained module, in a home of its own."""
-    weights.require("mobile_sam")
-    real, home = weights.storage.home(), tmp_path_factory.mktemp("home")
+    fetch.require("mobile_sam")
+    real, home = fetch.storage.home(), tmp_path_factory.mktemp("home")
     (home / "weights").symlink_to(real / "weights")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMBSEG_HOME", str(home))
@@ -56,7 +61,7 @@ def explorer(module, params, photograph):
 
 @pytest.fixture(scope="module")
 def space():
-    return segment.words_space("bird, person, sky")
+    return segmenter.words_space("bird, person, sky")
 
 
 def test_both_models_answer_and_a_large_picture_is_scaled_down(explorer, space, photograph):
@@ -66,7 +71,7 @@ def test_both_models_answer_and_a_large_picture_is_scaled_down(explorer, space, 
     for one in maps.values():
         assert len(one) == 3 and one.abs().max() <= 1.001 and one.std() > 0.001
     features = explorer.seen().features
-    expected = stage1_query.class_similarity(features, vocabulary.class_texts(explorer.clip, space, "one"))
+    expected = query_sam.class_similarity(features, texts_of.class_texts(explorer.clip, space, "one"))
     assert torch.allclose(maps[CLIP], expected, atol=1e-5)
 
 
@@ -75,7 +80,7 @@ def test_the_picture_goes_through_the_models_once_a_resolution(explorer, space, 
     seen = explorer.seen()
     calls = []
     monkeypatch.setattr(explore.features, "extract", lambda image, clip, p: calls.append(p.short_side) or seen.features)
-    explorer.similarity(segment.words_space("cat, dog"))
+    explorer.similarity(segmenter.words_space("cat, dog"))
     explorer.similar_to(0.1, 0.9)
     explorer.winners(space)
     assert calls == [] and explorer.is_seen
@@ -92,8 +97,8 @@ def test_the_picture_goes_through_the_models_once_a_resolution(explorer, space, 
 
 def test_what_was_asked_last_is_kept(explorer, space, photograph, params):
     maps, near = explorer.similarity(space), explorer.similar_to(0.2, 0.3)
-    assert explorer.similarity(segment.words_space("bird, person, sky")) is maps and explorer.similar_to(0.2, 0.3) is near
-    assert explorer.similarity(segment.words_space("bird, sky")) is not maps and explorer.similar_to(0.2, 0.4) is not near
+    assert explorer.similarity(segmenter.words_space("bird, person, sky")) is maps and explorer.similar_to(0.2, 0.3) is near
+    assert explorer.similarity(segmenter.words_space("bird, sky")) is not maps and explorer.similar_to(0.2, 0.4) is not near
     other = explore.Explorer(params)
     other.set_image(photograph)
     first = other.similarity(space)
@@ -105,12 +110,12 @@ def test_only_new_words_are_encoded(explorer, monkeypatch):
     cache = explore.WordCache(explorer.clip, "seven")
     seen, encode = [], explorer.clip.encode_text
     monkeypatch.setattr(explorer.clip, "encode_text", lambda prompts: seen.append(len(prompts)) or encode(prompts))
-    cache.texts(segment.words_space("cat, dog"))
-    space = segment.words_space("dog, house", "cat, sky")
+    cache.texts(segmenter.words_space("cat, dog"))
+    space = segmenter.words_space("dog, house", "cat, sky")
     texts = cache.texts(space)
     cache.texts(space)
     assert seen == [2 * 7, 2 * 7]
-    expected = vocabulary.class_texts(explorer.clip, space, "seven")
+    expected = texts_of.class_texts(explorer.clip, space, "seven")
     assert texts.names == expected.names and torch.equal(texts.owner, expected.owner)
     assert torch.allclose(texts.features, expected.features, atol=1e-4)
 
@@ -127,7 +132,7 @@ def test_a_patch_is_most_similar_to_itself(explorer):
 
 
 def test_a_point_in_several_windows_is_their_mean():
-    window = explore.EmbeddedImage((4, 6), (4, 6), (segment.Window(0, 0, 4, 4), segment.Window(0, 2, 4, 4)), ())
+    window = explore.EmbeddedImage((4, 6), (4, 6), (segmenter.Window(0, 0, 4, 4), segmenter.Window(0, 2, 4, 4)), ())
     maps = tuple(torch.arange(4.0).reshape(1, 2, 2) + shift for shift in (0, 10))
     made = explore.EmbeddedImage(window.size, window.scaled, window.windows, maps)
     assert explore.patch_at(made, 0, 0).tolist() == [0] and explore.patch_at(made, 1, 1).tolist() == [13]
@@ -170,12 +175,12 @@ def test_stage_1_of_any_words(explorer, space):
 def test_crops_vote_on_the_scale_that_stage_1_votes_on(module, params, space, photograph, tmp_path, monkeypatch):
     for name, one in (("a", photograph), ("b", photograph[:, ::-1])):
         Image.fromarray(one).save(tmp_path / f"{name}.png")
-    params = params.model_copy(update={"photographs": str(tmp_path), "reference_photographs": 2})
-    made = explore.Explorer(params)  # makes what votes need, so that the first picture does not wait for it
+    params = params.model_copy(update={"collection": str(tmp_path), "reference_images": 2})
+    made = explore.Explorer(params)  # makes what votes need, so that the first image does not wait for it
     made.set_image(photograph)
-    assert len(products.vote_content(params)) == 2
-    scale = detect.Scale(torch.tensor([9.0, 9.0, -9.0]), torch.ones(3))
-    monkeypatch.setattr(products, "vote_scale", lambda texts, p, device: scale if p is params and texts.names == space.names else None)
+    assert len(cache.vote_content(params)) == 2
+    scale = detection.Scale(torch.tensor([9.0, 9.0, -9.0]), torch.ones(3))
+    monkeypatch.setattr(cache, "vote_scale", lambda texts, p, device: scale if p is params and texts.names == space.names else None)
     assert set(made.winners(space)) == {"sky"} and [d.name for d in made.detected(space)] == ["sky"]
 
 
@@ -194,7 +199,7 @@ def test_automatic_masks_once_a_picture_and_labels_for_any_words(explorer, space
 def test_a_new_picture_forgets_the_last_one(module, params, photograph, monkeypatch):
     monkeypatch.setattr(explore.stage1_masks, "automatic_masks", lambda *_: [])
     made = explore.Explorer(params)
-    with pytest.raises(ParameterError, match="no picture yet"):
+    with pytest.raises(ParameterError, match="no image yet"):
         made.seen()
     made.set_image(photograph)
     first = made.seen()
@@ -219,9 +224,9 @@ def test_without_a_module_one_sentence_and_only_clip(home, params, photograph, s
 
 @pytest.fixture(scope="module")
 def widget(module, params, sample):
-    from fmbseg import widgets
+    from fmbseg.viz import explorer
 
-    return widgets.Explore(make(ExploreNotebook, VALUES | {"words": "bird, sky"}), [sample])
+    return explorer.Explore(make(ExploreRun, VALUES | {"words": "bird, sky"}), [sample])
 
 
 def shown(panels):
@@ -270,13 +275,13 @@ def uploaded(name, content):
 
 
 def test_upload(widget, photograph, tmp_path):
-    for width in (200, 150):  # another picture of the same name takes the first one's place
+    for width in (200, 150):  # another image of the same name takes the first one's place
         Image.fromarray(photograph[:100, :width]).save(tmp_path / "own.png")
         widget.upload.value = (uploaded("own.png", (tmp_path / "own.png").read_bytes()),)
         assert widget.picture.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, width, 3)
         widget.upload.value = ()
     widget.upload.value = (uploaded("../broken.png", b"x"),)
-    assert "broken.png: cannot be read as a picture" in widget.notice.value and "/tmp" not in widget.notice.value
+    assert "broken.png: cannot be read as an image" in widget.notice.value and "/tmp" not in widget.notice.value
     assert widget.picture.value == "own.png (uploaded)"
 
 
@@ -293,13 +298,13 @@ def test_stage_1_tab(widget, sample):
         assert [title for _, title in shown(widget.stage)][-2:] == ["automatic masks", "labelled"] and widget.find.disabled
     finally:
         widget.tabs.selected_index = 0
-    assert images.SUFFIXES[0] in widget.upload.accept and products.sam_of(widget.params) is not None
+    assert images.SUFFIXES[0] in widget.upload.accept and cache.sam_of(widget.params) is not None
 
 
 def test_no_class_with_enough_crops_is_said_and_nothing_else_is_shown(module, sample):
-    from fmbseg import widgets
+    from fmbseg.viz import explorer
 
-    made = widgets.Explore(make(ExploreNotebook, VALUES | {"words": "bird, sky", "min_votes": 10_000}), [sample])
+    made = explorer.Explore(make(ExploreRun, VALUES | {"words": "bird, sky", "min_votes": 10_000}), [sample])
     made.tabs.selected_index = 1
     assert "No class has more than 10000 crops; try other words." in made.notice.value
     assert [section["title"] for section in made.stage.sections] == ["Crops and their votes"]

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 from segment_anything import sam_model_registry
 
-from fmbseg import storage, weights
-from fmbseg.backbones import clip as clip_module
-from fmbseg.backbones import encoder as encoder_module
-from fmbseg.backbones import sam as sam_module
-from fmbseg.backbones import vit
-from fmbseg.backbones.vit import VITS
+from fmbseg import files
+from fmbseg.data import fetch
 from fmbseg.errors import WeightsError
+from fmbseg.models import clip as clip_module
+from fmbseg.models import encoders as encoder_module
+from fmbseg.models import sam as sam_module
+from fmbseg.models import vit
+from fmbseg.models.vit import VITS
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,8 +41,8 @@ def test_encoders_have_their_published_size(name, millions):
     count = sum(p.numel() for p in model.parameters())
     assert round(count / 1e6, 1) == millions
     if not name.startswith("siglip2"):  # whose files hold the text tower too
-        assert weights.find(name).megabytes == pytest.approx(4 * count / 1e6, rel=0.01)
-    assert weights.find(name).reference == VITS[name].repository and set(VITS) <= set(encoder_module.ENCODER_NAMES)
+        assert fetch.find(name).megabytes == pytest.approx(4 * count / 1e6, rel=0.01)
+    assert fetch.find(name).reference == VITS[name].repository and set(VITS) <= set(encoder_module.ENCODER_NAMES)
 
 
 @pytest.mark.parametrize("name, parameters", [("ViT-L-14-quickgelu", 427_616_513), ("ViT-B-16-quickgelu", 149_620_737)])
@@ -69,7 +70,7 @@ def test_sam_has_its_published_size(name, millions, width, blocks):
     assert shapes["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"] == (2, 128)
     assert shapes["mask_decoder.mask_tokens.weight"] == (4, 256)
     size = 4 * sum(np.prod(s) for s in shapes.values()) / 1e6
-    assert weights.find({v: k for k, v in sam_module._REGISTRY.items()}[name]).megabytes == pytest.approx(size, rel=0.01)
+    assert fetch.find({v: k for k, v in sam_module._REGISTRY.items()}[name]).megabytes == pytest.approx(size, rel=0.01)
 
 
 # ---------------------------------------------------------------- small models in the hub's cache layout
@@ -195,7 +196,7 @@ def test_encoder_from_the_hubs_cache(name, hub):
     config, shapes = CASES[name]
     state = random_state(shapes)
     snapshot = hub(VITS[name].repository, {"config.json": config, "model.safetensors": state})
-    assert weights.is_here(weights.find(name)) and weights.require(name) == snapshot
+    assert fetch.is_here(fetch.find(name)) and fetch.require(name) == snapshot
     encoder = encoder_module.load_encoder(name)
     assert encoder.key == f"{name}@{REVISION[:16]}" and encoder.width == 32
     loaded = {k: v for k, v in encoder.model.state_dict().items()}
@@ -245,9 +246,9 @@ def test_half_a_repository_is_not_here(hub):
 
 def test_gated_weights_say_that_the_licence_comes_first(hub):
     with pytest.raises(WeightsError, match="accept its licence on its page and set HF_TOKEN"):
-        weights.fetch(weights.find("dinov3_vitb16"))
+        fetch.fetch(fetch.find("dinov3_vitb16"))
     with pytest.raises(WeightsError) as caught:
-        weights.fetch(weights.find("dinov2_vitb14"))
+        fetch.fetch(fetch.find("dinov2_vitb14"))
     assert "HF_TOKEN" not in str(caught.value)
 
 
@@ -264,7 +265,7 @@ TINY_CLIP = {
     [("clip_vitl14", "timm/vit_large_patch14_clip_224.openai"), ("clip_vitb16", "timm/vit_base_patch16_clip_224.openai")],
 )
 def test_clip_from_the_hubs_cache(name, repository, hub, monkeypatch):
-    architecture = weights.find(name).reference.split()[0]
+    architecture = fetch.find(name).reference.split()[0]
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, architecture, TINY_CLIP)
     torch.manual_seed(3)
     made = open_clip.create_model(architecture, pretrained=None)
@@ -288,11 +289,11 @@ def test_sam_from_its_download(own_home, tmp_path, monkeypatch):
     sam_module.load_sam.cache_clear()
     made = sam_module.build_tiny_sam()
     torch.save(made.state_dict(), tmp_path / "sam_vit_b_01ec64.pth")
-    row = weights.find("sam_vitb")
+    row = fetch.find("sam_vitb")
     changed = type(row)(**row.__dict__ | {"reference": (tmp_path / "sam_vit_b_01ec64.pth").as_uri()})
-    changed = type(row)(**changed.__dict__ | {"sha256": storage.file_sha256(tmp_path / "sam_vit_b_01ec64.pth")})
-    monkeypatch.setattr(weights, "TABLE", tuple(changed if w.name == "sam_vitb" else w for w in weights.TABLE))
-    weights.fetch(weights.find("sam_vitb"))
+    changed = type(row)(**changed.__dict__ | {"sha256": files.file_sha256(tmp_path / "sam_vit_b_01ec64.pth")})
+    monkeypatch.setattr(fetch, "TABLE", tuple(changed if w.name == "sam_vitb" else w for w in fetch.TABLE))
+    fetch.fetch(fetch.find("sam_vitb"))
     sam = sam_module.load_sam("sam_vitb")
     for key, tensor in sam.model.state_dict().items():
         torch.testing.assert_close(tensor, made.state_dict()[key])

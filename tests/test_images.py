@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fmbseg import images
+from fmbseg.data import images
 from fmbseg.errors import ImageError
 
 RANDOM = np.random.default_rng(0)
@@ -111,14 +111,14 @@ def test_truncated_file_is_refused(tmp_path, suffix, share):
     noise = RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = saved(tmp_path / f"a.{suffix}", noise)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert "cannot be read as a picture" in refusal(path)
+    assert "cannot be read as an image" in refusal(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture\n", b"\xff\xd8\xff\xe0"])
+@pytest.mark.parametrize("content", [b"", b"not an image\n", b"\xff\xd8\xff\xe0"])
 def test_file_that_is_no_picture_is_refused(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    assert "cannot be read as a picture" in refusal(path)
+    assert "cannot be read as an image" in refusal(path)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):
@@ -162,7 +162,7 @@ def test_one_bit_mask_holds_zero_and_one(tmp_path):
 
 def test_mask_of_another_size_or_mode_is_refused(tmp_path):
     path = saved(tmp_path / "m.png", np.zeros((9, 13), np.uint8))
-    assert "the mask is 13 x 9 pixels and its picture 9 x 13" in refusal(path, images.read_mask, (13, 9))
+    assert "the mask is 13 x 9 pixels and its image 9 x 13" in refusal(path, images.read_mask, (13, 9))
     assert "mode RGB" in refusal(saved(tmp_path / "rgb.png", COLOUR), images.read_mask)
     assert "mode I;16" in refusal(saved(tmp_path / "16.png", RAMP.astype(np.uint16)), images.read_mask)
     assert "no such file" in refusal(tmp_path / "none.png", images.read_mask)
@@ -179,7 +179,7 @@ def test_find_images_lists_pictures_below_sorted(tmp_path):
 def test_folder_without_pictures_is_refused(tmp_path):
     assert "no such folder" in refusal(tmp_path / "none", images.find_images)
     (tmp_path / "notes.txt").touch()
-    assert "holds no picture" in refusal(tmp_path, images.find_images)
+    assert "holds no image" in refusal(tmp_path, images.find_images)
 
 
 def test_hidden_files_are_no_pictures(tmp_path):

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from fmbseg import jobs
 from fmbseg.errors import DataError, WorkerLost
+from fmbseg.runs import parallel
 
 
 def process_of(item):
@@ -35,14 +35,14 @@ def leave_a_file(path):
 
 
 def workers_of(count=6):
-    return {result for _, result in jobs.each(process_of, range(count), "test", 2).results}
+    return {result for _, result in parallel.each(process_of, range(count), "test", 2).results}
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    jobs.release()
+    parallel.release()
     yield
-    jobs.release()
+    parallel.release()
 
 
 def test_workers_are_kept_for_the_next_call_and_not_for_other_surroundings(monkeypatch):
@@ -56,17 +56,17 @@ def test_workers_are_kept_for_the_next_call_and_not_for_other_surroundings(monke
 
 
 def test_a_failure_is_one_items_and_a_bug_stops_the_run_but_not_the_next():
-    done = jobs.each(troubled, ["a", "expected", "b"], "test", 2)
+    done = parallel.each(troubled, ["a", "expected", "b"], "test", 2)
     assert [r for _, r in done.results] == ["a", "b"] and [(f.item, f.reason) for f in done.failures] == [("expected", "this one only")]
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        jobs.each(troubled, ["bug", *"abcdef"], "test", 2)
-    assert len(jobs.each(troubled, ["a", "b"], "test", 2).results) == 2
+        parallel.each(troubled, ["bug", *"abcdef"], "test", 2)
+    assert len(parallel.each(troubled, ["a", "b"], "test", 2).results) == 2
 
 
 def test_a_lost_worker_is_told_and_the_next_call_has_new_ones():
     with pytest.raises(WorkerLost, match="for want of memory; run again with fewer workers"):
-        jobs.each(troubled, ["lost", "a", "b"], "test", 2)
-    assert len(jobs.each(troubled, ["a", "b"], "test", 2).results) == 2
+        parallel.each(troubled, ["lost", "a", "b"], "test", 2)
+    assert len(parallel.each(troubled, ["a", "b"], "test", 2).results) == 2
 
 
 def test_a_worker_lost_between_calls_is_replaced():
@@ -77,7 +77,7 @@ def test_a_worker_lost_between_calls_is_replaced():
 
 
 def test_an_interrupt_is_the_parents_alone():
-    assert jobs.each(troubled, ["interrupted", "a"], "test", 2).failures == []
+    assert parallel.each(troubled, ["interrupted", "a"], "test", 2).failures == []
 
 
 def test_a_stopped_run_begins_nothing_more(tmp_path):
@@ -85,24 +85,24 @@ def test_a_stopped_run_begins_nothing_more(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        jobs.each(leave_a_file, [tmp_path / str(i) for i in range(40)], "test", 2, take=stop)
+        parallel.each(leave_a_file, [tmp_path / str(i) for i in range(40)], "test", 2, take=stop)
     time.sleep(1.5)
     assert 1 <= len(list(tmp_path.iterdir())) < 10
 
 
 def test_released_workers_are_gone():
     workers = [pid for pid, _ in workers_of()]
-    jobs.release()
+    parallel.release()
     gone(workers)
-    jobs.release()  # nothing there: nothing to do
+    parallel.release()  # nothing there: nothing to do
 
 
 SCRIPT = """
 import sys
-from fmbseg import jobs
+from fmbseg.runs import parallel
 import test_jobs
 if __name__ == "__main__":
-    print(*sorted({pid for _, (pid, _) in jobs.each(test_jobs.process_of, range(6), "test", 2).results}), flush=True)
+    print(*sorted({pid for _, (pid, _) in parallel.each(test_jobs.process_of, range(6), "test", 2).results}), flush=True)
     sys.stdin.read()
 """
 

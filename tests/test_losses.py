@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmbseg import losses
+from fmbseg.stage2 import losses
 
 SHAPES = [(1, 1, 3), (1, 4, 5), (2, 2, 4), (7, 1, 6), (9, 4, 5), (16, 7, 8)]  # patches, classes, dimensions
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fmbseg.errors import DataError
-from fmbseg.metrics import Confusion
+from fmbseg.stage2.metrics import Confusion
 
 
 def counted(classes, *pairs):

@@ -11,9 +11,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from fmbseg import notebooks, records, reproduce, steps, storage
+from fmbseg import files, schemas
 from fmbseg.errors import ParameterError
-from fmbseg.notebooks import TrainNotebook
+from fmbseg.runs import records, reproduce, steps
+from fmbseg.schemas import TrainRun
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -23,7 +24,7 @@ def code_of(notebook):
 
 
 def test_every_notebook_has_a_schema():
-    assert {p.stem for p in PATHS} == set(notebooks.NOTEBOOKS) and len(PATHS) >= 6
+    assert {p.stem for p in PATHS} == set(schemas.NOTEBOOKS) and len(PATHS) >= 6
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -73,7 +74,7 @@ def reproduced(project):
 @pytest.mark.minutes
 def test_all_notebooks_run_and_write_the_table(project, reproduced):
     assert reproduced == project / "results" / "smoke"
-    for name in notebooks.NOTEBOOKS:
+    for name in schemas.NOTEBOOKS:
         executed = nbformat.read(reproduced / "notebooks" / f"{name}.ipynb", as_version=4)
         cells = code_of(executed)
         assert all(cell.execution_count for cell in cells if cell.source) and not [
@@ -113,7 +114,7 @@ def test_records_say_everything(reproduced):
     assert set(frame.index) == {"transformer", "dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"}
     numbers = frame[frame.kind == "evaluate"]
     assert (numbers.images == 6).all() and (numbers.failed == 0).all() and numbers.miou.between(0, 100).all()
-    record = storage.read_json(reproduced / "records" / "evaluate-fmbseg-drawn.json")
+    record = files.read_json(reproduced / "records" / "evaluate-fmbseg-drawn.json")
     assert (
         set(record["iou"]) == {"sky", "grass", "sun", "house"}
         and record["parameters"]["temperature"] == frame["param.temperature"]["fmbseg"]
@@ -124,17 +125,17 @@ def test_records_say_everything(reproduced):
         and record["hardware"]
         and record["protocol"]["window"] == 128
     )
-    stage = storage.read_json(reproduced / "records" / "evaluate-stage1-drawn.json")
+    stage = files.read_json(reproduced / "records" / "evaluate-stage1-drawn.json")
     assert stage["weights"] == {"clip": "random:ViT-S-32", "sam": "random:tiny_sam"}
-    module = steps.module_path(TrainNotebook(profile="smoke"))
-    assert record["weights"]["module"] == storage.file_sha256(module)
+    module = steps.module_path(TrainRun(profile="smoke"))
+    assert record["weights"]["module"] == files.file_sha256(module)
 
 
 @pytest.mark.minutes
 def test_pictures_of_every_step_are_kept(reproduced):
     names = [p.name for p in (reproduced / "figures").iterdir()]
     for kind in (
-        "photographs",
+        "images",
         "votes-",
         "similarity-",
         "query-",

@@ -2,10 +2,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fmbseg import notebooks, params, profiles
+from fmbseg import params, profiles, schemas
 from fmbseg.errors import ParameterError
-from fmbseg.notebooks import EvaluateNotebook, TrainNotebook
 from fmbseg.params import FeatureParams, LossParams, OptimiserParams, QueryParams
+from fmbseg.schemas import EvaluateRun, TrainRun
 
 NOTEBOOK = "04_train_alignment"
 
@@ -37,14 +37,14 @@ def project(tmp_path, monkeypatch):
 
 
 def test_defaults_are_valid_and_literal():
-    for schema in notebooks.NOTEBOOKS.values():
+    for schema in schemas.NOTEBOOKS.values():
         schema()
     assert (LossParams().temperature, LossParams().text_weight, LossParams().image_weight) == (1.0, None, None)
     assert (OptimiserParams().images_per_batch, OptimiserParams().epochs, QueryParams().points) == (5, 10, 5)
 
 
 def test_every_parameter_is_described():
-    for schema in notebooks.NOTEBOOKS.values():
+    for schema in schemas.NOTEBOOKS.values():
         assert all(f.description for f in schema.model_fields.values())
 
 
@@ -65,8 +65,8 @@ def test_unknown_key_is_refused_with_a_hint():
         (FeatureParams, "residual", 1),
         (FeatureParams, "clip", 7),
         (LossParams, "text_weight", False),
-        (EvaluateNotebook, "benchmarks", "voc20"),
-        (EvaluateNotebook, "benchmarks", [20]),
+        (EvaluateRun, "benchmarks", "voc20"),
+        (EvaluateRun, "benchmarks", [20]),
     ],
 )
 def test_wrong_type_is_refused(schema, key, value):
@@ -106,7 +106,7 @@ def test_parameters_are_read_only():
 
 
 def test_part_holds_only_the_fields_of_its_step():
-    made = TrainNotebook(temperature=0.5, seed=3)
+    made = TrainRun(temperature=0.5, seed=3)
     assert made.part(LossParams) == {
         "loss": "tsupcon",
         "temperature": 0.5,
@@ -125,7 +125,7 @@ def test_layers_of_load(project):
     project("small", shared={"seed": 1, "epochs": 1, "clip": "shared", "examples": 1}, own={"epochs": 2, "examples": 2})
     made = profiles.load(NOTEBOOK, "small", {"examples": 4})
     assert (made.sam, made.seed, made.clip, made.epochs, made.examples) == ("sam_vith", 1, "shared", 2, 4)
-    assert made.profile == "small" and isinstance(made, TrainNotebook)
+    assert made.profile == "small" and isinstance(made, TrainRun)
     assert profiles.load(NOTEBOOK, "small").examples == 2
 
 
@@ -133,7 +133,7 @@ def test_profile_without_files_has_the_defaults(project, tmp_path, monkeypatch):
     project("paper")
     (tmp_path / "notebooks" / "deeper").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks" / "deeper")
-    assert profiles.load(NOTEBOOK, "paper") == TrainNotebook(profile="paper")
+    assert profiles.load(NOTEBOOK, "paper") == TrainRun(profile="paper")
 
 
 def test_shared_keys_of_other_notebooks_are_left_out(project):
@@ -197,7 +197,7 @@ def test_notebook_takes_injected_names_only(project):
 
 def test_notebook_without_a_profile_is_embedded(project):
     project("embedded", own={"epochs": 3})
-    assert profiles.of_notebook(NOTEBOOK, {"In": []}) == profiles.of_notebook(NOTEBOOK, {}) == TrainNotebook(profile="embedded", epochs=3)
+    assert profiles.of_notebook(NOTEBOOK, {"In": []}) == profiles.of_notebook(NOTEBOOK, {}) == TrainRun(profile="embedded", epochs=3)
 
 
 def test_unknown_injected_name_is_refused(project):

@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmbseg import products
-from fmbseg.backbones.clip import load_clip
-from fmbseg.backbones.encoder import load_encoder
-from fmbseg.backbones.precision import lower
-from fmbseg.backbones.sam import load_sam
 from fmbseg.errors import ParameterError
+from fmbseg.models.clip import load_clip
+from fmbseg.models.encoders import load_encoder
+from fmbseg.models.precision import lower
+from fmbseg.models.sam import load_sam
 from fmbseg.params import FeatureParams, LabelParams, PatchParams, make
+from fmbseg.runs import cache
 
 
 def crops(count=2, side=224):
@@ -53,12 +53,12 @@ def test_what_is_kept_on_disk_differs_with_the_precision(sample):
     """Features of one precision are never taken for those of another."""
     shared = {"clip": "random:ViT-S-32"}
     paths = {
-        precision: products._store("clip", ".safetensors", products.clip_of(p).key, p.content(FeatureParams)).path(sample.image)
+        precision: cache._store("clip", ".safetensors", cache.clip_of(p).key, p.content(FeatureParams)).path(sample.image)
         for precision in ("fp32", "bf16")
         for p in [make(LabelParams, shared | {"precision": precision})]
     }
     assert paths["fp32"] != paths["bf16"]
-    assert products.encoder_of(make(PatchParams, {"encoder": "random:efficientnet_lite2", "precision": "bf16"})).precision == "bf16"
+    assert cache.encoder_of(make(PatchParams, {"encoder": "random:efficientnet_lite2", "precision": "bf16"})).precision == "bf16"
 
 
 def test_lower_gives_back_float32_and_leaves_fp32_alone():

@@ -3,8 +3,10 @@
 import pytest
 from conftest import ROOT
 
-from fmbseg import layouts, profiles, tables, vocabulary, weights
-from fmbseg.notebooks import NOTEBOOKS
+from fmbseg import profiles
+from fmbseg.data import benchmarks, fetch, label_spaces
+from fmbseg.runs import tables
+from fmbseg.schemas import NOTEBOOKS
 
 BIG = ("paper", "base")
 
@@ -20,18 +22,18 @@ def test_every_notebook_has_its_parameters(notebook, profile):
 def test_fine_tuning_has_a_target(profile):
     """Or a profile's run would stop before its tables are written."""
     made = profiles.load("11_fine_tune", profile)
-    assert made.target_photographs and vocabulary.vocabulary(made.target_vocabulary)
+    assert made.target_collection and label_spaces.vocabulary(made.target_vocabulary)
 
 
 def test_paper_is_the_papers():
     p = profiles.load("05_evaluate", "paper")
     assert (p.clip, p.sam, p.encoder, p.precision) == ("clip_vitl14", "sam_vith", "dinov2_vitl14", "fp32")
-    assert (p.photographs, p.limit, p.vocabulary, p.templates) == ("coco_stuff_train", None, "coco_stuff171", "one")
-    assert set(p.benchmarks) == set(layouts.LAYOUTS) - {"camvid11"} and p.eval_limit is None
+    assert (p.collection, p.limit, p.vocabulary, p.templates) == ("coco_stuff_train", None, "coco_stuff171", "one")
+    assert set(p.benchmarks) == set(benchmarks.LAYOUTS) - {"camvid11"} and p.eval_limit is None
     assert (p.segment_short_side, p.segment_long_limit, p.window, p.window_stride) == (448, 2048, 448, 224)
     t = profiles.load("04_train_alignment", "paper")
     assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")
-    assert (p.min_votes, p.reference_photographs) == (1, 0)
+    assert (p.min_votes, p.reference_images) == (1, 0)
     assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)  # Eq. 1 as written
 
 
@@ -48,11 +50,11 @@ def test_training_and_evaluation_agree_on_everything_they_share(profile):
 @pytest.mark.parametrize("profile", BIG)
 def test_fetch_brings_every_model_that_is_named(profile):
     p = profiles.load("05_evaluate", profile)
-    assert {w.name for w in weights.TABLE if profile in w.profiles} == {p.clip, p.sam, p.encoder}
-    total = sum(weights.find(name).megabytes for name in (p.clip, p.sam, p.encoder)) / 1000
+    assert {w.name for w in fetch.TABLE if profile in w.profiles} == {p.clip, p.sam, p.encoder}
+    total = sum(fetch.find(name).megabytes for name in (p.clip, p.sam, p.encoder)) / 1000
     text = (ROOT / "params" / profile / "shared.yaml").read_text()
     assert f"(fmbseg fetch --profile {profile}, {total:.1f} GB)" in text
-    assert vocabulary.vocabulary(p.vocabulary)
+    assert label_spaces.vocabulary(p.vocabulary)
 
 
 @pytest.mark.parametrize(

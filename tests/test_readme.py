@@ -7,10 +7,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from fmbseg import alignment, cli, datasets, profiles
-from fmbseg.backbones.encoder import load_encoder
-from fmbseg.notebooks import NOTEBOOKS
+from fmbseg import cli, profiles
+from fmbseg.data import benchmarks
+from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams
+from fmbseg.schemas import NOTEBOOKS
+from fmbseg.stage2 import alignment
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -64,12 +66,12 @@ def test_every_file_that_the_readme_names_is_there():
 
 
 def test_the_readmes_python_runs(own_home, tmp_path, monkeypatch, smoke):
-    """As it stands, on a picture of that name, with a module in the embedded profile's place."""
+    """As it stands, on an image of that name, with a module in the embedded profile's place."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     described = {"key": "toy", "encoder": "random:efficientnet_lite2", "clip": "random:ViT-S-32", "crop_input": None, "templates": "one"}
     width = load_encoder(described["encoder"]).width
     alignment.save(alignment.place(), alignment.Alignment(width, 384, ModuleParams(module="linear")), described)
-    Image.open(datasets.load_benchmark("drawn").samples[0].image).convert("RGB").save(tmp_path / "photo.jpg")
+    Image.open(benchmarks.load_benchmark("drawn").samples[0].image).convert("RGB").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(block, names)

@@ -1,26 +1,27 @@
-"""The official layouts on real photographs, where some are here: see ``data_root`` in conftest.py."""
+"""The official layouts on real images, where some are here: see ``data_root`` in conftest.py."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fmbseg import datasets, images, jobs, layouts
-from fmbseg.metrics import Confusion
+from fmbseg.data import benchmarks, images
+from fmbseg.runs import parallel
+from fmbseg.stage2.metrics import Confusion
 
 
-@pytest.fixture(params=list(layouts.LAYOUTS))
+@pytest.fixture(params=list(benchmarks.LAYOUTS))
 def dataset(request, data_root):
-    layout = layouts.LAYOUTS[request.param]
+    layout = benchmarks.LAYOUTS[request.param]
     if layout.missing(Path(data_root)):
         pytest.skip(f"{request.param} is not here")
-    return datasets.load_benchmark(request.param, data_root)
+    return benchmarks.load_benchmark(request.param, data_root)
 
 
 def test_real_truth_has_the_size_of_its_picture_and_ids_of_its_classes(dataset):
-    assert len({s.name for s in dataset.samples}) == len(dataset.samples) <= layouts.LAYOUTS[dataset.name].images
+    assert len({s.name for s in dataset.samples}) == len(dataset.samples) <= benchmarks.LAYOUTS[dataset.name].images
     seen = set()
-    for sample in jobs.spread(dataset.samples, 40):
+    for sample in parallel.spread(dataset.samples, 40):
         truth = sample.truth()
         assert truth.shape == images.read_image(sample.image).shape[:2] and truth.dtype == np.uint8
         seen |= set(np.unique(truth).tolist())
@@ -32,18 +33,18 @@ def test_real_truth_has_the_size_of_its_picture_and_ids_of_its_classes(dataset):
 
 def test_with_and_without_background_are_the_same_pictures_and_things(data_root):
     for with_one, without in (("voc21", "voc20"), ("context60", "context59"), ("coco_object81", "coco_object80")):
-        if layouts.LAYOUTS[with_one].missing(Path(data_root)):
+        if benchmarks.LAYOUTS[with_one].missing(Path(data_root)):
             continue
-        for a, b in zip(*(jobs.spread(datasets.load_benchmark(n, data_root).samples, 10) for n in (with_one, without))):
+        for a, b in zip(*(parallel.spread(benchmarks.load_benchmark(n, data_root).samples, 10) for n in (with_one, without))):
             truth = a.truth().astype(int)
             assert a.image == b.image
             np.testing.assert_array_equal(b.truth(), np.where((truth == 0) | (truth == 255), 255, truth - 1))
 
 
 def test_coco_object_is_the_things_of_coco_stuff(data_root):
-    if layouts.LAYOUTS["coco_stuff171"].missing(Path(data_root)):
+    if benchmarks.LAYOUTS["coco_stuff171"].missing(Path(data_root)):
         pytest.skip("COCO-Stuff is not here")
-    for stuff, things in zip(*(datasets.load_benchmark(n, data_root).samples for n in ("coco_stuff171", "coco_object80"))):
+    for stuff, things in zip(*(benchmarks.load_benchmark(n, data_root).samples for n in ("coco_stuff171", "coco_object80"))):
         truth = stuff.truth()
         np.testing.assert_array_equal(things.truth(), np.where(truth < 80, truth, 255))
 
@@ -52,7 +53,7 @@ def test_coco_object_is_the_things_of_coco_stuff(data_root):
 def test_folder_data_sets(name, data_root):
     if not (Path(data_root) / name / "classes.txt").is_file():
         pytest.skip(f"{name} is not here")
-    dataset = datasets.load_benchmark(f"folder:{name}", data_root)
+    dataset = benchmarks.load_benchmark(f"folder:{name}", data_root)
     assert dataset.space.background == (name == "coco_object") and len(dataset.samples) > 20
-    seen = {int(k) for s in jobs.spread(dataset.samples, 30) for k in np.unique(s.truth())}
+    seen = {int(k) for s in parallel.spread(dataset.samples, 30) for k in np.unique(s.truth())}
     assert seen <= {*range(len(dataset.space)), 255}

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from fmbseg import report
 from fmbseg.errors import DataError
-from fmbseg.records import Record
+from fmbseg.runs import report
+from fmbseg.runs.records import Record
 
 
 def planted(kind, method, dataset, miou, images, **more):
@@ -75,7 +75,7 @@ def test_ours_and_published_stand_apart_with_n_and_notes(page):
 
 
 def test_what_is_not_there_is_said_in_a_sentence(page):
-    made = page(planted("train", "transformer", "photographs", None, 64, seconds=9.0))
+    made = page(planted("train", "transformer", "images", None, 64, seconds=9.0))
     for sentence in ("Nothing was evaluated yet", "No ablation was run yet", "No stages, encoders or fine-tuning", "No figure is here yet"):
         assert made.text.count(sentence) == 1
     assert set(made.tables) == {"FMbSeg beside the paper", "Training", "Versions"}

@@ -7,38 +7,43 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from fmbseg import cli, datasets, evaluation, images, jobs, records, shards, storage, vocabulary
+from fmbseg import cli, files
+from fmbseg.data import benchmarks, collections, images, label_spaces
 from fmbseg.errors import DataError, ParameterError
-from fmbseg.metrics import Confusion
 from fmbseg.params import EvaluateParams
+from fmbseg.runs import evaluate, parallel, records, shards
+from fmbseg.stage2.metrics import Confusion
 
 METHOD = "dense_high_resolution"
 
 
 def shifted_truth(method, columns, *_):
-    """A prediction that costs nothing: the truth, moved by as much as a pixel of the picture says."""
+    """A prediction that costs nothing: the truth, moved by as much as a pixel of the image says."""
     shift = int(images.read_image(columns[0][0].image)[0, 0, 0])
     return [np.roll(sample.truth(), shift, axis=1) for sample, _ in columns]
 
 
 @pytest.fixture
 def two(own_home, monkeypatch):
-    """Two benchmarks that share pictures; one picture cannot be read."""
-    monkeypatch.setattr(evaluation, "predict", shifted_truth)
-    drawn = datasets.load_benchmark("drawn")
+    """Two benchmarks that share images; one image cannot be read."""
+    monkeypatch.setattr(evaluate, "predict", shifted_truth)
+    drawn = benchmarks.load_benchmark("drawn")
     broken = own_home / "broken.png"
-    broken.write_bytes(b"no picture")
-    bad = datasets.Sample("broken", broken, drawn.samples[0].truth)
-    words = vocabulary.own_words(["tree", "sea", "moon", "barn"], "other")
-    return [datasets.Dataset("drawn", drawn.space, (*drawn.samples, bad), "seven"), datasets.Dataset("other", words, drawn.samples[:4], "")]
+    broken.write_bytes(b"no image")
+    bad = collections.Sample("broken", broken, drawn.samples[0].truth)
+    words = label_spaces.own_words(["tree", "sea", "moon", "barn"], "other")
+    return [
+        collections.Dataset("drawn", drawn.space, (*drawn.samples, bad), "seven"),
+        collections.Dataset("other", words, drawn.samples[:4], ""),
+    ]
 
 
 def parts_of(found, smoke, count, **values):
     """The shards, each counted with a home of its own: nothing is shared."""
     made = []
     for shard in range(count):
-        shutil.rmtree(storage.home() / "cache", ignore_errors=True)
-        made += evaluation.evaluate_parts(METHOD, [""], found, smoke(EvaluateParams, **values), shard=shard, num_shards=count)[0]
+        shutil.rmtree(files.home() / "cache", ignore_errors=True)
+        made += evaluate.evaluate_parts(METHOD, [""], found, smoke(EvaluateParams, **values), shard=shard, num_shards=count)[0]
     return made
 
 
@@ -49,7 +54,7 @@ def same(record):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_shards_add_up_to_exactly_the_whole(count, two, smoke, tmp_path):
-    whole = evaluation.evaluate_parts(METHOD, [""], two, smoke(EvaluateParams))[0]
+    whole = evaluate.evaluate_parts(METHOD, [""], two, smoke(EvaluateParams))[0]
     parts = parts_of(two, smoke, count)
     assert len(parts) == 2 * count
     for part in reversed(parts):
@@ -66,9 +71,9 @@ def test_shards_add_up_to_exactly_the_whole(count, two, smoke, tmp_path):
 def test_an_unsharded_run_on_a_shared_home_counts_nothing_again(two, smoke, monkeypatch):
     params = smoke(EvaluateParams)
     for shard in (0, 1):
-        evaluation.evaluate_parts(METHOD, [""], two[1:], params, shard=shard, num_shards=2)
-    monkeypatch.setattr(evaluation, "predict", lambda *_: pytest.fail("predicted again"))
-    assert evaluation.evaluate(METHOD, two[1:], params)[0].images == 4
+        evaluate.evaluate_parts(METHOD, [""], two[1:], params, shard=shard, num_shards=2)
+    monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("predicted again"))
+    assert evaluate.evaluate(METHOD, two[1:], params)[0].images == 4
 
 
 def test_a_shard_with_no_picture_counts_nothing(two, smoke):
@@ -97,7 +102,7 @@ def test_what_does_not_belong_together_is_refused(two, smoke):
     ):
         assert "of different evaluations" in refusal([a, changed, c])
     lost = dataclasses.replace(b, record=dataclasses.replace(b.record, images=b.record.images - 1))
-    assert "the shards hold 6 pictures, and the evaluation 7" in refusal([a, lost, c])
+    assert "the shards hold 6 images, and the evaluation 7" in refusal([a, lost, c])
 
 
 def test_versions_that_differ_are_noted(two, smoke):
@@ -112,7 +117,7 @@ def test_a_file_that_is_no_shard_is_refused(tmp_path):
 
     with pytest.raises(DataError, match="no shard there; run: fmbseg evaluate --shard 0"):
         shards.read_folders([tmp_path])
-    storage.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     with pytest.raises(DataError, match="not a shard of an evaluation"):
         shards.read_folders([tmp_path])
 
@@ -120,13 +125,13 @@ def test_a_file_that_is_no_shard_is_refused(tmp_path):
 @pytest.mark.parametrize("shard, count", [(2, 2), (-1, 2), (0, 0)])
 def test_a_shard_that_is_none_is_refused(shard, count):
     with pytest.raises(ParameterError, match=f"shard = {shard}, num_shards = {count}: shards are numbered 0 to"):
-        jobs.shard([1, 2, 3], shard, count)
+        parallel.shard([1, 2, 3], shard, count)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_are_taken_one_by_one_and_not_kept(workers):
     taken = []
-    done = jobs.each(abs, [-3, 1, -2], "test", workers, take=lambda item, result: taken.append((item, result)))
+    done = parallel.each(abs, [-3, 1, -2], "test", workers, take=lambda item, result: taken.append((item, result)))
     assert sorted(taken) == [(-3, 3), (-2, 2), (1, 1)] and done.results == [] and done.failures == []
 
 

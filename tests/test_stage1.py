@@ -11,20 +11,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fmbseg import datasets, detect, features, images, products, pseudo_labels, stage1_masks, stage1_query, storage, vocabulary
-from fmbseg.backbones.clip import load_clip
-from fmbseg.backbones.sam import AutomaticMask, load_sam
-from fmbseg.datasets import Sample
-from fmbseg.detect import Detected
+from fmbseg import files
+from fmbseg.data import benchmarks, collections, images, label_spaces
+from fmbseg.data.images import IGNORED
+from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, ParameterError
-from fmbseg.features import ImageFeatures
-from fmbseg.images import IGNORED
+from fmbseg.models import texts as texts_of
+from fmbseg.models.clip import load_clip
+from fmbseg.models.sam import AutomaticMask, load_sam
+from fmbseg.models.texts import ClassTexts
 from fmbseg.params import CombineParams, DetectParams, LabelParams
-from fmbseg.pseudo_labels import LabelStore, PseudoLabel
-from fmbseg.stage1_masks import LabelledMask
-from fmbseg.stage1_query import QueryMask
-from fmbseg.vocabulary import ClassTexts
-from fmbseg.windows import Window
+from fmbseg.runs import cache
+from fmbseg.stage1 import detection, features, label_masks, pseudo_labels, query_sam
+from fmbseg.stage1.detection import Detected
+from fmbseg.stage1.features import ImageFeatures
+from fmbseg.stage1.label_masks import LabelledMask
+from fmbseg.stage1.pseudo_labels import LabelStore, PseudoLabel
+from fmbseg.stage1.query_sam import QueryMask
+from fmbseg.stage1.windows import Window
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def extracted(photograph, clip, label_params):
 
 @pytest.fixture(scope="module")
 def texts(clip):
-    return vocabulary.class_texts(clip, vocabulary.label_space("voc20"))
+    return texts_of.class_texts(clip, label_spaces.label_space("voc20"))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,7 @@ def test_long_thin_picture_holds_whole_crops(photograph, clip, label_params, tur
 
 
 def voting(votes):
-    """Features of a picture whose crops vote as listed."""
+    """Features of an image whose crops vote as listed."""
     return hand_made((8, 8), torch.ones(4, 2, 2), 3 * torch.eye(4)[votes] + 0.1)
 
 
@@ -146,78 +150,78 @@ def voting(votes):
 )
 def test_votes_and_thresholds_are_exact(values, found):
     crops = [1, 0, 0, 1, 0, 2]
-    everything = detect.detect(voting(crops), unit_texts(4), DetectParams(min_votes=0))
+    everything = detection.detect(voting(crops), unit_texts(4), DetectParams(min_votes=0))
     assert everything == [Detected(0, "a", 3), Detected(1, "b", 2), Detected(2, "c", 1)]
-    made = detect.detect(voting(crops), unit_texts(4), DetectParams(**({"min_votes": 0} | values)))
+    made = detection.detect(voting(crops), unit_texts(4), DetectParams(**({"min_votes": 0} | values)))
     assert "".join(d.name for d in made) == found.replace("d", "")
 
 
 def test_equal_votes_keep_the_order_of_the_vocabulary():
-    found = detect.detect(voting([3, 1, 1, 3, 0]), unit_texts(4), DetectParams(min_votes=0))
+    found = detection.detect(voting([3, 1, 1, 3, 0]), unit_texts(4), DetectParams(min_votes=0))
     assert [(d.name, d.votes) for d in found] == [("b", 2), ("d", 2), ("a", 1)]
 
 
 def test_the_best_word_of_a_class_votes():
-    assert detect.winners(voting([0, 1, 2, 3]), unit_texts(3, [0, 1, 1, 2])) == [0, 1, 1, 2]
+    assert detection.winners(voting([0, 1, 2, 3]), unit_texts(3, [0, 1, 1, 2])) == [0, 1, 1, 2]
 
 
 def test_a_word_that_hardly_varies_wins_votes_on_its_own_scale():
     two = ClassTexts(torch.eye(3)[:2], torch.arange(2), ("a", "b"))
     reference = torch.tensor([[0.7, 0.3, 0.8], [-0.5, 0.3, 0.8], [0.7, 0.1, 0.8], [-0.5, 0.1, 0.8]])
     similar = (reference / reference.norm(dim=1, keepdim=True))[:, :2]
-    scale = detect.Scale.of(reference, two)
+    scale = detection.Scale.of(reference, two)
     torch.testing.assert_close(scale.mean, similar.mean(dim=0))
     torch.testing.assert_close(scale.spread, similar.std(dim=0, correction=0))
     crops = hand_made((8, 8), torch.ones(3, 2, 2), torch.tensor([[0.35, 0.3, 0.8], [0.35, 0.15, 0.8]]))
-    assert detect.winners(crops, two) == [0, 0] and detect.winners(crops, two, scale) == [1, 0]
-    assert detect.detect(crops, two, DetectParams(min_votes=0), scale) == [Detected(0, "a", 1), Detected(1, "b", 1)]
+    assert detection.winners(crops, two) == [0, 0] and detection.winners(crops, two, scale) == [1, 0]
+    assert detection.detect(crops, two, DetectParams(min_votes=0), scale) == [Detected(0, "a", 1), Detected(1, "b", 1)]
     constant = hand_made((8, 8), torch.ones(3, 2, 2), torch.tensor([[0.1, 0.2, 0.8]]))
-    assert detect.winners(constant, two, detect.Scale.of(constant.tokens, two)) == [0]  # no spread at all: no error
+    assert detection.winners(constant, two, detection.Scale.of(constant.tokens, two)) == [0]  # no spread at all: no error
 
 
 def test_votes_are_on_the_scale_of_the_collection(label_params, tmp_path):
-    """Real photographs: whichever of them are labelled, and by their bytes; one that cannot be read counts for nothing."""
-    folder = tmp_path / "photographs"
+    """Real images: whichever of them are labelled, and by their bytes; one that cannot be read counts for nothing."""
+    folder = tmp_path / "images"
     folder.mkdir()
-    pool = datasets.load_collection("embedded_coco")[:3]
+    pool = collections.load_collection("embedded_coco")[:3]
     for sample in pool:
         (folder / sample.image.name).write_bytes(sample.image.read_bytes())
-    params = label_params.model_copy(update={"photographs": str(folder), "reference_photographs": 2, "limit": 1})
-    space = vocabulary.vocabulary(params.vocabulary)
-    texts = products.texts_of(space, params)
+    params = label_params.model_copy(update={"collection": str(folder), "reference_images": 2, "limit": 1})
+    space = label_spaces.vocabulary(params.vocabulary)
+    texts = cache.texts_of(space, params)
     names = sorted(path.name for path in folder.iterdir())
 
     def tokens(*which):
-        return torch.cat([products.clip_features(folder / names[i], params).tokens for i in which])
+        return torch.cat([cache.clip_features(folder / names[i], params).tokens for i in which])
 
-    scale = products.vote_scale(texts, params)
+    scale = cache.vote_scale(texts, params)
     torch.testing.assert_close(scale.spread, (F.normalize(tokens(0, 1), dim=-1) @ texts.features.T).std(dim=0, correction=0))
-    found = [q.detected for q in products.queries(folder / names[2], space, params)]
-    assert found == detect.detect(products.clip_features(folder / names[2], params), texts, params, scale)
-    assert products.vote_scale(texts, label_params) is None and products.vote_content(label_params) == []
+    found = [q.detected for q in cache.queries(folder / names[2], space, params)]
+    assert found == detection.detect(cache.clip_features(folder / names[2], params), texts, params, scale)
+    assert cache.vote_scale(texts, label_params) is None and cache.vote_content(label_params) == []
 
     before = pseudo_labels.content(params)
-    few = params.model_copy(update={"reference_photographs": 4})
-    assert products.vote_scale(texts, few) is None and products.vote_content(few) == []
+    few = params.model_copy(update={"reference_images": 4})
+    assert cache.vote_scale(texts, few) is None and cache.vote_content(few) == []
     (folder / names[1]).write_bytes(b"damaged")
     assert pseudo_labels.content(params) == before  # one step, one scale ...
-    products.prepare_votes(params)  # ... and the next looks anew
+    cache.prepare_votes(params)  # ... and the next looks anew
     assert pseudo_labels.content(params) != before
-    torch.testing.assert_close(products.vote_scale(texts, params).mean, detect.Scale.of(tokens(0), texts).mean)
+    torch.testing.assert_close(cache.vote_scale(texts, params).mean, detection.Scale.of(tokens(0), texts).mean)
     (folder / names[0]).write_bytes(b"damaged")
-    with pytest.raises(DataError, match="reference_photographs: none of 2 can be read; give other photographs"):
-        products.prepare_votes(params)
+    with pytest.raises(DataError, match="reference_images: none of 2 can be read; give other images"):
+        cache.prepare_votes(params)
 
 
 def test_given_labels_do_not_vote(label_params, sample):
-    params = label_params.model_copy(update={"photographs": "no such folder", "reference_photographs": 2})
-    space = vocabulary.vocabulary(params.vocabulary)
-    (query,) = products.queries(sample.image, space, params, given=(3,))
+    params = label_params.model_copy(update={"collection": "no such folder", "reference_images": 2})
+    space = label_spaces.vocabulary(params.vocabulary)
+    (query,) = cache.queries(sample.image, space, params, given=(3,))
     assert query.detected == Detected(3, space.names[3], 0)
 
 
 def test_given_labels_replace_detection():
-    assert detect.given([2, 0], unit_texts(3)) == [Detected(2, "c", 0), Detected(0, "a", 0)]
+    assert detection.given([2, 0], unit_texts(3)) == [Detected(2, "c", 0), Detected(0, "a", 0)]
 
 
 # ---------------------------------------------------------------- Stage 1.1
@@ -226,22 +230,22 @@ def test_given_labels_replace_detection():
 def test_query_points_are_centres_as_x_y_best_first():
     similarity = torch.zeros(2, 5)
     similarity[1, 3], similarity[0, 4], similarity[1, 0] = 3, 2, 1
-    points = stage1_query.query_points(similarity, hand_made((20, 100), torch.zeros(1, 2, 5)), 3)
+    points = query_sam.query_points(similarity, hand_made((20, 100), torch.zeros(1, 2, 5)), 3)
     assert points.tolist() == [[70, 15], [90, 5], [10, 15]] and points.dtype == np.float32
-    assert len(stage1_query.query_points(similarity, hand_made((20, 100), torch.zeros(1, 2, 5)), 50)) == 10
+    assert len(query_sam.query_points(similarity, hand_made((20, 100), torch.zeros(1, 2, 5)), 50)) == 10
 
 
 def test_class_similarity_is_the_cosine_at_each_position():
     maps = torch.zeros(3, 2, 4)
     maps[0], maps[1, 1, 2] = 2, 2
-    made = stage1_query.class_similarity(hand_made((4, 8), maps), unit_texts(3))
+    made = query_sam.class_similarity(hand_made((4, 8), maps), unit_texts(3))
     assert made.shape == (3, 2, 4)
     assert made[:, 0, 0].tolist() == [1, 0, 0] and made[:, 1, 2].tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0])
 
 
 def test_query_masks_choose_the_most_confident(photograph, extracted, texts, sam, label_params):
-    wanted = detect.given(list(range(0, 20, 3)), texts)
-    found = stage1_query.query_masks(photograph, extracted, wanted, texts, sam, label_params)
+    wanted = detection.given(list(range(0, 20, 3)), texts)
+    found = query_sam.query_masks(photograph, extracted, wanted, texts, sam, label_params)
     assert [q.detected for q in found] == wanted
     for query in found:
         masks, scores = sam.predict(query.points)
@@ -249,19 +253,19 @@ def test_query_masks_choose_the_most_confident(photograph, extracted, texts, sam
         np.testing.assert_array_equal(query.scores, scores)
         np.testing.assert_array_equal(query.chosen, masks[list(scores).index(max(scores))])
     assert len({int(q.scores.argmax()) for q in found}) > 1
-    similarity = stage1_query.class_similarity(extracted, texts)[wanted[1].index]
-    np.testing.assert_array_equal(found[1].points, stage1_query.query_points(similarity, extracted, 5))
+    similarity = query_sam.class_similarity(extracted, texts)[wanted[1].index]
+    np.testing.assert_array_equal(found[1].points, query_sam.query_points(similarity, extracted, 5))
 
 
 def test_separate_points_join_their_masks(photograph, extracted, texts, sam, label_params):
     params = label_params.model_copy(update={"separate_points": True, "points": 3})
-    (found,) = stage1_query.query_masks(photograph, extracted, detect.given([6], texts), texts, sam, params)
+    (found,) = query_sam.query_masks(photograph, extracted, detection.given([6], texts), texts, sam, params)
     union = np.zeros(photograph.shape[:2], dtype=bool)
     for point in found.points:
         masks, scores = sam.predict(point[None])
         union |= masks[scores.argmax()]
     np.testing.assert_array_equal(found.chosen, union)
-    assert stage1_query.query_masks(photograph, extracted, [], texts, sam, params) == []
+    assert query_sam.query_masks(photograph, extracted, [], texts, sam, params) == []
 
 
 # ---------------------------------------------------------------- Stage 1.2
@@ -270,25 +274,25 @@ def test_separate_points_join_their_masks(photograph, extracted, texts, sam, lab
 def test_automatic_masks_drop_the_small_ones(photograph, sam, label_params):
     size = photograph.shape[0] * photograph.shape[1]
     loose = label_params.model_copy(update={"min_area": 0.0, "predicted_iou": 0.5, "stability": 0.5})
-    everything = stage1_masks.automatic_masks(photograph, sam, loose)
+    everything = label_masks.automatic_masks(photograph, sam, loose)
     areas = sorted(int(m.mask.sum()) for m in everything)
     assert len(areas) > 2 and everything[0].mask.shape == photograph.shape[:2]
     limit = areas[len(areas) // 2]
-    kept = stage1_masks.automatic_masks(photograph, sam, loose.model_copy(update={"min_area": limit / size}))
+    kept = label_masks.automatic_masks(photograph, sam, loose.model_copy(update={"min_area": limit / size}))
     assert sorted(m.area for m in kept) == [a for a in areas if a >= limit] != areas
     assert min(m.predicted_iou for m in everything) >= 0.5
 
 
 def test_mean_feature_of_one_cell_is_its_feature():
     maps = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
-    made = stage1_masks.mean_features([block((8, 12), 4, 8, 4, 4), block((8, 12), 0, 4, 4, 4)], hand_made((8, 12), maps))
+    made = label_masks.mean_features([block((8, 12), 4, 8, 4, 4), block((8, 12), 0, 4, 4, 4)], hand_made((8, 12), maps))
     torch.testing.assert_close(made, F.normalize(torch.stack([maps[:, 1, 2], maps[:, 0, 1]]), dim=1))
 
 
 def test_mean_feature_weighs_a_position_by_its_share():
     maps = torch.zeros(2, 1, 2)
     maps[0, 0, 0], maps[1, 0, 1] = 1, 1
-    made = stage1_masks.mean_features([block((4, 8), 0, 0, 4, 6)], hand_made((4, 8), maps))  # all of the left, half of the right
+    made = label_masks.mean_features([block((4, 8), 0, 0, 4, 6)], hand_made((4, 8), maps))  # all of the left, half of the right
     torch.testing.assert_close(made, F.normalize(torch.tensor([[1.0, 0.5]]), dim=1))
 
 
@@ -297,12 +301,12 @@ def test_masks_take_the_nearest_detected_class():
     maps[:, 0, 0], maps[:, 0, 1] = torch.tensor([4.0, 1, 2]), torch.tensor([0.0, 5, 1])
     masks = [block((2, 4), 0, 0, 2, 2), block((2, 4), 0, 2, 2, 2)]
     found = [Detected(1, "b", 3), Detected(2, "c", 1)]
-    left, right = stage1_masks.label_masks(masks, hand_made((2, 4), maps), found, unit_texts(3))
+    left, right = label_masks.label_masks(masks, hand_made((2, 4), maps), found, unit_texts(3))
     assert (left.detected.name, left.nearest) == ("c", False) and left.similarity == pytest.approx(2 / 21**0.5)
     assert (right.detected.name, right.nearest) == ("b", True) and right.similarity == pytest.approx(5 / 26**0.5)
     np.testing.assert_array_equal(right.mask, masks[1])
-    assert stage1_masks.label_masks([], hand_made((2, 4), maps), found, unit_texts(3)) == []
-    assert stage1_masks.label_masks(masks, hand_made((2, 4), maps), [], unit_texts(3)) == []
+    assert label_masks.label_masks([], hand_made((2, 4), maps), found, unit_texts(3)) == []
+    assert label_masks.label_masks(masks, hand_made((2, 4), maps), [], unit_texts(3)) == []
 
 
 # ---------------------------------------------------------------- combination
@@ -391,13 +395,13 @@ def test_patch_label_ties_and_the_least_share():
 
 @pytest.fixture
 def picture(tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(np.full((9, 12, 3), 90, np.uint8)).save(path)
     return Sample("one__picture", path)
 
 
 def test_store_writes_a_palette_png_and_its_record(tmp_path, picture, smoke):
-    space = vocabulary.own_words(["cat", "dog"])
+    space = label_spaces.own_words(["cat", "dog"])
     store = LabelStore(tmp_path / "labels", space, smoke(LabelParams))
     labels = np.full((9, 12), IGNORED, np.uint8)
     labels[:3], labels[3:6, :4] = 0, 1
@@ -411,26 +415,26 @@ def test_store_writes_a_palette_png_and_its_record(tmp_path, picture, smoke):
     assert png.mode == "P" and set(np.unique(np.array(png))) == {0, 1, 255}
     colours = np.array(png.convert("RGB"))
     assert colours[0, 0].tolist() == space.palette[0].tolist() and colours[8, 11].tolist() == [255, 255, 255]
-    record = storage.read_json(tmp_path / "labels" / "one__picture.json")
+    record = files.read_json(tmp_path / "labels" / "one__picture.json")
     assert record["classes"] == ["cat", "dog"] and record["coverage"] == pytest.approx(48 / 108)
     Image.fromarray(np.full((9, 12, 3), 91, np.uint8)).save(picture.image)
     assert not store.has(picture)
 
 
 def test_a_map_without_its_record_is_not_taken(tmp_path, picture, smoke):
-    store = LabelStore(tmp_path / "labels", vocabulary.own_words(["cat"]), smoke(LabelParams))
+    store = LabelStore(tmp_path / "labels", label_spaces.own_words(["cat"]), smoke(LabelParams))
     store.write(picture, PseudoLabel(np.zeros((9, 12), np.uint8), [], [], []))
     (tmp_path / "labels" / "one__picture.json").unlink()
     assert not store.has(picture)
 
 
 def test_store_refuses_other_words_and_parameters(tmp_path, smoke):
-    space, folder = vocabulary.own_words(["cat", "dog"]), tmp_path / "labels"
+    space, folder = label_spaces.own_words(["cat", "dog"]), tmp_path / "labels"
     LabelStore(folder, space, smoke(LabelParams))
     LabelStore(folder, space, smoke(LabelParams, points_per_batch=7, limit=3))
     for words, values in ((["cat", "cow"], {}), (["cat"], {}), (["cat", "dog"], {"min_votes": 1}), (["cat", "dog"], {"overlap": "agree"})):
         with pytest.raises(DataError, match="made with other words or parameters; give another folder"):
-            LabelStore(folder, vocabulary.own_words(words), smoke(LabelParams, **values))
+            LabelStore(folder, label_spaces.own_words(words), smoke(LabelParams, **values))
     prompted = dataclasses.replace(space, prompts=(("cat", "kitten"), ("dog",)))
     with pytest.raises(DataError, match="other words"):
         LabelStore(folder, prompted, smoke(LabelParams))
@@ -438,11 +442,11 @@ def test_store_refuses_other_words_and_parameters(tmp_path, smoke):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder of the drawn pictures, and the samples in it."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """A folder of the drawn images, and the samples in it."""
+    folder = tmp_path_factory.mktemp("images")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMBSEG_HOME", str(folder / ".home"))
-        for sample in datasets.load_benchmark("drawn").samples[:5]:
+        for sample in benchmarks.load_benchmark("drawn").samples[:5]:
             (folder / sample.image.name).write_bytes(sample.image.read_bytes())
     return [Sample(path.stem, path) for path in sorted(folder.glob("*.png"))]
 
@@ -456,7 +460,7 @@ def uninterrupted(pictures, smoke, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMBSEG_HOME", str(folder / "home"))
-        space = vocabulary.label_space("voc20")
+        space = label_spaces.label_space("voc20")
         store, failures = pseudo_labels.label_collection(pictures, folder / "labels", space, smoke(LabelParams))
     assert not failures and all(store.has(s) for s in pictures)
     assert any(len(np.unique(store.read(s))) > 1 for s in pictures)
@@ -467,19 +471,19 @@ def test_a_broken_picture_stops_no_other(pictures, smoke, own_home, tmp_path, un
     broken = tmp_path / "broken.png"
     broken.write_bytes(pictures[0].image.read_bytes()[:100])
     mixed = [pictures[0], Sample("broken", broken), pictures[1]]
-    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", vocabulary.label_space("voc20"), smoke(LabelParams))
-    assert len(failures) == 1 and "broken.png: cannot be read as a picture" in failures[0].reason
+    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", label_spaces.label_space("voc20"), smoke(LabelParams))
+    assert len(failures) == 1 and "broken.png: cannot be read as an image" in failures[0].reason
     assert [store.has(s) for s in mixed] == [True, False, True]
     made = files(tmp_path / "labels")
     assert made["drawn_1.png"] == uninterrupted["drawn_1.png"] and [name for name in made if name.startswith("failed/")] == [
         "failed/broken.json"
     ]
-    assert storage.read_json(store.failed / "broken.json") == {"image": str(broken), "reason": failures[0].reason}
+    assert files.read_json(store.failed / "broken.json") == {"image": str(broken), "reason": failures[0].reason}
 
 
 def test_a_failure_is_forgotten_when_a_later_run_succeeds(pictures, smoke, own_home, tmp_path):
-    broken, space, params = tmp_path / "broken.png", vocabulary.label_space("voc20"), smoke(LabelParams)
-    broken.write_bytes(b"no picture")
+    broken, space, params = tmp_path / "broken.png", label_spaces.label_space("voc20"), smoke(LabelParams)
+    broken.write_bytes(b"no image")
     store, failures = pseudo_labels.label_collection([Sample("broken", broken)], tmp_path / "labels", space, params)
     assert len(failures) == 1 and (store.failed / "broken.json").is_file()
     broken.write_bytes(pictures[0].image.read_bytes())
@@ -492,13 +496,15 @@ def test_memory_that_ran_out_is_one_pictures_failure(pictures, smoke, own_home, 
         raise torch.OutOfMemoryError("out of\nmemory")
 
     monkeypatch.setattr(pseudo_labels, "label_picture", exhausted)
-    store, failures = pseudo_labels.label_collection(pictures[:2], tmp_path / "labels", vocabulary.label_space("voc20"), smoke(LabelParams))
+    store, failures = pseudo_labels.label_collection(
+        pictures[:2], tmp_path / "labels", label_spaces.label_space("voc20"), smoke(LabelParams)
+    )
     assert [f.reason for f in failures] == ["out of memory"] * 2 and len(list(store.failed.iterdir())) == 2
 
 
 def test_a_picture_that_is_gone_stops_no_other(pictures, smoke, own_home, tmp_path):
     mixed = [Sample("gone", tmp_path / "gone.png"), pictures[0]]
-    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", vocabulary.label_space("voc20"), smoke(LabelParams))
+    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", label_spaces.label_space("voc20"), smoke(LabelParams))
     assert len(failures) == 1 and "gone.png" in failures[0].reason and store.has(pictures[0])
 
 
@@ -507,17 +513,19 @@ import os, signal, sys, json
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from fmbseg import pseudo_labels, storage, vocabulary
-from fmbseg.datasets import Sample
+from fmbseg import files
+from fmbseg.data import label_spaces
+from fmbseg.stage1 import pseudo_labels
+from fmbseg.data.samples import Sample
 from fmbseg.params import LabelParams, make
 folder, values, paths = sys.argv[1], json.loads(sys.argv[2]), [Path(p) for p in sys.argv[3:]]
-write = storage.write_json
+write = files.write_json
 def killing(path, value):
     if Path(path).name == "drawn_2.json":
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, value)
-storage.write_json = killing
-pseudo_labels.label_collection([Sample(p.stem, p) for p in paths], folder, vocabulary.label_space("voc20"), make(LabelParams, values))
+files.write_json = killing
+pseudo_labels.label_collection([Sample(p.stem, p) for p in paths], folder, label_spaces.label_space("voc20"), make(LabelParams, values))
 """
 
 
@@ -527,18 +535,18 @@ def test_a_killed_run_goes_on_to_the_same_files(pictures, smoke, own_home, tmp_p
     assert subprocess.run(command, capture_output=True, timeout=200).returncode == -signal.SIGKILL
     half = files(folder)
     assert "drawn_1.json" in half and "drawn_2.png" in half and "drawn_2.json" not in half and "drawn_3.png" not in half
-    store, failures = pseudo_labels.label_collection(pictures, folder, vocabulary.label_space("voc20"), params)
+    store, failures = pseudo_labels.label_collection(pictures, folder, label_spaces.label_space("voc20"), params)
     assert not failures and files(folder) == uninterrupted
 
 
 def test_two_workers_make_the_same_files(pictures, smoke, own_home, tmp_path, uninterrupted):
-    space = vocabulary.label_space("voc20")
+    space = label_spaces.label_space("voc20")
     _, failures = pseudo_labels.label_collection(pictures, tmp_path / "labels", space, smoke(LabelParams), workers=2)
     assert not failures and files(tmp_path / "labels") == uninterrupted
 
 
 def test_what_is_labelled_is_not_labelled_again(pictures, smoke, own_home, tmp_path, monkeypatch):
-    space, params = vocabulary.label_space("voc20"), smoke(LabelParams)
+    space, params = label_spaces.label_space("voc20"), smoke(LabelParams)
     pseudo_labels.label_collection(pictures[:1], tmp_path / "labels", space, params)
     monkeypatch.setattr(pseudo_labels, "label_picture", lambda *_: pytest.fail("labelled again"))
     pseudo_labels.label_collection(pictures[:1], tmp_path / "labels", space, params)

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from fmbseg import storage
+from fmbseg import files
 from fmbseg.errors import DataError
-from fmbseg.storage import Store
+from fmbseg.files import Store
 
 
 def names(folder):
@@ -17,7 +17,7 @@ def names(folder):
 
 def test_atomic_path_writes_whole_files(tmp_path):
     path = tmp_path / "a" / "b" / "x.json"
-    with storage.atomic_path(path) as part:
+    with files.atomic_path(path) as part:
         part.write_text("half")
         assert not path.exists() and part.parent == path.parent and part.suffix == ".part"
         part.write_text("whole")
@@ -27,7 +27,7 @@ def test_atomic_path_writes_whole_files(tmp_path):
 def test_error_while_writing_leaves_what_was_there(tmp_path):
     path = tmp_path / "x.json"
     for before in ([], ["x.json"]):
-        with pytest.raises(RuntimeError, match="midway"), storage.atomic_path(path) as part:
+        with pytest.raises(RuntimeError, match="midway"), files.atomic_path(path) as part:
             part.write_text("half")
             raise RuntimeError("midway")
         assert names(tmp_path) == before
@@ -37,18 +37,18 @@ def test_error_while_writing_leaves_what_was_there(tmp_path):
 
 def test_written_files_have_the_usual_permissions(tmp_path):
     (tmp_path / "plain").touch()
-    written = storage.write_json(tmp_path / "x.json", {})
+    written = files.write_json(tmp_path / "x.json", {})
     assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 KILLED = """
 import os, sys, torch
-from fmbseg import storage
+from fmbseg import files
 write, path = sys.argv[1:]
 if write == "tensors":
-    storage.save_file = lambda tensors, part, metadata: (open(part, "wb").write(b"half"), os._exit(9))
-    storage.write_tensors(path, {"a": torch.ones(3)})
-with storage.atomic_path(path) as part:
+    files.save_file = lambda tensors, part, metadata: (open(part, "wb").write(b"half"), os._exit(9))
+    files.write_tensors(path, {"a": torch.ones(3)})
+with files.atomic_path(path) as part:
     part.write_text("half")
     os._exit(9)
 """
@@ -59,8 +59,8 @@ def test_killed_run_leaves_no_half_file(tmp_path, write):
     path = tmp_path / "x.safetensors"
     assert subprocess.run([sys.executable, "-c", KILLED, write, str(path)], timeout=120).returncode == 9
     assert not path.exists()
-    storage.write_tensors(path, {"a": torch.ones(3)})
-    assert storage.read_tensors(path)[0]["a"].tolist() == [1, 1, 1]
+    files.write_tensors(path, {"a": torch.ones(3)})
+    assert files.read_tensors(path)[0]["a"].tolist() == [1, 1, 1]
 
 
 def test_what_a_killed_run_leaves_is_not_taken_for_a_product(tmp_path):
@@ -70,8 +70,8 @@ def test_what_a_killed_run_leaves_is_not_taken_for_a_product(tmp_path):
 
 @pytest.fixture
 def image(tmp_path):
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(b"bytes of a picture")
+    path = tmp_path / "image.jpg"
+    path.write_bytes(b"bytes of an image")
     return path
 
 
@@ -80,12 +80,12 @@ def test_store_names_the_picture_and_makes_once(tmp_path, image):
 
     def make(path):
         made.append(path)
-        with storage.atomic_path(path) as part:
+        with files.atomic_path(path) as part:
             part.write_text("product")
 
     first, second = store.get(image, make), store.get(image, make)
     assert first == second == store.path(image) and made == [first]
-    assert first.name.startswith("picture-") and first.suffix == ".txt" and first.parent == tmp_path / "store"
+    assert first.name.startswith("image-") and first.suffix == ".txt" and first.parent == tmp_path / "store"
 
 
 def test_key_changes_with_content_and_picture(tmp_path, image):
@@ -95,10 +95,10 @@ def test_key_changes_with_content_and_picture(tmp_path, image):
     base = path("weights", {"crop": 224, "stride": 112})
     assert base == path("weights", {"stride": 112, "crop": 224})
     others = [path("weights", {"crop": 225, "stride": 112}), path("other", {"crop": 224, "stride": 112}), path("weights"), path()]
-    image.write_bytes(b"other bytes of a picture")
+    image.write_bytes(b"other bytes of an image")
     others.append(path("weights", {"crop": 224, "stride": 112}))
     assert len({base, *others}) == 6
-    image.write_bytes(b"bytes of a picture")
+    image.write_bytes(b"bytes of an image")
     os.utime(image, ns=(1, 1))
     assert path("weights", {"crop": 224, "stride": 112}) == base
 
@@ -113,7 +113,7 @@ def test_key_changes_with_bytes_of_the_same_length(tmp_path, image):
 def test_pictures_of_one_name_do_not_collide(tmp_path, image):
     other = tmp_path / "elsewhere" / image.name
     other.parent.mkdir()
-    other.write_bytes(b"another picture")
+    other.write_bytes(b"another image")
     store = Store(tmp_path, ".x")
     assert store.path(other) != store.path(image)
     other.write_bytes(image.read_bytes())
@@ -121,39 +121,39 @@ def test_pictures_of_one_name_do_not_collide(tmp_path, image):
 
 
 def test_digest_is_the_same_on_any_machine():
-    assert storage.digest("a", {"b": 1, "a": [2.5, None]}) == storage.digest("a", {"a": [2.5, None], "b": 1})
-    assert storage.digest("a", 1) == "2657442bb4a48d62"
-    assert len({storage.digest("a"), storage.digest("b"), storage.digest(["a"]), storage.digest("a", None)}) == 4
+    assert files.digest("a", {"b": 1, "a": [2.5, None]}) == files.digest("a", {"a": [2.5, None], "b": 1})
+    assert files.digest("a", 1) == "2657442bb4a48d62"
+    assert len({files.digest("a"), files.digest("b"), files.digest(["a"]), files.digest("a", None)}) == 4
 
 
 def test_tensors_come_back(tmp_path):
     tensors = {"map": torch.arange(6.0).reshape(2, 3).half().T, "parameter": torch.ones(2, requires_grad=True)}
-    path = storage.write_tensors(tmp_path / "x.safetensors", tensors, {"made": "here"})
-    back, metadata = storage.read_tensors(path)
+    path = files.write_tensors(tmp_path / "x.safetensors", tensors, {"made": "here"})
+    back, metadata = files.read_tensors(path)
     assert metadata == {"made": "here"} and back.keys() == tensors.keys()
     assert torch.equal(back["map"], tensors["map"]) and back["map"].dtype == torch.float16
-    assert storage.read_tensors(storage.write_tensors(tmp_path / "y.safetensors", tensors))[1] == {}
+    assert files.read_tensors(files.write_tensors(tmp_path / "y.safetensors", tensors))[1] == {}
 
 
 @pytest.mark.parametrize("size", [0, 4, 50, -1])
 def test_truncated_tensors_are_refused(tmp_path, size):
-    path = storage.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(100)})
+    path = files.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(100)})
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DataError, match="x.safetensors: damaged .*delete it"):
-        storage.read_tensors(path)
+        files.read_tensors(path)
 
 
 def test_missing_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="none.safetensors: no such file"):
-        storage.read_tensors(tmp_path / "none.safetensors")
+        files.read_tensors(tmp_path / "none.safetensors")
     with pytest.raises(DataError, match="none.json: no such file"):
-        storage.read_json(tmp_path / "none.json")
+        files.read_json(tmp_path / "none.json")
 
 
 def test_json_comes_back(tmp_path):
     value = {"b": [1, 2.5, None], "a": "Straße"}
-    path = storage.write_json(tmp_path / "x.json", value)
-    assert storage.read_json(path) == value and "Straße" in path.read_text(encoding="utf-8")
+    path = files.write_json(tmp_path / "x.json", value)
+    assert files.read_json(path) == value and "Straße" in path.read_text(encoding="utf-8")
     assert list(json.loads(path.read_text(encoding="utf-8"))) == ["b", "a"]
 
 
@@ -161,22 +161,22 @@ def test_json_comes_back(tmp_path):
 def test_damaged_json_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(DataError, match="x.json: not readable as JSON .*delete it"):
-        storage.read_json(tmp_path / "x.json")
+        files.read_json(tmp_path / "x.json")
 
 
 def test_project_root_is_the_nearest_above(tmp_path, monkeypatch):
     for folder in ("notebooks/deep", "params"):
         (tmp_path / "project" / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "project" / "notebooks" / "deep")
-    assert storage.project_root() == tmp_path / "project"
+    assert files.project_root() == tmp_path / "project"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="run this command inside a clone"):
-        storage.project_root()
+        files.project_root()
 
 
 def test_home_is_the_variable_or_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FMBSEG_HOME", str(tmp_path))
-    assert storage.home() == tmp_path
+    assert files.home() == tmp_path
     monkeypatch.setenv("FMBSEG_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    assert storage.home() == tmp_path / "me" / ".cache" / "fmbseg"
+    assert files.home() == tmp_path / "me" / ".cache" / "fmbseg"

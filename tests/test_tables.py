@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from fmbseg import records, tables
 from fmbseg.errors import DataError
-from fmbseg.records import Record
+from fmbseg.runs import records, tables
+from fmbseg.runs.records import Record
 
 
 def planted(kind, method, dataset, miou, images, seed=0, **more):
@@ -78,7 +78,7 @@ def test_a_difference_stands_only_where_the_whole_split_was_measured(load):
     assert made.loc["PV-21", ["reproduced", "difference"]].isna().all()
     assert made.loc["PV-21", "why empty"] == "only a subset was measured: 116 of 1449 images"
     assert made.loc["ADE", "why empty"] == "FMbSeg was not among the methods evaluated"
-    assert made.loc["CO-80", "why empty"].startswith("its data set is not under data_root; embedded photographs stand in")
+    assert made.loc["CO-80", "why empty"].startswith("its data set is not under data_root; embedded images stand in")
     assert made.loc["City", "why empty"] == "its data set is not under data_root"
     assert made.loc["PC-60", "reproduced"] == 33.0 and math.isnan(made.loc["PC-60", "difference"])
     assert made.loc["PC-60", "why empty"] == "not in the paper" and len(made) == 9
@@ -113,7 +113,7 @@ def test_table_2_cell_by_cell(load):
     assert (mlp["panoptic-133 embedded (n=20)"], mlp["seeds"]) == (3.0, 3) and math.isnan(mlp["reproduced CS-171"])
     assert mlp["why empty"] == "the data set is not under data_root"
     assert made.loc[("architecture", "transformer"), "why empty"] == "its notebook has not been run"
-    subset = made.loc[("loss", "tsupcon")]  # 18 pictures are not the split: never set against the paper's number
+    subset = made.loc[("loss", "tsupcon")]  # 18 images are not the split: never set against the paper's number
     assert math.isnan(subset["reproduced CS-171"]) and subset["CS-171 (n=18)"] == 90.0 and math.isnan(subset["difference"])
     assert math.isnan(made.loc[("loss", "colder"), "published CS-171"])
     assert made.loc[("loss", "supcon"), "published CS-171"] == 24.61

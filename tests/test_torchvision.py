@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from fmbseg import _torchvision
+from fmbseg.models import _torchvision
 
 
 def boxes_of(count, seed):

@@ -3,22 +3,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmbseg import alignment, datasets, evaluation, images, products, segment, storage, training, vocabulary
-from fmbseg.backbones.clip import load_clip
-from fmbseg.backbones.encoder import load_encoder
+from fmbseg import files
+from fmbseg.data import benchmarks, collections, images, label_spaces
+from fmbseg.data.images import IGNORED
 from fmbseg.errors import DataError, ParameterError
-from fmbseg.images import IGNORED
-from fmbseg.metrics import Confusion
+from fmbseg.models import texts as texts_of
+from fmbseg.models.clip import load_clip
+from fmbseg.models.encoders import load_encoder
 from fmbseg.params import AlignParams, EvaluateParams, LabelParams, ModuleParams, SegmentParams
-from fmbseg.pseudo_labels import LabelStore, PseudoLabel
-from fmbseg.segment import DenseClip, Segmenter, words_space
+from fmbseg.runs import cache, evaluate
+from fmbseg.stage1.pseudo_labels import LabelStore, PseudoLabel
+from fmbseg.stage2 import alignment, segmenter, training
+from fmbseg.stage2.metrics import Confusion
+from fmbseg.stage2.segmenter import DenseClip, Segmenter, words_space
 
 WORDS = "sky, grass, sun, house"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory):
-    """One FMBSEG_HOME for this file: encoder patches of the drawn pictures are made once."""
+    """One FMBSEG_HOME for this file: encoder patches of the drawn images are made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMBSEG_HOME", str(tmp_path_factory.mktemp("home")))
         yield
@@ -26,12 +30,12 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return datasets.load_benchmark("drawn")
+    return benchmarks.load_benchmark("drawn")
 
 
 @pytest.fixture(scope="module")
 def store(drawn, smoke, tmp_path_factory):
-    """The drawn pictures' truth as pseudo labels, their upper edge unlabelled."""
+    """The drawn images' truth as pseudo labels, their upper edge unlabelled."""
     made = LabelStore(tmp_path_factory.mktemp("labels"), drawn.space, smoke(LabelParams))
     for sample in drawn.samples:
         labels = sample.truth()
@@ -47,7 +51,7 @@ def clip(smoke):
 
 @pytest.fixture(scope="module")
 def texts(drawn, clip):
-    return vocabulary.class_texts(clip, drawn.space)
+    return texts_of.class_texts(clip, drawn.space)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_a_trained_module_segments_what_it_was_trained_on(drawn, module):
 
 def test_standardisation_is_that_of_the_patches(drawn, trained):
     result, params = trained
-    patches = torch.cat([products.encoder_patches(s.image, params).float().flatten(1) for s in drawn.samples], dim=1)
+    patches = torch.cat([cache.encoder_patches(s.image, params).float().flatten(1) for s in drawn.samples], dim=1)
     torch.testing.assert_close(result.alignment.mean, patches.mean(dim=1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(result.alignment.std, patches.std(dim=1).clamp(min=1e-3), atol=1e-4, rtol=1e-4)
 
@@ -132,7 +136,7 @@ def test_unlabelled_patches_do_not_enter_the_loss(loss, drawn, texts, smoke, tmp
         store.write(sample, PseudoLabel(labels, [], [], []))
     monkeypatch.setattr(training, "standardise", lambda *_: None)
     plain = saved(training.train(samples, store, texts, params), tmp_path / "a")
-    original = products.encoder_patches
+    original = cache.encoder_patches
 
     def changed(columns):
         def patches(*arguments):
@@ -142,9 +146,9 @@ def test_unlabelled_patches_do_not_enter_the_loss(loss, drawn, texts, smoke, tmp
 
         return patches
 
-    monkeypatch.setattr(products, "encoder_patches", changed(slice(0, 4)))  # the unlabelled half of 8 x 8
+    monkeypatch.setattr(cache, "encoder_patches", changed(slice(0, 4)))  # the unlabelled half of 8 x 8
     assert saved(training.train(samples, store, texts, params), tmp_path / "b") == plain
-    monkeypatch.setattr(products, "encoder_patches", changed(slice(4, 8)))
+    monkeypatch.setattr(cache, "encoder_patches", changed(slice(4, 8)))
     assert saved(training.train(samples, store, texts, params), tmp_path / "c") != plain
 
 
@@ -211,7 +215,7 @@ def test_background_words_are_class_0(segmenter, drawn):
 
 def test_description_counts_the_pixels(segmenter, drawn):
     result = segmenter.segment(images.read_image(drawn.samples[1].image), WORDS)
-    told = segment.describe(result)
+    told = segmenter.describe(result)
     assert (told["height"], told["width"]) == result.labels.shape
     assert {c["name"]: c["pixels"] for c in told["classes"]} == {
         result.space.names[k]: int((result.labels == k).sum()) for k in np.unique(result.labels)
@@ -221,8 +225,8 @@ def test_description_counts_the_pixels(segmenter, drawn):
 def test_label_map_is_interpolation_then_argmax():
     similarity = torch.randn(7, 6, 9, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(similarity[None], (37, 50), mode="bilinear", align_corners=False)[0].argmax(dim=0)
-    np.testing.assert_array_equal(segment.label_map(similarity, (37, 50)), expected.numpy())
-    assert (segment.label_map(torch.zeros(5, 3, 3), (9, 9)) == 0).all()
+    np.testing.assert_array_equal(segmenter.label_map(similarity, (37, 50)), expected.numpy())
+    assert (segmenter.label_map(torch.zeros(5, 3, 3), (9, 9)) == 0).all()
 
 
 def test_similarity_of_one_window_is_the_direct_one(drawn, module):
@@ -260,7 +264,7 @@ def test_dense_clip_is_the_normalised_map(clip, drawn):
 
 
 def test_a_file_that_is_no_module_is_refused(tmp_path):
-    storage.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    files.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
     with pytest.raises(DataError, match="not an alignment module"):
         Segmenter.load(tmp_path / "x.safetensors")
     with pytest.raises(DataError, match="no trained module there; run notebook 04 or: fmbseg train"):
@@ -278,13 +282,13 @@ def test_the_module_that_is_loaded_by_default_is_the_embedded_profiles(module, o
 # ---------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("method", evaluation.METHODS)
+@pytest.mark.parametrize("method", evaluate.METHODS)
 def test_evaluation_is_the_direct_computation_and_is_kept(method, drawn, module, smoke, monkeypatch):
     params = smoke(EvaluateParams, eval_limit=3)
-    (record,) = evaluation.evaluate(method, [drawn], params, str(module))
+    (record,) = evaluate.evaluate(method, [drawn], params, str(module))
     counts, confusion = Confusion(4), np.zeros((4, 5), dtype=int)
     for sample in (drawn.samples[0], drawn.samples[2], drawn.samples[4]):
-        (prediction,) = evaluation.predict(method, [(sample, drawn.space)], params, str(module), "cpu")
+        (prediction,) = evaluate.predict(method, [(sample, drawn.space)], params, str(module), "cpu")
         assert prediction.shape == sample.truth().shape and prediction.dtype == np.uint8
         counts.add(sample.truth(), prediction)
         for t, p in zip(sample.truth().ravel(), prediction.ravel()):
@@ -293,22 +297,22 @@ def test_evaluation_is_the_direct_computation_and_is_kept(method, drawn, module,
     assert record.miou == pytest.approx(counts.miou(), abs=1e-3) == pytest.approx(100 * np.mean(ious), abs=1e-3)
     assert record.iou["house"] == pytest.approx(100 * ious[3], abs=1e-3) and (record.images, record.failed) == (3, 0)
     assert record.notes == ["random weights: the number means nothing"] and record.dataset == "drawn"
-    monkeypatch.setattr(evaluation, "predict", lambda *_: pytest.fail("predicted again"))
-    (again,) = evaluation.evaluate(method, [drawn], params, str(module))
+    monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("predicted again"))
+    (again,) = evaluate.evaluate(method, [drawn], params, str(module))
     assert (again.miou, again.iou, again.images) == (record.miou, record.iou, 3)
 
 
 def test_shared_pictures_go_through_the_model_once(drawn, smoke, own_home, monkeypatch):
-    other = datasets.Dataset(
-        "other", vocabulary.own_words(["tree", "sea", "moon", "barn"], "other"), drawn.samples[:2], "the same pictures"
+    other = collections.Dataset(
+        "other", label_spaces.own_words(["tree", "sea", "moon", "barn"], "other"), drawn.samples[:2], "the same images"
     )
-    seen, predict = [], evaluation.predict
+    seen, predict = [], evaluate.predict
     monkeypatch.setattr(
-        evaluation,
+        evaluate,
         "predict",
         lambda method, columns, *rest: seen.append((columns[0][0].name, len(columns))) or predict(method, columns, *rest),
     )
-    records = evaluation.evaluate("dense_high_resolution", [drawn, other], smoke(EvaluateParams))
+    records = evaluate.evaluate("dense_high_resolution", [drawn, other], smoke(EvaluateParams))
     assert [(r.dataset, r.images) for r in records] == [("drawn", 6), ("other", 2)]
     assert sorted(seen) == [(f"drawn_{i}", 2 if i < 2 else 1) for i in range(6)]
     assert set(records[1].iou) == {"tree", "sea", "moon", "barn"}
@@ -316,35 +320,35 @@ def test_shared_pictures_go_through_the_model_once(drawn, smoke, own_home, monke
 
 def test_another_module_is_evaluated_anew(drawn, module, trained, smoke, tmp_path, monkeypatch):
     params = smoke(EvaluateParams, eval_limit=1)
-    evaluation.evaluate("fmbseg", [drawn], params, str(module))
+    evaluate.evaluate("fmbseg", [drawn], params, str(module))
     described = alignment.load(module)[1] | {"key": "another"}
     other = alignment.save(tmp_path / "other.safetensors", trained[0].alignment, described)
-    seen, predict = [], evaluation.predict
-    monkeypatch.setattr(evaluation, "predict", lambda *arguments: seen.append(1) or predict(*arguments))
-    evaluation.evaluate("fmbseg", [drawn], params, str(other))
+    seen, predict = [], evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda *arguments: seen.append(1) or predict(*arguments))
+    evaluate.evaluate("fmbseg", [drawn], params, str(other))
     assert seen == [1]
 
 
 def test_a_failing_picture_is_counted(drawn, smoke, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    broken = datasets.Sample("broken", tmp_path / "broken.png", drawn.samples[0].truth)
-    mixed = datasets.Dataset("drawn", drawn.space, (drawn.samples[0], broken), "")
-    (record,) = evaluation.evaluate("dense_high_resolution", [mixed], smoke(EvaluateParams))
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    broken = collections.Sample("broken", tmp_path / "broken.png", drawn.samples[0].truth)
+    mixed = collections.Dataset("drawn", drawn.space, (drawn.samples[0], broken), "")
+    (record,) = evaluate.evaluate("dense_high_resolution", [mixed], smoke(EvaluateParams))
     assert (record.images, record.failed) == (1, 1)
 
 
 def test_unknown_method_and_missing_module_are_refused(drawn, smoke, tmp_path):
     with pytest.raises(ParameterError, match="method 'magic': unknown; known are dense"):
-        evaluation.evaluate("magic", [drawn], smoke(EvaluateParams))
+        evaluate.evaluate("magic", [drawn], smoke(EvaluateParams))
     with pytest.raises(DataError, match="no trained module there; run notebook 04 or: fmbseg train"):
-        evaluation.evaluate("fmbseg", [drawn], smoke(EvaluateParams), str(tmp_path / "none.safetensors"))
+        evaluate.evaluate("fmbseg", [drawn], smoke(EvaluateParams), str(tmp_path / "none.safetensors"))
 
 
 def test_stage1_as_a_prediction_folds_the_background_words(drawn, smoke, monkeypatch):
     """Words 0 and 1 are background's: what they label, and what nothing labels, is class 0."""
     space = words_space("sun, house", "sky, grass")
     labels = np.array([[0, 1, 2, 3, 255]], dtype=np.uint8)
-    monkeypatch.setattr(evaluation.pseudo_labels, "label_picture", lambda *_: PseudoLabel(labels, [], [], []))
+    monkeypatch.setattr(evaluate.pseudo_labels, "label_picture", lambda *_: PseudoLabel(labels, [], [], []))
     params = smoke(EvaluateParams)
-    assert evaluation.predict("stage1", [(drawn.samples[0], space)], params, "", "cpu")[0].tolist() == [[0, 0, 1, 2, 0]]
-    assert evaluation.predict("stage1", [(drawn.samples[0], drawn.space)], params, "", "cpu")[0].tolist() == [[0, 1, 2, 3, 255]]
+    assert evaluate.predict("stage1", [(drawn.samples[0], space)], params, "", "cpu")[0].tolist() == [[0, 0, 1, 2, 0]]
+    assert evaluate.predict("stage1", [(drawn.samples[0], drawn.space)], params, "", "cpu")[0].tolist() == [[0, 1, 2, 3, 255]]

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from fmbseg import vocabulary
+from fmbseg.data import label_spaces
+from fmbseg.data.label_spaces import BACKGROUND_WORDS, label_space, own_words
 from fmbseg.errors import DataError, ParameterError
-from fmbseg.vocabulary import BACKGROUND_WORDS, ClassTexts, class_texts, label_space, own_words
+from fmbseg.models import texts as texts_of
+from fmbseg.models.texts import ClassTexts, class_texts
 
 SIZES = {
     "voc21": 21,
@@ -21,7 +23,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", vocabulary.SPACES)
+@pytest.mark.parametrize("name", label_spaces.SPACES)
 def test_label_spaces(name):
     space = label_space(name)
     assert space.name == name
@@ -32,14 +34,14 @@ def test_label_spaces(name):
 
 
 def test_own_colours_differ_and_are_the_same_for_every_run():
-    colours = vocabulary.palette(254)
+    colours = label_spaces.palette(254)
     assert len({tuple(colour) for colour in colours.tolist()}) == 254
-    np.testing.assert_array_equal(colours[:20], vocabulary.palette(20))
+    np.testing.assert_array_equal(colours[:20], label_spaces.palette(20))
     assert label_space("coco_object81").palette[0].tolist() == label_space("voc21").palette[0].tolist() == [0, 0, 0]
 
 
 def test_every_size_is_tested():
-    assert set(SIZES) == set(vocabulary.SPACES)
+    assert set(SIZES) == set(label_spaces.SPACES)
 
 
 def test_camvid_is_part_of_cityscapes():
@@ -124,13 +126,13 @@ def test_bad_words_are_refused(words, message):
 
 
 def test_vocabulary_is_a_space_without_its_background():
-    assert vocabulary.vocabulary("coco_stuff171") is label_space("coco_stuff171")
-    voc = vocabulary.vocabulary("voc21")
+    assert label_spaces.vocabulary("coco_stuff171") is label_space("coco_stuff171")
+    voc = label_spaces.vocabulary("voc21")
     assert voc.names == label_space("voc20").names and not voc.background
 
 
 def test_joined_vocabulary_keeps_every_word_once():
-    joined = vocabulary.vocabulary("voc21 + cityscapes19")
+    joined = label_spaces.vocabulary("voc21 + cityscapes19")
     words = [w for name in ("voc20", "cityscapes19") for (w,) in label_space(name).prompts]
     assert list(joined.names) == list(dict.fromkeys(words)) and len(joined) < len(words)
     assert "background" not in joined.names and "dining table" in joined.names
@@ -140,27 +142,27 @@ def test_joined_vocabulary_keeps_every_word_once():
 def test_vocabulary_from_a_text_file(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("zebra\n\n traffic  light \nsalt, pepper\n", encoding="utf-8")
-    assert vocabulary.vocabulary(str(path)).names == ("zebra", "traffic light", "salt, pepper")
+    assert label_spaces.vocabulary(str(path)).names == ("zebra", "traffic light", "salt, pepper")
     path.write_text("\n")
     with pytest.raises(ParameterError, match="words.txt: no word given"):
-        vocabulary.vocabulary(str(path))
+        label_spaces.vocabulary(str(path))
     with pytest.raises(DataError, match="none.txt: no such file"):
-        vocabulary.vocabulary(str(tmp_path / "none.txt"))
+        label_spaces.vocabulary(str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize("text", ["", "voc21+", "voc21+none"])
 def test_unknown_vocabulary_is_refused(text):
     with pytest.raises(ParameterError, match="label space '(none)?': unknown"):
-        vocabulary.vocabulary(text)
+        label_spaces.vocabulary(text)
 
 
 def test_templates():
-    assert vocabulary.templates("one") == ("a photo of a {}",)
-    assert vocabulary.templates("plain") == ("{}",)
-    seven, eighty = vocabulary.templates("seven"), vocabulary.templates("eighty")
+    assert texts_of.templates("one") == ("a photo of a {}",)
+    assert texts_of.templates("plain") == ("{}",)
+    seven, eighty = texts_of.templates("seven"), texts_of.templates("eighty")
     assert (len(seven), len(eighty)) == (7, 80) and all(form.count("{}") == 1 for form in seven + eighty)
     with pytest.raises(ParameterError, match="known are one, plain, seven, eighty"):
-        vocabulary.templates("ten")
+        texts_of.templates("ten")
 
 
 def test_most_similar_word_of_a_class_counts():
@@ -196,6 +198,6 @@ def test_class_texts_average_templates_and_keep_owners():
     words = ["sky", "sea", *(p for (p,) in space.prompts[1:])]
     assert texts.names == space.names and texts.owner.tolist() == [0, 0, *range(1, 21)]
     for word, feature in zip(words, texts.features):
-        mean = Letters().encode_text([form.replace("{}", word) for form in vocabulary.templates("seven")]).mean(0)
+        mean = Letters().encode_text([form.replace("{}", word) for form in texts_of.templates("seven")]).mean(0)
         torch.testing.assert_close(feature, mean / mean.norm())
     assert len(class_texts(Letters(), label_space("ade150"), "seven").features) == 150

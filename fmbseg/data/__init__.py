@@ -1,0 +1,1 @@
+"""Images, words, benchmarks and everything that is fetched."""

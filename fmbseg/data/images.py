@@ -1,0 +1,143 @@
+"""Images and masks: the one place where they are read, resized and normalised.
+
+NumPy arrays outside, (height, width, 3) RGB ``uint8``; torch tensors inside, (batch, channel, height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from fmbseg.errors import ImageError
+
+IGNORED = 255
+"""Index of pixels that count for nothing: ignored in ground truth, unlabelled in pseudo labels."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MIN_SIDE = 8
+MAX_ASPECT = 20
+
+
+def _open(path: str | Path) -> Image.Image:
+    path = Path(path)
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file; give the path of an image ({', '.join(SUFFIXES)})")
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: too many pixels to be read safely ({error}); scale it down first") from error
+    return picture
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image of any common mode as (height, width, 3) RGB ``uint8``, upright as its EXIF says.
+
+    Grayscale, palette, CMYK, transparent (over white) and 16-bit images are converted.
+    Raises ImageError when the file is missing or damaged, or a side is under 8 pixels.
+    """
+    picture = ImageOps.exif_transpose(_open(path))
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: scale, do not clip
+        values = np.asarray(picture, dtype=np.float64)
+        largest = values.max(initial=0)
+        top = 1.0 if picture.mode == "F" and largest <= 1 else 65535.0 if picture.mode.startswith("I;16") or largest > 255 else 255.0
+        picture = Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    image = np.array(picture.convert("RGB"))  # a copy of its own, writable
+    return check_image(image, str(path))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels of an image, upright as its EXIF says, from its header alone."""
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return picture.size if turned else picture.size[::-1]
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
+    """Return ``image`` if it is a usable (height, width, 3) ``uint8`` array, else raise ImageError."""
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        given = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ImageError(f"{name}: got {given}; give a (height, width, 3) RGB uint8 array, or read it with read_image")
+    height, width = image.shape[:2]
+    if min(height, width) < MIN_SIDE or max(height, width) > MAX_ASPECT * min(height, width):
+        raise ImageError(
+            f"{name}: {width} x {height} pixels; both sides must have at least {MIN_SIDE} pixels"
+            f" and the long one at most {MAX_ASPECT} times the short one"
+        )
+    return image
+
+
+def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read an index mask (8-bit grayscale or palette PNG) as (height, width) ``uint8``.
+
+    size: the (height, width) of its image; another size raises ImageError, for a mask is never resized.
+    """
+    picture = _open(path)
+    if picture.mode not in ("L", "P", "1"):
+        raise ImageError(f"{path}: a mask of mode {picture.mode}; masks are 8-bit index PNGs (grayscale or palette)")
+    mask = np.array(picture, dtype=np.uint8)
+    if size is not None and mask.shape != tuple(size):
+        raise ImageError(
+            f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels and its image {size[1]} x {size[0]}; both must be of one size"
+        )
+    return mask
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All images under a folder, sorted by path. Raises ImageError when there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: no such folder; give a folder of images ({', '.join(SUFFIXES)})")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+    if not found:
+        raise ImageError(f"{folder}: holds no image; accepted are {', '.join(SUFFIXES)}")
+    return found
+
+
+def target_size(height: int, width: int, short_side: int, long_limit: int, multiple: int = 1) -> tuple[int, int]:
+    """(height, width) after scaling the short side to ``short_side``, unless the long one would pass ``long_limit``.
+
+    Sides are rounded to a multiple of ``multiple`` and hold at least one.
+    """
+    scale = min(short_side / min(height, width), long_limit / max(height, width))
+    limit = max(long_limit // multiple, 1) * multiple
+    return tuple(min(max(multiple, round(side * scale / multiple) * multiple), limit) for side in (height, width))
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a (height, width, 3) ``uint8`` image to ``size`` = (height, width), bicubic and antialiased."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def resize_map(maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
+    """Interpolate (batch, channel, height, width) maps to ``size``, ``align_corners=False``. mode: "bilinear" or "bicubic"."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode=mode, align_corners=False)
+
+
+def resampling(size: int, length: int, mode: str = "bilinear") -> torch.Tensor:
+    """(size, length): what ``resize_map`` does along one axis, as a matrix, for it is linear and rows and columns are apart."""
+    return resize_map(torch.eye(length)[None, :, :, None], (size, 1), mode)[0, :, :, 0].T
+
+
+def normalise(images: np.ndarray | torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(batch, height, width, 3) ``uint8`` -> (batch, 3, height, width) ``float32``, scaled to [0, 1], less mean, by std."""
+    tensor = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
+    shape = (1, 3, 1, 1)
+    return (tensor - torch.tensor(mean, device=tensor.device).view(shape)) / torch.tensor(std, device=tensor.device).view(shape)

@@ -1,0 +1,170 @@
+"""Words: the classes of every benchmark, the prompt words and templates behind them, and their text features.
+
+A class may have several prompt words, of which the most similar counts; its name in the table stays the benchmark's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fmbseg.errors import DataError, ParameterError
+
+if TYPE_CHECKING:
+    pass
+
+BACKGROUND_WORDS = (
+    "sky",
+    "wall",
+    "tree",
+    "wood",
+    "grass",
+    "road",
+    "sea",
+    "river",
+    "mountain",
+    "sand",
+    "desk",
+    "bed",
+    "building",
+    "cloud",
+    "lamp",
+    "door",
+    "window",
+    "wardrobe",
+    "ceiling",
+    "shelf",
+    "curtain",
+    "stair",
+    "floor",
+    "hill",
+    "rail",
+    "fence",
+)
+"""Stuff words that count as class 0 of VOC-21 (Sec. 4.1: "different Stuff categories"; the words are ours)."""
+
+MAX_CLASSES = 254  # label maps are 8-bit and 255 is ignored
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """An ordered list of classes.
+
+    names: as the benchmark spells them; prompts: one tuple of prompt words a class;
+    palette: (K, 3) ``uint8`` colours; background: class 0 is "everything else".
+    """
+
+    name: str
+    names: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+    palette: np.ndarray
+    background: bool = False
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def without_background(self, name: str) -> LabelSpace:
+        return LabelSpace(name, self.names[1:], self.prompts[1:], self.palette[1:])
+
+    def with_background_words(self, words: Sequence[str]) -> LabelSpace:
+        """Class 0 prompted by these words instead of its own name; nothing changes where there is no background.
+
+        A word that is a class of its own (COCO-Object's "bed") is left out.
+        """
+        if not self.background:
+            return self
+        own = {word for prompts in self.prompts[1:] for word in prompts}
+        return LabelSpace(self.name, self.names, (tuple(w for w in words if w not in own), *self.prompts[1:]), self.palette, True)
+
+
+def palette(count: int) -> np.ndarray:
+    """(count, 3) ``uint8`` colours of well-spread hue, the same for every run; lightness and chroma alternate."""
+    import colorsys
+
+    golden = 0.61803398875
+    levels = ((0.95, 0.75), (0.75, 0.9), (0.6, 0.55), (0.9, 0.45))
+    colours = [colorsys.hsv_to_rgb((0.05 + i * golden) % 1, levels[i % 4][1], levels[i % 4][0]) for i in range(count)]
+    return (np.array(colours).reshape(-1, 3) * 255).astype(np.uint8)
+
+
+@functools.cache
+def assets() -> dict:
+    """Class lists, palettes and id maps of the benchmarks."""
+    return json.loads((resources.files("fmbseg") / "assets" / "label_spaces.json").read_text(encoding="utf-8"))
+
+
+_WITHOUT_BACKGROUND = {"voc20": "voc21", "context59": "context60", "coco_object80": "coco_object81"}
+SPACES = (
+    "voc21",
+    "voc20",
+    "context60",
+    "context59",
+    "coco_object81",
+    "coco_object80",
+    "coco_stuff171",
+    "coco_panoptic133",
+    "cityscapes19",
+    "ade150",
+    "camvid11",
+)
+
+
+@functools.cache
+def label_space(name: str) -> LabelSpace:
+    """A benchmark's classes by name. Raises ParameterError naming the known ones."""
+    if name in _WITHOUT_BACKGROUND:
+        return label_space(_WITHOUT_BACKGROUND[name]).without_background(name)
+    if name not in SPACES:
+        raise ParameterError(f"label space {name!r}: unknown; known are {', '.join(SPACES)}")
+    entry = assets()[name]
+    names = tuple(entry["classes"])
+    colours = np.array(entry["palette"], dtype=np.uint8) if entry["palette"] else palette(len(names))
+    background = names[0] == "background"
+    if background and not entry["palette"]:
+        colours[0] = 0
+    return LabelSpace(name, names, tuple(tuple(entry["prompts"].get(n, [n])) for n in names), colours, background)
+
+
+def own_words(words: Sequence[str], name: str = "words") -> LabelSpace:
+    """Any list of words as a label space. Raises ParameterError for an empty, repeated or over-long list."""
+    if isinstance(words, str):
+        words = words.split(",")
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise ParameterError(f"{name}: got {words!r}; give words as text, such as ['cat', 'sofa']")
+    cleaned = [" ".join(word.split()) for word in words]
+    cleaned = [word for word in cleaned if word]
+    if not cleaned:
+        raise ParameterError(f'{name}: no word given; give at least one, such as "cat, sofa"')
+    repeated = sorted({word for word in cleaned if cleaned.count(word) > 1})
+    if repeated:
+        raise ParameterError(f"{name}: given more than once: {', '.join(repeated)}; give every word once")
+    if len(cleaned) > MAX_CLASSES:
+        raise ParameterError(f"{name}: {len(cleaned)} words; label maps hold at most {MAX_CLASSES}")
+    return LabelSpace(name, tuple(cleaned), tuple((word,) for word in cleaned), palette(len(cleaned)))
+
+
+def vocabulary(text: str) -> LabelSpace:
+    """A training vocabulary: a label space's name, several joined by "+", or a text file with a word a line.
+
+    Joined spaces keep one class a prompt word; backgrounds are left out. Raises ParameterError or DataError.
+    """
+    if text.endswith(".txt"):
+        path = Path(text)
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; give a text file with a word a line")
+        try:
+            return own_words(path.read_text(encoding="utf-8").splitlines(), path.name)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    spaces = [label_space(part.strip()) for part in text.split("+")]
+    if len(spaces) == 1:
+        return spaces[0].without_background(text) if spaces[0].background else spaces[0]
+    words = dict.fromkeys(p[0] for s in spaces for p in s.prompts[int(s.background) :])
+    return own_words(list(words), text)

@@ -1,0 +1,139 @@
+"""Files on disk: where they lie, how they are written whole or not at all, and what their keys cover."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fmbseg.errors import DataError
+
+
+def home() -> Path:
+    """Folder of everything fetched or cached: ``$FMBSEG_HOME``, else ``~/.cache/fmbseg``."""
+    return Path(os.environ.get("FMBSEG_HOME") or Path.home() / ".cache" / "fmbseg").expanduser().absolute()
+
+
+def project_root() -> Path:
+    """The checkout that holds ``notebooks/`` and ``params/``: the working folder or the nearest one above it."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
+            return folder
+    raise DataError(
+        f"{Path.cwd()}: neither this folder nor one above it holds notebooks/ and params/; run this command inside a clone of the project"
+    )
+
+
+@contextmanager
+def atomic_path(path: str | Path):
+    """Yield a temporary path beside ``path`` and rename it into place at the end; on an error nothing is left.
+
+    A killed run therefore leaves only whole files.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); delete it and run its step again") from error
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write tensors as safetensors, atomically."""
+    with atomic_path(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=dict(metadata or {}))
+    return Path(path)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file: (tensors, metadata). Raises DataError when it is missing or damaged."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; run the step that writes it first")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {key: stream.get_tensor(key) for key in stream.keys()}, dict(stream.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and run the step that writes it again") from error
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(*parts: Any) -> str:
+    """A short key over anything JSON can hold: the same content gives the same key, on any machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Store:
+    """One file an item in one folder, named ``<stem>-<key>.<suffix>``.
+
+    The key covers everything that changes the content, so an old file can never be taken for a new one.
+    """
+
+    def __init__(self, folder: str | Path, suffix: str, *content: Any):
+        self.folder, self.suffix, self.content = Path(folder), suffix, content
+
+    def path(self, image: str | Path) -> Path:
+        """Where the product of this image file lies, whether it is there or not."""
+        return self.folder / f"{Path(image).stem}-{digest(image_sha256(image), *self.content)}{self.suffix}"
+
+    def get(self, image: str | Path, make: Callable[[Path], None]) -> Path:
+        """The image's file, made by ``make(path)`` when it is not there yet."""
+        path = self.path(image)
+        if not path.is_file():
+            make(path)
+        return path
+
+
+def image_sha256(path: str | Path) -> str:
+    """The hash of an image or another small file, read again only when the file has changed."""
+    path = Path(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or leave it out") from error
+    return _image_sha256(str(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _image_sha256(path: str, size: int, changed: int) -> str:
+    return file_sha256(path)

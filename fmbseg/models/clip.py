@@ -1,0 +1,246 @@
+"""Image-text models by name, all through open_clip: text features, class tokens and dense features (Sec. 3.1)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from fmbseg import files
+from fmbseg.data import fetch
+from fmbseg.data.images import normalise
+from fmbseg.errors import ParameterError
+from fmbseg.models.precision import Precision, autocast
+from fmbseg.models.precision import key as precision_key
+
+LIT = "lit-efficientnet-lite2-minilm"
+"""The embedded profile's stand-in for CLIP. Trained with image-level names: see its model card."""
+
+CLIP_NAMES = {LIT: "", "clip_vitl14": "ViT-L-14-quickgelu openai", "clip_vitb16": "ViT-B-16-quickgelu openai"}
+
+DensePath = Literal["value", "plain"]
+
+
+@dataclass(frozen=True)
+class CropFeatures:
+    """What an image-text model says about a batch of crops.
+
+    tokens: (B, D), the projected class token (towers without one: the pooled features);
+    maps: (B, D, h, w), dense features in the text's space. Neither is of unit norm.
+    """
+
+    tokens: torch.Tensor
+    maps: torch.Tensor
+
+
+def value_path(block: nn.Module, x: torch.Tensor, residual: bool) -> torch.Tensor:
+    """The last block without its queries and keys (Sec. 3.1, after Zhou et al. 2022).
+
+    block: an open_clip residual block or a timm block; x: (B, N, W), the block's input.
+    Returns (B, N, W): the value projection of every token by itself, through the attention's output projection.
+    residual: also add the block's input and run its MLP, as MaskCLIP's own code does; off by default (ours).
+    """
+    if hasattr(block, "ln_1"):  # open_clip
+        attention, norm1, norm2 = block.attn, block.ln_1, block.ln_2
+        scale1, scale2 = block.ls_1, block.ls_2
+        weight, bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
+    else:  # timm
+        attention, norm1, norm2 = block.attn, block.norm1, block.norm2
+        scale1, scale2 = block.ls1, block.ls2
+        weight, bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
+    width = x.shape[-1]
+    value = F.linear(norm1(x), weight[2 * width :], None if bias is None else bias[2 * width :])
+    value = out(value)
+    if not residual:
+        return value
+    x = x + scale1(value)
+    return x + scale2(block.mlp(norm2(x)))
+
+
+class ImageText:
+    """A frozen open_clip model: texts and crops into one space of D dimensions.
+
+    model: an open_clip CLIP or CustomTextCLIP; key: what its results depend on (name and hash of its weights).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, key: str, device: str = "cpu", precision: Precision = "fp32"):
+        self.model, self.tokenizer, self.device, self.precision = (
+            model.to(device).eval().requires_grad_(False),
+            tokenizer,
+            device,
+            precision,
+        )
+        self.key = precision_key(key, precision)
+        self.tower = model.visual
+        self.mean, self.std = open_clip.get_model_preprocess_cfg(model)["mean"], open_clip.get_model_preprocess_cfg(model)["std"]
+        self.image_size = int(self.tower.image_size[0])
+        self.blocks = self._blocks()
+
+    def _blocks(self) -> Sequence[nn.Module] | None:
+        """The tower's transformer blocks; None for a tower without attention."""
+        if isinstance(self.tower, VisionTransformer):
+            return self.tower.transformer.resblocks
+        trunk = getattr(self.tower, "trunk", None)
+        if hasattr(trunk, "blocks") and hasattr(trunk.blocks[-1], "attn"):
+            if getattr(trunk, "attn_pool", None) is not None:
+                raise ParameterError(f"{self.key}: towers with attention pooling have no value path here; choose one with a class token")
+            return trunk.blocks
+        if hasattr(trunk, "forward_features"):
+            return None
+        raise ParameterError(
+            f"{self.key}: a tower of type {type(self.tower).__name__} gives no dense features; choose a ViT or a timm tower"
+        )
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(N, D) unit-norm text features of N prompts."""
+        tokens = self.tokenizer(list(prompts)).to(self.device)
+        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_crops(self, crops: torch.Tensor, path: DensePath = "value", residual: bool = False) -> CropFeatures:
+        """Class token and dense features of (B, height, width, 3) ``uint8`` crops, in one pass through the tower.
+
+        path: "value" (the paper's) or "plain" (the projected patch tokens it calls sub-optimal). A tower without
+        attention has one path only: its last feature map through the projection.
+        """
+        x = normalise(crops.to(self.device), self.mean, self.std)
+        with autocast(self.device, self.precision):
+            found = self._encode(x, path, residual)
+        return CropFeatures(found.tokens.float(), found.maps.float())
+
+    def _encode(self, x: torch.Tensor, path: DensePath, residual: bool) -> CropFeatures:
+        if self.blocks is None:
+            features = self.tower.trunk.forward_features(x)
+            return CropFeatures(self.tower.head(features.mean(dim=(2, 3))), self._project_map(features))
+        caught: list[torch.Tensor] = []
+        block = self.blocks[-1]
+        hooks = [
+            block.register_forward_pre_hook(lambda _, args: caught.append(args[0])),
+            block.register_forward_hook(lambda _, args, out: caught.append(out)),
+        ]
+        try:
+            tokens = self.model.encode_image(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        dense = value_path(block, caught[0], residual) if path == "value" else caught[1]
+        return CropFeatures(tokens, self._project_tokens(dense, x.shape[-2:]))
+
+    def _project_map(self, features: torch.Tensor) -> torch.Tensor:
+        return self.tower.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _project_tokens(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(B, N, W) tokens of the last block -> (B, D, h, w): final norm, visual projection, prefix tokens left off."""
+        if isinstance(self.tower, VisionTransformer):
+            projected = self.tower.ln_post(tokens)[:, 1:] @ self.tower.proj
+        else:
+            trunk = self.tower.trunk
+            projected = self.tower.head(trunk.fc_norm(trunk.norm(tokens))[:, trunk.num_prefix_tokens :])
+        height, width = size[0] // self.stride, size[1] // self.stride
+        return projected.transpose(1, 2).reshape(len(tokens), -1, height, width)
+
+    @functools.cached_property
+    def stride(self) -> int:
+        """Pixels of the tower's input for one position of its dense features."""
+        if isinstance(self.tower, VisionTransformer):
+            return self.tower.patch_size[0]
+        return self.tower.trunk.feature_info[-1]["reduction"]
+
+
+def _lit_config(folder: Path) -> dict:
+    """The stand-in as an open_clip model configuration; ``folder`` holds MiniLM's configuration and tokenizer."""
+    return {
+        "embed_dim": 384,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": "tf_efficientnet_lite2",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "timm_proj_bias": True,
+            "image_size": 260,
+        },
+        "text_cfg": {
+            "hf_model_name": str(folder),
+            "hf_tokenizer_name": str(folder),
+            "hf_model_pretrained": False,
+            "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": "linear",
+            "context_length": 64,
+        },
+    }
+
+
+LIT_PROJECTION = resources.files("fmbseg") / "assets" / f"{LIT}.safetensors"
+"""The stand-in's own trained tensors: the two projections. The towers come with ``fmbseg fetch``."""
+
+
+def weights_key(name: str) -> str:
+    """A model's name with a hash of its weights, without loading it. Raises WeightsError where they are not here."""
+    if name == LIT:
+        parts = files.image_sha256(str(LIT_PROJECTION)), fetch.key("all_minilm_l6_v2"), fetch.key("efficientnet_lite2")
+        return f"{LIT}-{files.digest(*parts)}"
+    return f"{name}@{fetch.key(name)}" if name in CLIP_NAMES else name
+
+
+def assemble_lit() -> Path:
+    """Put towers and projections together as one open_clip checkpoint in the cache; returns its path."""
+    projection = Path(str(LIT_PROJECTION))
+    text, image = fetch.require("all_minilm_l6_v2"), fetch.require("efficientnet_lite2")
+    target = files.home() / "weights" / f"{weights_key(LIT)}.safetensors"
+    if target.is_file():
+        return target
+    state = {
+        f"visual.trunk.{k}": v for k, v in files.read_tensors(image / "model.safetensors")[0].items() if not k.startswith("classifier")
+    }
+    state |= {
+        f"text.transformer.{k}": v for k, v in files.read_tensors(text / "model.safetensors")[0].items() if not k.startswith("pooler")
+    }
+    state.pop("text.transformer.embeddings.position_ids", None)
+    state |= files.read_tensors(projection)[0]
+    state["logit_scale"] = torch.tensor(100.0).log()
+    return files.write_tensors(target, state)
+
+
+def load_clip(name: str, device: str = "cpu", image_size: int | None = None, precision: Precision = "fp32") -> ImageText:
+    """An image-text model by name: ``clip_vitl14``, ``clip_vitb16`` or the embedded stand-in; kept for the next call.
+
+    Any "MODEL TAG" that open_clip knows works too (``"ViT-B-32 laion2b_s34b_b79k"``), and ``random:MODEL`` gives
+    open_clip's architecture with random weights (tests). image_size: side of the crops in pixels, where it is not
+    the model's own (a transformer's position embedding is interpolated).
+    Raises ParameterError for an unknown name, WeightsError where weights are not here.
+    """
+    random = name.startswith("random:")
+    if name == LIT:
+        folder = fetch.require("all_minilm_l6_v2")
+        configs = files.home() / "weights" / "open_clip"
+        files.write_json(configs / f"{LIT}.json", _lit_config(folder))
+        open_clip.add_model_config(configs)
+        architecture, pretrained = LIT, str(assemble_lit())
+    else:
+        architecture, _, pretrained = (CLIP_NAMES.get(name) or name.removeprefix("random:")).partition(" ")
+        if architecture not in open_clip.list_models() or bool(pretrained) == random:
+            raise ParameterError(
+                f'clip = {name!r}: no such model; known are {", ".join(CLIP_NAMES)}, or "MODEL TAG" as open_clip lists them'
+            )
+    key = weights_key(name)  # says so where they are not here
+    options = {} if image_size is None or name == LIT else {"force_image_size": image_size}
+    if name == LIT:  # EfficientNet-Lite's own normalisation: (pixel - 127) / 128
+        options["force_preprocess_cfg"] = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(
+            architecture, pretrained=None if random else pretrained, device=device, pretrained_text=False, **options
+        )
+    key = f"{key}@{image_size or model.visual.image_size}"
+    return ImageText(model, open_clip.get_tokenizer(architecture), key, device, precision)

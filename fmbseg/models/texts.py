@@ -1,0 +1,71 @@
+"""Text features of a list of classes: prompt words, templates, and the prototypes t_k of the loss (Sec. 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.errors import ParameterError
+from fmbseg.models.clip import ImageText
+
+
+def templates(name: str) -> tuple[str, ...]:
+    """Prompt templates with one {}: "one" is the paper's, "plain" the bare word, "seven" and "eighty" CLIP's lists."""
+    if name == "one":
+        return ("a photo of a {}",)
+    if name == "plain":
+        return ("{}",)
+    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    chosen = {"seven": SIMPLE_IMAGENET_TEMPLATES, "eighty": OPENAI_IMAGENET_TEMPLATES}.get(name)
+    if chosen is None:
+        raise ParameterError(f"templates = {name!r}: unknown; known are one, plain, seven, eighty")
+    return tuple(template("{}") for template in chosen)
+
+
+@dataclass(frozen=True)
+class ClassTexts:
+    """Text features of K classes with P prompt words in all.
+
+    features: (P, D) unit norm; owner: (P,) class of each word, in [0, K); names: K class names.
+    """
+
+    features: torch.Tensor
+    owner: torch.Tensor
+    names: tuple[str, ...]
+
+    def per_class(self, similarity: torch.Tensor) -> torch.Tensor:
+        """(..., P) similarities to words -> (..., K) to classes: the most similar of a class's words counts."""
+        if torch.equal(self.owner, torch.arange(len(self.names))):
+            return similarity
+        out = similarity.new_full((*similarity.shape[:-1], len(self.names)), -torch.inf)
+        return out.scatter_reduce(-1, self.owner.expand_as(similarity), similarity, "amax")
+
+    def prototypes(self) -> torch.Tensor:
+        """(K, D) unit-norm mean of each class's words: t_k of the loss."""
+        sums = self.features.new_zeros(len(self.names), self.features.shape[1]).index_add(0, self.owner, self.features)
+        return F.normalize(sums, dim=-1)
+
+    def closest(self) -> pd.DataFrame:
+        """Pairs of different classes by the cosine similarity of their prototypes, most similar first."""
+        t = self.prototypes()
+        rows, columns = torch.triu_indices(len(t), len(t), offset=1)
+        values = (t @ t.T)[rows, columns]
+        order = values.argsort(descending=True)[:100].tolist()
+        found = [(self.names[rows[i]], self.names[columns[i]], float(values[i])) for i in order]
+        return pd.DataFrame(found, columns=["class", "other class", "similarity"])
+
+
+def class_texts(clip: ImageText, space: LabelSpace, template_set: str = "one") -> ClassTexts:
+    """Text features of a label space: every word in every template, averaged over the templates, unit norm (CPU)."""
+    words = [word for prompts in space.prompts for word in prompts]
+    owner = [k for k, prompts in enumerate(space.prompts) for _ in prompts]
+    forms = templates(template_set)
+    prompts = [form.replace("{}", word) for word in words for form in forms]
+    encoded = torch.cat([clip.encode_text(prompts[i : i + 256]) for i in range(0, len(prompts), 256)]).cpu()
+    features = F.normalize(encoded.reshape(len(words), len(forms), -1).mean(dim=1), dim=-1)
+    return ClassTexts(features.clone(), torch.tensor(owner), space.names)

@@ -1,0 +1,1 @@
+"""The same steps over whole collections: disk, resume, processes, records and tables."""

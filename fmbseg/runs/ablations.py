@@ -1,0 +1,160 @@
+"""Comparisons by the same run: variants of one parameter with several seeds (Sec. 4.4), the stages, fine-tuning (appendix)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fmbseg.data.samples import Dataset, Sample
+from fmbseg.errors import ParameterError
+from fmbseg.params import EvaluateParams, RunParams
+from fmbseg.runs import evaluate, records, steps
+from fmbseg.schemas import CompareRun, FineTuneRun, StagesRun
+from fmbseg.stage1.pseudo_labels import LabelStore
+from fmbseg.stage2 import alignment
+from fmbseg.viz import figures
+
+MEASURES = ["miou", "precision", "coverage"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a comparison: the variant's name, its parameters (seed among them) and its module's file."""
+
+    variant: str
+    params: RunParams
+    path: Path
+
+
+def plan(params: CompareRun, kind: str, variants: Mapping[str, Mapping[str, Any]] | None = None) -> list[Run]:
+    """Every variant with every seed. kind: the comparison's name, "architecture", "loss" or "encoder"."""
+    runs = []
+    for name, settings in (params.variants if variants is None else variants).items():
+        for seed in params.seeds:
+            changed = params.model_copy(update={**settings, "seed": seed})
+            runs.append(Run(name, changed, steps.module_path(params, f"{kind}-{figures.file_name(name)}-{seed}")))
+    return runs
+
+
+def compare(runs: Sequence[Run], kind: str, samples: list[Sample], store: LabelStore, found: Sequence[Dataset]) -> pd.DataFrame:
+    """Train and evaluate every run on the same pseudo labels for the same number of steps: a row a run and benchmark.
+
+    Each row is written as a record; modules that are there already, trained with the same inputs, are not trained again.
+    """
+    folder = steps.results_folder(runs[0].params) / "records" / kind
+    for number, run in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {run.variant}, seed {run.params.seed}", flush=True)
+        steps.fit(samples, store, run.params, run.path)
+    params = runs[0].params
+    measured = evaluate.evaluate_modules("fmbseg", [str(r.path) for r in runs], found, params, params.device, params.workers)
+    for run, of_run in zip(runs, measured):
+        seconds = alignment.load(run.path)[1]["seconds"]
+        for record in of_run:
+            _write(record, folder, kind, run.variant, run.params, f"seed{run.params.seed}", seconds)
+    return records.load(folder)
+
+
+def _write(record: records.Record, folder: Path, kind: str, method: str, params: RunParams, suffix: str = "", seconds: float = 0.0) -> None:
+    """A record of an evaluation as one of a comparison, with the parameters and the training seconds of its own run."""
+    parameters = params.part(EvaluateParams) | {"seed": params.seed}
+    made = dataclasses.replace(record, kind=kind, method=method, parameters=parameters, seconds=seconds or record.seconds)
+    made.write(folder, "-".join(figures.file_name(part) for part in (method, record.dataset, suffix) if part))
+
+
+def curves(runs: Sequence[Run]) -> pd.DataFrame:
+    """The loss of every step of every run: variant, seed, step, loss."""
+    frames = []
+    for run in runs:
+        curve = alignment.load(run.path)[1]["curve"]
+        frames.append(pd.DataFrame({"variant": run.variant, "seed": run.params.seed, "step": curve["step"], "loss": curve["loss"]}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread (sample standard deviation over the seeds) of the mIoU: a row a variant and benchmark."""
+    grouped = frame.groupby(["dataset", "method"], sort=False)
+    made = grouped.agg(mean=("miou", "mean"), spread=("miou", "std"), seeds=("miou", "size"), images=("images", "max"))
+    return made.reset_index().rename(columns={"method": "variant"})
+
+
+def paired(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Every variant less the baseline, seed by seed: mean and spread of the difference, and how many seeds it is better with."""
+    wide = frame.pivot_table(index=["dataset", "param.seed"], columns="method", values="miou", sort=False)
+    rows = []
+    for variant in [name for name in wide.columns if name != baseline]:
+        for dataset, difference in (wide[variant] - wide[baseline]).groupby("dataset", sort=False):
+            better = f"{int((difference > 0).sum())} of {len(difference)}"
+            rows.append((dataset, variant, difference.mean(), difference.std(), better))
+    return pd.DataFrame(rows, columns=["dataset", "variant", f"difference to {baseline}", "spread", "seeds better"])
+
+
+def encoder_runs(params: CompareRun, encoders: Sequence[str]) -> list[Run]:
+    """One run an encoder, by its name, with the first seed."""
+    first = params.model_copy(update={"seeds": params.seeds[:1]})
+    return plan(first, "encoder", {name: {"encoder": name} for name in encoders})
+
+
+def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -> pd.DataFrame:
+    """Stage 1.1, 1.2 and both, without and with image-level labels given, and FMbSeg trained on each.
+
+    A row a method and benchmark, with mIoU, precision of the labelled pixels and coverage; records are written.
+    The images to train on have image-level labels where ``image_level_names`` gives them.
+    """
+    folder = steps.results_folder(params) / "records" / "stages"
+    for method in [f"{name}{given}" for given in ("", evaluate.GIVEN) for name in evaluate.STAGES]:
+        for record in evaluate.evaluate(method, found, params, device=params.device, workers=params.workers):
+            _write(record, folder, "stages", method, params)
+    plain = params.model_copy(update={"image_level_names": ""})
+    for given, base in (("", plain), (evaluate.GIVEN, params)):
+        if given and not params.image_level_names:
+            continue
+        for name, stage in evaluate.STAGES.items():
+            staged = base.model_copy(update={"stages": stage})
+            path = steps.module_path(params, f"stages-{name}{given}")
+            steps.fit(samples, steps.make_labels(samples, staged), staged, path)
+            for record in evaluate.evaluate("fmbseg", found, staged, str(path), params.device, params.workers):
+                _write(record, folder, "stages", f"fmbseg on {name}{given}", staged)
+    return records.load(folder)
+
+
+def stages_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The stage comparison side by side: index benchmark, pseudo labels and image-level labels; the measures of both uses.
+
+    A use that could not be made is empty: images without image-level names cannot train the variants given them.
+    """
+    made = frame[["dataset", "method", *MEASURES]].copy()
+    made["use"] = ["FMbSeg trained on them" if m.startswith("fmbseg on ") else "the pseudo labels" for m in made["method"]]
+    base = made["method"].str.removeprefix("fmbseg on ")
+    made["labels"] = base.str.removesuffix(evaluate.GIVEN).map({"stage1.1": "1.1", "stage1.2": "1.2", "stage1": "1.1 + 1.2"})
+    made["image-level labels"] = ["given" if m.endswith(evaluate.GIVEN) else "detected" for m in base]
+    wide = made.pivot(index=["dataset", "image-level labels", "labels"], columns="use", values=MEASURES)
+    uses = ["the pseudo labels", "FMbSeg trained on them"]
+    return wide.reorder_levels([1, 0], axis=1)[[(use, measure) for use in uses for measure in MEASURES]]
+
+
+def fine_tune(found: Sequence[Dataset], params: FineTuneRun) -> pd.DataFrame:
+    """The profile's module before and after training on with pseudo labels of the target's own images, no label given."""
+    if not (params.target_collection and params.target_vocabulary):
+        raise ParameterError("target_collection and target_vocabulary: not given; name unlabelled images of the target and its classes")
+    before, after = steps.module_path(params), steps.module_path(params, "fine_tuned")
+    changed = {
+        "collection": params.target_collection,
+        "vocabulary": params.target_vocabulary,
+        "limit": params.target_limit,
+        "epochs": params.fine_tune_epochs,
+        "learning_rate": params.fine_tune_rate,
+    }
+    tuned = params.model_copy(update=changed)
+    samples = steps.collection(tuned)
+    steps.fit(samples, steps.make_labels(samples, tuned), tuned, after, before)
+    folder = steps.results_folder(params) / "records" / "fine_tune"
+    measured = evaluate.evaluate_modules("fmbseg", [str(before), str(after)], found, params, params.device, params.workers)
+    for method, used, of_module in zip(("before", "after"), (params, tuned), measured):
+        for record in of_module:
+            _write(record, folder, "fine_tune", method, used)
+    return records.load(folder)

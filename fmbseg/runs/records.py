@@ -1,0 +1,215 @@
+"""Run records: JSON files that say what was run, on what, and what came out; and all of them as one frame."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from fmbseg import files
+from fmbseg.errors import DataError
+
+if TYPE_CHECKING:
+    from fmbseg.data.label_spaces import LabelSpace
+    from fmbseg.data.samples import Dataset
+    from fmbseg.params import EvaluateParams, Params
+    from fmbseg.schemas import TrainRun
+    from fmbseg.stage2.metrics import Confusion
+    from fmbseg.stage2.training import TrainResult
+
+STAND_IN = "stand-in trained with image-level names: not annotation-free"
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "segment-anything", "timm", "transformers", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run.
+
+    kind: "train", "evaluate", or a comparison: "architecture", "encoder", "loss", "stages", "fine_tune"; method: the
+    method or the variant; notes: what a reader of the number has to know.
+    """
+
+    kind: str
+    method: str
+    parameters: dict[str, Any]
+    dataset: str = ""
+    source: str = ""
+    images: int = 0
+    failed: int = 0
+    protocol: dict[str, Any] = field(default_factory=dict)
+    miou: float | None = None
+    precision: float | None = None
+    coverage: float | None = None
+    iou: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+    weights: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    revision: str = field(default_factory=lambda: revision())
+    hardware: str = field(default_factory=lambda: hardware())
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, folder: str | Path, name: str = "") -> Path:
+        """Write it as JSON under ``folder``, named after kind, method and data set; returns the path."""
+        return files.write_json(Path(folder) / f"{name or self.stem}.json", dataclasses.asdict(self))
+
+    @property
+    def stem(self) -> str:
+        """Its file's name, without the ending."""
+        return "-".join(part for part in (self.kind, self.method, self.dataset.replace("/", "_").replace(":", "_")) if part)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@functools.cache
+def revision() -> str:
+    """The git revision of the checkout, "+changes" where more than results/ is not as committed; "" outside one."""
+    try:
+        root = Path(__file__).resolve().parent.parent
+        run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
+        head = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]).stdout.strip()
+        return head + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@functools.cache
+def hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def used_weights(params: Params, module: str = "", sam: bool = True) -> dict[str, str]:
+    """Names and hashes of the weights that the parameters name. sam: whether SAM's are among those used."""
+    from fmbseg.models import clip
+    from fmbseg.models import sam as sam_module
+
+    found = {"clip": clip.weights_key(params.clip)}
+    if sam:
+        found["sam"] = sam_module.weights_key(params.sam)
+    if module:
+        found["module"] = files.file_sha256(module)
+    return found
+
+
+def notes_of(params: Params) -> list[str]:
+    from fmbseg.models.clip import LIT
+
+    if params.clip == LIT:
+        return [STAND_IN]
+    return ["random weights: the number means nothing"] if params.clip.startswith("random:") else []
+
+
+def of_training(params: TrainRun, result: TrainResult, module: Path, **about: Any) -> Record:
+    """The record of one training. about: other fields of the record."""
+    from fmbseg.stage2 import alignment, distributed
+
+    described = alignment.load(module)[1]
+    steps = result.steps
+    protocol = {"first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"], "steps": len(steps), "processes": distributed.size()}
+    values = {
+        "kind": "train",
+        "method": params.module,
+        "parameters": params.model_dump(),
+        "dataset": params.collection,
+        "source": f"{described['images']} unlabelled images",
+        "images": described["images"],
+        "seconds": round(result.seconds, 1),
+        "weights": used_weights(params, str(module)),
+        "notes": notes_of(params),
+        "protocol": protocol,
+    }
+    return Record(**values | about)
+
+
+def of_evaluation(
+    method: str,
+    dataset: Dataset,
+    space: LabelSpace,
+    confusion: Confusion,
+    images: int,
+    failed: int,
+    params: EvaluateParams,
+    module: str,
+    seconds: float,
+) -> Record:
+    """The record of one number of Table 1."""
+    from fmbseg.params import EvaluateParams, SegmentParams
+
+    protocol = params.part(SegmentParams) | {
+        "templates": params.templates,
+        "background": list(space.prompts[0]) if space.background else None,
+    }
+    record = Record(
+        "evaluate",
+        method,
+        params.part(EvaluateParams),
+        dataset.name,
+        dataset.source,
+        protocol=protocol,
+        weights=used_weights(params, module if method == "fmbseg" else "", sam=method.startswith("stage")),
+        notes=notes_of(params),
+    )
+    return counted(record, space.names, confusion, images, failed, seconds)
+
+
+def counted(record: Record, names: Sequence[str], confusion: Confusion, images: int, failed: int, seconds: float) -> Record:
+    """The record with the numbers of a confusion matrix over these classes; None where nothing was counted."""
+
+    def number(value: float) -> float | None:
+        return None if value != value else round(float(value), 3)
+
+    return dataclasses.replace(
+        record,
+        images=images,
+        failed=failed,
+        miou=number(confusion.miou()),
+        precision=number(confusion.precision()),
+        coverage=number(confusion.coverage()),
+        iou={name: number(100 * value) for name, value in zip(names, confusion.iou())},
+        seconds=round(seconds, 1),
+    )
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """All records under a folder as one tidy frame: a row a run; parameters as ``param.NAME``, IoU as ``iou.CLASS``.
+
+    Raises DataError when there is none.
+    """
+    files = sorted(file for file in Path(folder).rglob("*.json") if not file.name.startswith("."))
+    found = [(str(file), files.read_json(file)) for file in files]
+    rows = [_row(record, file) for file, record in found if isinstance(record, dict) and "kind" in record]
+    if not rows:
+        raise DataError(f"{folder}: holds no record; run notebooks 04 and 05, or: fmbseg reproduce embedded")
+    return pd.DataFrame(rows)
+
+
+def frame(made: Sequence[Record]) -> pd.DataFrame:
+    """Records as ``load`` gives them, without having been written."""
+    return pd.DataFrame([_row(dataclasses.asdict(record), "") for record in made])
+
+
+def _row(record: dict[str, Any], file: str) -> dict[str, Any]:
+    row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))} | {"file": file, "notes": "; ".join(record["notes"])}
+    row |= {f"param.{k}": v for k, v in record["parameters"].items()}
+    return row | {f"iou.{k}": v for k, v in record["iou"].items()}

@@ -1,0 +1,64 @@
+"""Run a profile's notebooks headlessly with papermill, one after the other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fmbseg import files, params, profiles
+from fmbseg.errors import DataError
+from fmbseg.runs import steps
+from fmbseg.schemas import NOTEBOOKS
+
+
+def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Path:
+    """Execute a profile's notebooks in order; executed copies go to ``results/<profile>/notebooks/``.
+
+    notebooks: names to run; none: all. overrides: parameters injected where a notebook has them; one that no notebook
+    has is refused. All parameters are checked before anything runs. Raises DataError with the notebook's own message.
+    """
+    names = list(notebooks) or list(NOTEBOOKS)
+    overrides = dict(overrides or {})
+    schemas = {name: profiles.schema_of(name) for name in names}
+    for key in overrides.keys() - {field for schema in schemas.values() for field in schema.model_fields}:
+        params.make(schemas[names[-1]], {key: overrides[key]}, "override")  # no notebook has it: says so
+    plans = {name: {k: v for k, v in overrides.items() if k in schema.model_fields} for name, schema in schemas.items()}
+    checked = [profiles.load(name, profile, plan) for name, plan in plans.items()]
+    folder = steps.results_folder(checked[-1])
+    for i, (name, injected) in enumerate(plans.items(), 1):
+        started = time.perf_counter()
+        print(f"[{i}/{len(plans)}] {name}", flush=True)
+        _execute(name, {"profile": profile, **injected}, folder / "notebooks" / f"{name}.ipynb")
+        print(f"[{i}/{len(plans)}] {name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return folder
+
+
+def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
+    import yaml
+
+    root = files.project_root()
+    out.parent.mkdir(parents=True, exist_ok=True)  # papermill does not make it
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(root / "notebooks" / f"{name}.ipynb"),
+        str(out),
+        "--cwd",
+        str(root / "notebooks"),
+        "--kernel",
+        "python3",
+        "--no-progress-bar",
+        "--log-output",
+        "--log-level",
+        "WARNING",
+        "-y",
+        yaml.safe_dump(dict(values)),
+    ]
+    run = subprocess.run(command, stderr=None, stdout=None)
+    if run.returncode != 0:
+        raise DataError(f"{name} stopped with an error, told above; its executed copy is {out}. What was computed is kept: run again")

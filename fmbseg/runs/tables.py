@@ -1,0 +1,189 @@
+"""Tables 1 and 2: the paper's numbers beside ours, and the reason where there is no number of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from fmbseg import files
+from fmbseg.data.benchmarks import LAYOUTS
+
+COLUMNS = {
+    "PV-21": "voc21",
+    "PV-20": "voc20",
+    "PC-59": "context59",
+    "PC-60": "context60",
+    "CO-80": "coco_object80",
+    "CO-81": "coco_object81",
+    "CS-171": "coco_stuff171",
+    "City": "cityscapes19",
+    "ADE": "ade150",
+}
+"""Columns of Table 1 and the benchmark behind each; the ones with background beside those without (see NOTES)."""
+
+METHOD_ROWS = {
+    "dense": "dense zero-shot (MaskCLIP style), window",
+    "dense_high_resolution": "dense zero-shot, overlapping crops",
+    "stage1.1": "Stage 1.1 alone",
+    "stage1.2": "Stage 1.2 alone",
+    "stage1": "Stage 1.1 + 1.2",
+    "stage1.1+labels": "Stage 1.1 given image-level labels",
+    "stage1.2+labels": "Stage 1.2 given image-level labels",
+    "stage1+labels": "Stage 1.1 + 1.2 given image-level labels",
+    "fmbseg": "FMbSeg",
+}
+
+NOTES = (
+    "CS-171 is 29.88 in the paper's Table 1 and 27.61 in its Table 2 for the same model; the ablation's setting is not stated.",
+    "Many published PC-59 baselines are other papers' Context-60 numbers and many CO-80 ones COCO-Object with background (81);"
+    " FMbSeg's own are without background. With and without are separate columns here and never to be compared.",
+    "ReCo's published CO-80 of 31.6 repeats TCL's cell; others report 15.7. TCL's row is with PAMR refinement; FMbSeg uses none.",
+    "Eq. 1 taken literally gives the text term a few per cent of the weight and no temperature; what was used is in each record.",
+)
+
+
+OFFICIAL = {benchmark: LAYOUTS[benchmark].images for benchmark in COLUMNS.values()}
+"""Images of each official validation split: a number on fewer is a subset's and is not set against the paper's."""
+
+
+def published(table: int) -> pd.DataFrame:
+    """The paper's Table 1 or 2, from results/published/."""
+    return pd.read_csv(files.project_root() / "results" / "published" / f"table{table}.csv")
+
+
+def reproduced(records: pd.DataFrame) -> pd.DataFrame:
+    """Our rows: one a method and column, with what it was measured on. records: as ``records.load`` gives them."""
+    runs = records[records.kind == "evaluate"]
+    frame = runs[["method", "dataset", "miou", "images", "source", "notes"]].copy()
+    frame["row"] = frame["method"].map(METHOD_ROWS).fillna(frame["method"])
+    order = {method: i for i, method in enumerate(METHOD_ROWS)}
+    return frame.sort_values(["dataset", "method"], key=lambda c: c.map(order) if c.name == "method" else c).reset_index(drop=True)
+
+
+def column_of(dataset: str, images: int) -> str:
+    """The heading of a benchmark's column: the paper's where the whole official split was measured, else with its n."""
+    names = {benchmark: column for column, benchmark in COLUMNS.items()}
+    if dataset in names and images == OFFICIAL[dataset]:
+        return names[dataset]
+    base = dataset.removeprefix("embedded_")
+    short = names.get(base, base.replace("coco_panoptic133", "panoptic-133"))
+    return f"{short}{' embedded' if dataset.startswith('embedded_') else ''} (n={int(images)})"
+
+
+def origin(notes: str) -> str:
+    """How a row of ours is marked: the notes of its record say what a reader has to know."""
+    return f"reproduced, {notes}" if notes else "reproduced"
+
+
+def table1(records: pd.DataFrame) -> pd.DataFrame:
+    """Table 1 as the paper lays it out: published rows, then ours; a column of a subset says its n.
+
+    A cell that was not made is empty; ``missing`` says why. ``differences`` sets ours against the paper's.
+    """
+    paper = published(1).assign(origin="published").set_index(["origin", "method"])
+    ours = reproduced(records)
+    ours["column"] = [column_of(dataset, images) for dataset, images in zip(ours["dataset"], ours["images"])]
+    ours["origin"] = ours["notes"].map(origin)
+    wide = ours.pivot_table(index=["origin", "row"], columns="column", values="miou", sort=False)
+    wide.index.names = ["origin", "method"]
+    made = pd.concat([paper, wide])
+    protocol = made.pop("protocol")  # after the paper's own columns
+    made.insert(len(paper.columns) - 1, "protocol", protocol)
+    return made
+
+
+def differences(records: pd.DataFrame) -> pd.DataFrame:
+    """Published, reproduced and difference of FMbSeg for every column of the paper; what is empty says why."""
+    paper = published(1).set_index("method").loc["FMbSeg (paper)"]
+    ours = records[(records.kind == "evaluate") & (records.method == "fmbseg")].drop_duplicates("dataset", keep="last").set_index("dataset")
+    rows = []
+    for column, benchmark in COLUMNS.items():
+        target = float(paper[column]) if column in paper.index else None
+        mine, reason = None, _reason(records, benchmark)
+        if benchmark in ours.index:
+            run = ours.loc[benchmark]
+            mine = run["miou"] if run["images"] == OFFICIAL[benchmark] else None
+            reason = "" if mine is not None else f"only a subset was measured: {int(run['images'])} of {OFFICIAL[benchmark]} images"
+        if target is None:
+            reason = "; ".join(part for part in ("not in the paper", reason) if part)
+        rows.append((column, target, mine, mine - target if mine is not None and target is not None else None, reason))
+    return pd.DataFrame(rows, columns=["column", "published", "reproduced", "difference", "why empty"]).set_index("column")
+
+
+def _reason(records: pd.DataFrame, benchmark: str) -> str:
+    """Why a benchmark has no number of FMbSeg's."""
+    if benchmark in set(records[records.kind == "evaluate"]["dataset"]):
+        return "FMbSeg was not among the methods evaluated"
+    embedded = f"embedded_{benchmark}" in set(records["dataset"])
+    return "its data set is not under data_root" + ("; embedded images stand in, in a column of their own" if embedded else "")
+
+
+def missing(records: pd.DataFrame) -> pd.DataFrame:
+    """Columns of Table 1 without a number of ours, each with the reason."""
+    here = set(records[records.kind == "evaluate"]["dataset"])
+    rows = [(column, _reason(records, benchmark)) for column, benchmark in COLUMNS.items() if benchmark not in here]
+    return pd.DataFrame(rows, columns=["column", "reason"])
+
+
+ABLATIONS = {"architecture": ("linear", "mlp", "transformer"), "loss": ("supcon", "prototype", "tsupcon")}
+
+
+def table2(records: pd.DataFrame) -> pd.DataFrame:
+    """Table 2: the ablations of architecture and loss, published beside ours.
+
+    For CS-171 published, reproduced (mean over the seeds), difference and why it is empty; then, for every benchmark
+    that was measured, mean and spread (sample standard deviation over the seeds). Variants of our own follow the paper's.
+    """
+    paper = published(2).set_index(["ablation", "variant"])["CS-171"]
+    runs = records[records.kind.isin(list(ABLATIONS))]
+    rows = {}
+    for kind, known in ABLATIONS.items():
+        mine = runs[runs.kind == kind]
+        for variant in dict.fromkeys([*known, *mine["method"]]):
+            of_variant = mine[mine["method"] == variant]
+            whole = of_variant[(of_variant["dataset"] == "coco_stuff171") & (of_variant["images"] == OFFICIAL["coco_stuff171"])]
+            target, made = paper.get((kind, variant)), whole["miou"].mean() if len(whole) else None
+            row = {"published CS-171": target, "reproduced CS-171": made}
+            row["difference"] = made - target if made is not None and target is not None else None
+            reason = "the data set is not under data_root" if len(of_variant) else "its notebook has not been run"
+            row["why empty"] = "" if made is not None else reason
+            for (dataset, images), group in of_variant.groupby(["dataset", "images"], sort=False):
+                column = column_of(dataset, images)
+                row |= {column: group["miou"].mean(), f"{column} spread": group["miou"].std(), "seeds": len(group)}
+                row["notes"] = origin(group["notes"].iloc[0])
+            rows[kind, variant] = row
+    made = pd.DataFrame.from_dict(rows, orient="index")
+    made.index = pd.MultiIndex.from_tuples(made.index, names=["ablation", "variant"])
+    return made
+
+
+def styled(frame: pd.DataFrame):
+    """A table for a notebook: two decimals, empty cells blank, rows and columns of ours set off."""
+    shown = frame.style.format(precision=2, na_rep="")
+    if "origin" not in frame.index.names:
+        return shown
+    ours = frame.index.get_level_values("origin") != "published"
+    return shown.apply(lambda column: ["font-weight: bold" if mine else "" for mine in ours], axis=0)
+
+
+def write(frame: pd.DataFrame, path: str | Path) -> Path:
+    """Write a table as CSV, atomically."""
+    with files.atomic_path(path) as part:
+        frame.to_csv(part, float_format="%.2f")
+    return Path(path)
+
+
+def write_markdown(parts: Mapping[str, pd.DataFrame], path: str | Path) -> Path:
+    """Write tables under their headings, and the notes on protocol, as one Markdown file."""
+    blocks = []
+    for heading, frame in parts.items():
+        flat = frame.reset_index() if frame.index.names != [None] else frame
+        text = flat.map(lambda v: "" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else str(v).replace("|", "/"))
+        rows = [" | ".join(map(str, row)) for row in [text.columns, ["---"] * len(text.columns), *text.to_numpy().tolist()]]
+        blocks.append("\n".join([f"## {heading}", "", *(f"| {row} |" for row in rows)]))
+    notes = "\n".join(f"- {note}" for note in NOTES)
+    with files.atomic_path(path) as part:
+        part.write_text("\n\n".join([*blocks, f"## Read beside the numbers\n\n{notes}"]) + "\n", encoding="utf-8")
+    return Path(path)

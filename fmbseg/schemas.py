@@ -1,0 +1,132 @@
+"""The schema of every notebook: the steps it depends on, and what only it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fmbseg.params import (
+    AlignParams,
+    CollectionParams,
+    Count,
+    DetectParams,
+    EvaluateParams,
+    FeatureParams,
+    Float,
+    LabelParams,
+    Names,
+    Params,
+    RunParams,
+    Seeds,
+    SegmentParams,
+    make,
+)
+
+
+class FeaturesRun(RunParams, CollectionParams, FeatureParams, DetectParams):
+    examples: Count = Field(3, description="images shown")
+
+
+class LabelRun(RunParams, LabelParams):
+    examples: Count = Field(3, description="images shown")
+
+
+class TrainRun(RunParams, LabelParams, AlignParams):
+    examples: Count = Field(3, description="images shown")
+
+
+class BenchmarkParams(Params):
+    """Which columns are measured."""
+
+    benchmarks: Names = Field(
+        ("voc20", "voc21", "context59", "coco_object80", "coco_stuff171", "cityscapes19", "ade150"), description="columns"
+    )
+
+
+class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
+    methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
+    shard: int = Field(0, ge=0, description="which part of the images this run counts, from 0 ...")
+    num_shards: Count = Field(1, description="... of so many; add them up with: fmbseg evaluate --merge")
+    examples: Count = Field(2, description="images shown a benchmark")
+
+
+Variants = dict[str, dict[str, Any]]
+
+
+class CompareRun(RunParams, EvaluateParams, BenchmarkParams):
+    """Modules trained on the same pseudo labels for the same number of steps, each with several seeds."""
+
+    variants: Variants = Field(description="name: {parameter: value, ...}, one line a variant")
+    baseline: str = Field(description="the variant that the others are compared with, seed by seed")
+    seeds: Seeds = Field((0, 1, 2), description="every variant is trained once with each")
+
+    @model_validator(mode="after")
+    def _known(self) -> CompareRun:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)}: one is given twice; give different ones")
+        allowed = set(AlignParams.model_fields) - {"epochs", "images_per_batch"}
+        for name, settings in self.variants.items():
+            for key in settings.keys() - allowed:
+                raise ValueError(f"variant {name!r} sets {key!r}; a variant may set {', '.join(sorted(allowed))}")
+            make(AlignParams, self.part(AlignParams) | settings, f"variant {name!r}")
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline = {self.baseline!r} is none of the variants {', '.join(self.variants)}")
+        return self
+
+
+class ArchitectureRun(CompareRun):
+    variants: Variants = Field(
+        {"linear": {"module": "linear"}, "mlp": {"module": "mlp"}, "transformer": {"module": "transformer"}},
+        description="name: {parameter: value, ...}, one line a variant",
+    )
+    baseline: str = Field("transformer", description="the variant that the others are compared with, seed by seed")
+    encoders: Names = Field((), description="frozen encoders to be compared by the same run")
+
+
+class LossRun(CompareRun):
+    variants: Variants = Field(
+        {"supcon": {"loss": "supcon"}, "prototype": {"loss": "prototype"}, "tsupcon": {"loss": "tsupcon"}},
+        description="name: {parameter: value, ...}, one line a variant",
+    )
+    baseline: str = Field("tsupcon", description="the variant that the others are compared with, seed by seed")
+
+
+class StagesRun(RunParams, EvaluateParams, BenchmarkParams):
+    examples: Count = Field(2, description="images shown")
+
+
+class FineTuneRun(RunParams, EvaluateParams, BenchmarkParams):
+    """A trained module, trained on with pseudo labels of a target set's own images (the paper's appendix)."""
+
+    target_collection: str = Field("", description="unlabelled images of the target set: a collection's name or a folder")
+    target_vocabulary: str = Field("", description="the target's classes: a label space's name, or a text file with a word a line")
+    target_limit: int | None = Field(None, ge=1, description="how many of the images, evenly spread; none: all")
+    fine_tune_epochs: Count = Field(5, description="ours: the paper's appendix is not at hand")
+    fine_tune_rate: Float = Field(0.01, gt=0, description="ours: learning rate, lower than the first training's")
+
+
+class TablesRun(RunParams):
+    pass
+
+
+class ExploreRun(RunParams, LabelParams, SegmentParams):
+    words: str = Field("person, tree, sky, road", description="words to begin with, separated by commas")
+    background: str = Field("", description="words that together are class 0, background; empty: no background")
+    image: str = Field("", description="name of the image to begin with; where it is not among them: the first")
+    max_side: Count = Field(1024, description="larger images are scaled so that their long side has so many pixels")
+
+
+NOTEBOOKS: dict[str, type[RunParams]] = {
+    "01_feature_extraction": FeaturesRun,
+    "02_stage_1_1_query_sam": LabelRun,
+    "03_stage_1_2_label_masks": LabelRun,
+    "04_train_alignment": TrainRun,
+    "05_evaluate": EvaluateRun,
+    "06_ablate_architecture": ArchitectureRun,
+    "07_ablate_loss": LossRun,
+    "10_compare_stages": StagesRun,
+    "11_fine_tune": FineTuneRun,
+    "08_tables": TablesRun,
+    "09_explore_similarity": ExploreRun,
+}

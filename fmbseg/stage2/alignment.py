@@ -1,0 +1,114 @@
+"""The alignment module M: frozen encoder patches into the text's space (Sec. 3.3; Table 2, left)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fmbseg import files
+from fmbseg.errors import DataError, ParameterError
+from fmbseg.params import ModuleParams
+
+
+class LinearAlignment(nn.Module):
+    """One linear layer on every patch by itself."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.project = nn.Linear(width, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> (B, N, out), not of unit norm."""
+        return self.project(x)
+
+
+class MlpAlignment(LinearAlignment):
+    """A hidden layer with GELU, then linear, on every patch by itself."""
+
+    def __init__(self, width: int, out: int, ratio: float):
+        super().__init__(int(width * ratio), out)
+        self.hidden = nn.Linear(width, int(width * ratio))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(F.gelu(self.hidden(x)))
+
+
+class TransformerAlignment(LinearAlignment):
+    """One pre-norm transformer block over an image's patches, then linear: the paper's module."""
+
+    def __init__(self, width: int, out: int, ratio: float, heads: int):
+        super().__init__(width, out)
+        self.block = nn.TransformerEncoderLayer(
+            width, heads, int(width * ratio), dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(self.block(x))
+
+
+class Alignment(nn.Module):
+    """M with the fixed standardisation of its input.
+
+    z = unit(M((x - mean) / std)). Mean and std, (width,), are measured once on the training patches (ours; they make
+    the learning rate mean the same for every encoder) and saved with the module.
+    """
+
+    def __init__(self, width: int, out: int, params: ModuleParams):
+        super().__init__()
+        self.width, self.out, self.params = width, out, params
+        heads = params.heads or _heads(width)
+        if width % heads:
+            raise ParameterError(f"heads = {heads}: must divide the encoder's {width} dimensions, as {_heads(width)} does")
+        if params.module == "linear":
+            self.module = LinearAlignment(width, out)
+        elif params.module == "mlp":
+            self.module = MlpAlignment(width, out, params.mlp_ratio)
+        else:
+            self.module = TransformerAlignment(width, out, params.mlp_ratio, heads)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, width, h, w) encoder patches -> (B, out, h, w) unit-norm embeddings in the text's space."""
+        batch, _, height, width = patches.shape
+        x = (patches.flatten(2).transpose(1, 2) - self.mean) / self.std
+        z = F.normalize(self.module(x), dim=-1)
+        return z.transpose(1, 2).reshape(batch, self.out, height, width)
+
+
+def _heads(width: int) -> int:
+    """Heads of about 64 dimensions that divide the width (16 for ViT-L, 6 for ViT-S)."""
+    wanted = max(round(width / 64), 1)
+    return min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - wanted), h))
+
+
+def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any]) -> Path:
+    """Write a module and what made it (parameters, encoder, image-text model, vocabulary) as one safetensors file."""
+    described = {"width": alignment.width, "out": alignment.out, "module": alignment.params.part(ModuleParams)} | metadata
+    return files.write_tensors(path, alignment.state_dict(), {"fmbseg": json.dumps(described)})
+
+
+def place(profile: str = "embedded", name: str = "alignment") -> Path:
+    """Where a module of a profile is kept."""
+    return files.home() / "modules" / profile / f"{name}.safetensors"
+
+
+def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
+    """Read a module and its metadata. Raises DataError when there is none, or the file is not one that ``save`` wrote."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no trained module there; run notebook 04 or: fmbseg train")
+    tensors, metadata = files.read_tensors(path)
+    if "fmbseg" not in metadata:
+        raise DataError(f"{path}: not an alignment module of fmbseg; give the file that training wrote")
+    try:
+        described = json.loads(metadata["fmbseg"])
+        alignment = Alignment(described["width"], described["out"], ModuleParams(**described["module"]))
+        alignment.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: its description does not fit its tensors ({str(error).splitlines()[0]}); train it again") from error
+    return alignment.eval(), described

@@ -1,0 +1,141 @@
+"""Several processes that train one module together: one a GPU, started by torchrun. Without it there is one, rank 0.
+
+    torchrun --nproc-per-node 8 -m fmbseg.cli train --profile paper
+
+Every process must see the same FMBSEG_HOME: each labels and encodes its own share of the images, then all train.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Sampler
+
+from fmbseg.errors import ParameterError
+
+T = TypeVar("T")
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+PATIENCE = datetime.timedelta(days=7)  # how long a process waits for the others' labelling; torchrun ends all when one fails
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process: 0 alone writes results and prints."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+@contextmanager
+def group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started, if it did; yields the device of this one.
+
+    device: "cuda" (process i of a machine takes its GPU i, over NCCL) or "cpu" (over gloo).
+    Raises ParameterError for another one, and where a machine has fewer GPUs than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    if device not in ("cpu", "cuda"):
+        raise ParameterError(f"device = {device!r}: several processes train on cpu or on cuda, one GPU each; give device=cuda")
+    if device == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ParameterError(f"process {local} of this machine has no GPU, for there are {gpus}; give torchrun --nproc-per-node {gpus}")
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    dist.init_process_group("nccl" if device != "cpu" else "gloo", timeout=PATIENCE)
+    try:
+        yield device
+        wait()
+    finally:
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This process's items: every item belongs to one process."""
+    return list(items[rank() :: size()])
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over the processes (DDP); the module itself where there is one process."""
+    if size() == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(module)
+
+
+class Share(Sampler):
+    """This process's part of every batch, as indices: as many in every process, None where the batch has no more.
+
+    batches: the batches of all processes together; each process must draw the same. The parts in order of rank are the batch.
+    """
+
+    def __init__(self, batches: Sampler):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        for batch in self.batches:
+            part = -(-len(batch) // size())
+            yield (batch + [None] * (part * size() - len(batch)))[rank() * part : (rank() + 1) * part]
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' tensors. A process's gradient is that of its own part, times their number, which DDP's mean undoes."""
+
+    @staticmethod
+    def forward(context, own: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(own) for _ in range(size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor) -> torch.Tensor:
+        return size() * gradient.chunk(size())[rank()]
+
+
+def gather(own: torch.Tensor) -> torch.Tensor:
+    """(n, ...) of each process -> (processes * n, ...), in order of rank. n must be the same in all.
+
+    Where all compute one loss of it, DDP's averaged gradient is the gradient of that loss.
+    """
+    return own if size() == 1 else _Gather.apply(own)
+
+
+def batch_loss(loss_of: Loss, z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, across: bool) -> tuple[torch.Tensor, float, int]:
+    """(loss to be differentiated, its value over all processes, labelled patches of all processes).
+
+    z: (n, D) patch embeddings of this process; labels: (n,), -1 where unlabelled; n must be the same in all.
+    across: one loss over the patches of all processes, as if there were one; or the mean of a loss each over its own
+    patches, which spares the exchange and the n x n product. With no labelled patch anywhere the loss is 0.
+    """
+    everyones = gather(labels)
+    count = int((everyones >= 0).sum())
+    if not count:
+        return z.sum() * 0, 0.0, 0
+    if across or size() == 1:
+        z, labels = gather(z), everyones
+        loss = loss_of(z[labels >= 0], labels[labels >= 0], texts)
+        return loss, loss.item(), count
+    labelled = int((everyones.reshape(size(), -1) >= 0).any(dim=1).sum())  # processes that have a loss
+    own = labels >= 0
+    loss = loss_of(z[own], labels[own], texts) * (size() / labelled) if own.any() else z.sum() * 0
+    return loss, gather(loss.detach()[None]).mean().item(), count

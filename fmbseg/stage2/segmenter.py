@@ -1,0 +1,240 @@
+"""Deployment (Sec. 3.3): an image and a list of words -> a label map, with no SAM and no refinement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fmbseg.data import images, label_spaces
+from fmbseg.data.images import resampling, resize_map
+from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.errors import ParameterError
+from fmbseg.models.clip import ImageText, load_clip
+from fmbseg.models.encoders import Encoder, load_encoder
+from fmbseg.models.texts import ClassTexts, class_texts
+from fmbseg.params import SegmentParams
+from fmbseg.stage1.windows import Window, placing, side_by_side, windows
+from fmbseg.stage2 import alignment as alignment_module
+
+
+class Embedder(Protocol):
+    """Anything that gives patches in the text's space: the aligned encoder or CLIP itself."""
+
+    key: str
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, height, width, 3) ``uint8`` -> (B, D, h, w), unit norm."""
+
+
+class AlignedEncoder:
+    """The frozen encoder and the trained module M: z = M(x)."""
+
+    def __init__(self, encoder: Encoder, alignment: alignment_module.Alignment, key: str, device: str = "cpu"):
+        self.encoder, self.alignment, self.key, self.device = encoder, alignment.to(device).eval(), key, device
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The frozen part: (B, height, width, 3) ``uint8`` -> (B, width, h, w)."""
+        return self.encoder.encode(_to_multiple(pixels, self.encoder.patch).to(self.device))
+
+    @torch.inference_mode()
+    def align(self, patches: torch.Tensor) -> torch.Tensor:
+        """The trained part: (B, width, h, w) -> (B, D, h, w), unit norm."""
+        return self.alignment(patches.to(self.device))
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.align(self.encode(pixels))
+
+
+class DenseClip:
+    """CLIP's own dense features, the zero-shot baseline in the style of MaskCLIP.
+
+    enlarge: the window is scaled by this before the tower (a tower of large stride sees more that way; ours).
+    """
+
+    def __init__(self, clip: ImageText, path: str = "value", enlarge: float = 1.0):
+        self.clip, self.path, self.enlarge = clip, path, enlarge
+        self.key = f"{clip.key} {path} x{enlarge:g}"
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.clip.blocks is not None:  # a transformer's position embedding fits one size only
+            size = (self.clip.image_size, self.clip.image_size)
+            pixels = torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
+        else:
+            pixels = _to_multiple(pixels, self.clip.stride, self.enlarge)
+        return F.normalize(self.clip.encode_crops(pixels, self.path).maps, dim=1)
+
+
+def _to_multiple(pixels: torch.Tensor, multiple: int, scale: float = 1.0) -> torch.Tensor:
+    """Windows scaled so that both sides are multiples of a patch; nothing changes where they are already."""
+    size = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in pixels.shape[1:3])
+    return torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """The expensive part, once an image: patch embeddings of every window.
+
+    size: the image's (height, width); scaled: that of the image the windows lie in; maps: (D, h, w) a window.
+    """
+
+    size: tuple[int, int]
+    scaled: tuple[int, int]
+    windows: tuple[Window, ...]
+    maps: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """labels: (height, width) ``uint8`` class indices; space: the classes; similarity: (K, h, w) at the scaled size,
+    cosine similarities, of which ``labels`` is the argmax after interpolation to the image's size."""
+
+    labels: np.ndarray
+    space: LabelSpace
+    similarity: torch.Tensor
+
+
+class Segmenter:
+    """Load once, ``segment(image, classes)`` as often as you like.
+
+    embedder: gives patches in the text's space; clip: the image-text model whose texts they are compared with.
+    """
+
+    def __init__(self, embedder: Embedder, clip: ImageText, params: SegmentParams | None = None, templates: str = "one"):
+        self.embedder, self.clip, self.params, self.templates = embedder, clip, params or SegmentParams(), templates
+        self._texts: dict[tuple, ClassTexts] = {}
+
+    @classmethod
+    def load(
+        cls, path: str | Path | None = None, device: str = "cpu", params: SegmentParams | None = None, templates: str | None = None
+    ) -> Segmenter:
+        """A trained module with the encoder and the image-text model that it was trained with.
+
+        path: the module's file; none: the embedded profile's. templates: of the words at test time; none: those it was
+        trained with. Raises DataError where there is no module.
+        """
+        module, metadata = alignment_module.load(path or alignment_module.place())
+        params = params or SegmentParams()
+        encoder = load_encoder(metadata["encoder"], device, params.precision)
+        embedder = AlignedEncoder(encoder, module, f"fmbseg {metadata['key']}", device)
+        clip = load_clip(metadata["clip"], device, metadata.get("crop_input"), params.precision)
+        return cls(embedder, clip, params, templates or metadata.get("templates", "one"))
+
+    def texts(self, space: LabelSpace) -> ClassTexts:
+        """Text features of a label space, encoded once."""
+        key = (space.names, space.prompts)
+        if key not in self._texts:
+            self._texts[key] = class_texts(self.clip, space, self.templates)
+        return self._texts[key]
+
+    def embed(self, image: np.ndarray) -> EmbeddedImage:
+        """Patch embeddings of a (height, width, 3) RGB ``uint8`` image, in sliding windows."""
+        return self.through_windows(image, self.embedder.embed)
+
+    @torch.inference_mode()
+    def through_windows(self, image: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor]) -> EmbeddedImage:
+        """What a model, (B, height, width, 3) ``uint8`` -> (B, D, h, w), makes of every window."""
+        images.check_image(image)
+        p = self.params
+        scaled = images.resize(image, images.target_size(*image.shape[:2], p.segment_short_side, p.segment_long_limit))
+        height, width = scaled.shape[:2]
+        places = windows(height, width, p.window, p.window_stride)
+        maps = []
+        pixels = [torch.from_numpy(scaled[w.top : w.top + w.height, w.left : w.left + w.width].copy()) for w in places]
+        for start in range(0, len(pixels), p.window_batch):  # windows of one image are of one size
+            maps += model(torch.stack(pixels[start : start + p.window_batch])).cpu().unbind()
+        return EmbeddedImage(image.shape[:2], (height, width), tuple(places), tuple(maps))
+
+    def aligned(self, patches: EmbeddedImage) -> EmbeddedImage:
+        """The encoder's patches of every window (``embedder.encode``) through the trained module."""
+        maps = tuple(self.embedder.align(m[None])[0].cpu() for m in patches.maps)
+        return dataclasses.replace(patches, maps=maps)
+
+    def similarity(self, embedded: EmbeddedImage, texts: ClassTexts) -> torch.Tensor:
+        """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
+        patches, down, across = self._placed(embedded, texts)
+        return down @ patches @ across.T
+
+    def label(self, embedded: EmbeddedImage, texts: ClassTexts) -> np.ndarray:
+        """The class of every pixel, (height, width) ``uint8``: ``similarity`` interpolated to the image's size, then argmax."""
+        patches, down, across = self._placed(embedded, texts)
+        height, width = (resampling(n, len(m), self.params.interpolation) for n, m in zip(embedded.size, (down, across)))
+        return best_class(patches, height @ down, width @ across)
+
+    @torch.inference_mode()
+    def _placed(self, embedded: EmbeddedImage, texts: ClassTexts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Similarities at the patches of all windows, (K, rows, columns), and the matrices that place them on either axis."""
+        z = side_by_side(embedded.windows, embedded.maps)
+        patches = texts.per_class(z.flatten(1).T @ texts.features.T).T.reshape(-1, *z.shape[1:])
+        (height, width), one, of_one = embedded.scaled, embedded.windows[0], embedded.maps[0].shape
+        down = placing((w.top for w in embedded.windows), one.height, of_one[1], height, self.params.interpolation)
+        across = placing((w.left for w in embedded.windows), one.width, of_one[2], width, self.params.interpolation)
+        return patches, down, across
+
+    def segment(
+        self, image: np.ndarray, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None
+    ) -> Segmentation:
+        """Segment a (height, width, 3) RGB ``uint8`` image into any words.
+
+        classes: words, one comma-separated string, or a label space; background: words that together are class 0,
+        "background". Raises ParameterError for an empty or repeated list.
+        """
+        space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
+        embedded, texts = self.embed(image), self.texts(space)
+        return Segmentation(self.label(embedded, texts), space, self.similarity(embedded, texts))
+
+
+def describe(result: Segmentation) -> dict:
+    """Size, and for each class that occurs its name, index, pixels, share of the image and mean similarity."""
+    found = []
+    for k in np.unique(result.labels):
+        where, one = result.labels == k, result.similarity[None, k : k + 1]
+        found.append(
+            {
+                "name": result.space.names[k],
+                "index": int(k),
+                "pixels": int(where.sum()),
+                "share": round(float(where.mean()), 4),
+                "mean_similarity": round(float(resize_map(one, where.shape)[0, 0].numpy()[where].mean()), 4),
+            }
+        )
+    return {"height": result.labels.shape[0], "width": result.labels.shape[1], "classes": sorted(found, key=lambda c: -c["pixels"])}
+
+
+def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | None = None) -> LabelSpace:
+    """Words, and background words as one class 0, as a label space."""
+    space = label_spaces.own_words(classes, "classes")
+    if background is None:
+        return space
+    others = label_spaces.own_words(background, "background")
+    both = sorted(set(space.names) & set(others.names))
+    if both:
+        raise ParameterError(f"background: also among the classes: {', '.join(both)}; give every word once")
+    colours = np.concatenate([np.zeros((1, 3), np.uint8), space.palette])
+    return LabelSpace("words", ("background", *space.names), (others.names, *space.prompts), colours, True)
+
+
+def label_map(similarity: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> np.ndarray:
+    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``."""
+    return best_class(similarity, *(resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:])))
+
+
+@torch.inference_mode()
+def best_class(maps: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> np.ndarray:
+    """The argmax over K of ``down @ maps @ across.T``, (height, width) ``uint8``; a tie goes to the first class.
+
+    maps: (K, h, w); down: (height, h); across: (width, w). One class at a time: memory does not grow with the vocabulary.
+    """
+    best = down @ maps[0] @ across.T
+    index = torch.zeros(best.shape, dtype=torch.uint8)
+    for k, one in enumerate(maps[1:], start=1):
+        similar = down @ one @ across.T
+        index.masked_fill_(similar > best, k)
+        torch.maximum(best, similar, out=best)
+    return index.numpy()

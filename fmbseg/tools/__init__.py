@@ -1,0 +1,1 @@
+"""What people who label images need around the method."""

@@ -1,0 +1,211 @@
+"""Figures 2 to 5 and the images of every step: functions of data that return a matplotlib Figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+
+from fmbseg import files
+from fmbseg.data.images import IGNORED, resize_map
+from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.models.sam import AutomaticMask
+from fmbseg.stage1.features import ImageFeatures
+from fmbseg.stage1.label_masks import LabelledMask
+from fmbseg.stage1.query_sam import QueryMask
+
+SIMILARITY = "viridis"  # one hue order, even lightness: readable without colour vision and in print
+
+
+class InlineFigure(Figure):
+    """A figure that shows itself in a notebook without pyplot, which would keep every one of them open."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=80)
+        return stream.getvalue()
+
+
+def panels(count: int, columns: int = 4, size: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` images without axes, at most ``columns`` a row."""
+    columns = min(columns, max(count, 1))
+    rows = -(-max(count, 1) // columns)
+    figure = InlineFigure(figsize=(columns * size, rows * size), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    for axis in axes:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
+def save(figure: Figure, path: str | Path) -> Figure:
+    """Write a figure as PNG, atomically, and return it, so that a notebook's cell shows it."""
+    with files.atomic_path(path) as part:
+        figure.savefig(part, dpi=110, format="png", metadata={"Software": None})
+    return figure
+
+
+def colourise(labels: np.ndarray, space: LabelSpace) -> np.ndarray:
+    """(height, width) class indices -> (height, width, 3) ``uint8``; 255 is white."""
+    table = np.full((256, 3), 255, dtype=np.uint8)
+    table[: len(space)] = space.palette
+    return table[labels]
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, space: LabelSpace, opacity: float = 0.6) -> np.ndarray:
+    """The label map's colours over the image; unlabelled pixels show the image faded."""
+    share = np.where(labels == IGNORED, 0.35, opacity)[..., None]
+    return ((1 - share) * image + share * colourise(labels, space)).astype(np.uint8)
+
+
+def colour_masks(image: np.ndarray, masks: Sequence[AutomaticMask], opacity: float = 0.6) -> np.ndarray:
+    """Automatic masks over the image, each in an arbitrary colour, small ones on top: (height, width, 3) ``uint8``."""
+    colours = np.random.RandomState(0).randint(60, 255, (len(masks), 3))
+    picture = image.astype(float)
+    for mask, colour in sorted(zip(masks, colours), key=lambda pair: -pair[0].area):
+        picture[mask.mask] = (1 - opacity) * image[mask.mask] + opacity * colour
+    return picture.astype(np.uint8)
+
+
+def legend(axis: Axes, labels: Sequence[np.ndarray], space: LabelSpace, limit: int = 12) -> None:
+    """Names of the classes that occur, the largest first."""
+    counts = sum(np.bincount(one.ravel(), minlength=256) for one in labels)[: len(space)]
+    shown = [k for k in np.argsort(-counts) if counts[k] > 0][:limit]
+    handles = [Patch(facecolor=space.palette[k] / 255, edgecolor="0.3", label=space.names[k]) for k in shown]
+    if handles:
+        axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, fontsize=7, frameon=False, borderaxespad=0)
+
+
+def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: float = 0.02) -> None:
+    """Write each class's name on its region, so that colour is not all that tells them apart.
+
+    The name stands on the pixel of the class nearest to the median of all of them; classes under a share of
+    ``smallest`` of the image are left to the legend.
+    """
+    for k in np.unique(labels[labels != IGNORED]):
+        rows, columns = np.nonzero(labels == k)
+        if len(rows) < smallest * labels.size:
+            continue
+        nearest = np.argmin((rows - np.median(rows)) ** 2 + (columns - np.median(columns)) ** 2)
+        box = {"facecolor": "white", "alpha": 0.75, "pad": 1.0, "lw": 0}
+        axis.text(columns[nearest], rows[nearest], space.names[k], ha="center", va="center", fontsize=7, bbox=box, clip_on=True)
+
+
+def file_name(text: str) -> str:
+    """A name that is safe as a file's."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
+
+
+def enlarge(labels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """(h, w) patch labels, -1 where none -> (height, width) ``uint8``, 255 where none, by nearest neighbour."""
+    rows = np.arange(size[0]) * labels.shape[0] // size[0]
+    columns = np.arange(size[1]) * labels.shape[1] // size[1]
+    return np.where(labels.numpy() < 0, IGNORED, labels.numpy()).astype(np.uint8)[rows][:, columns]
+
+
+def contact_sheet(paths: Sequence[Path]) -> Figure:
+    """Small images side by side."""
+    figure, axes = panels(len(paths), columns=8, size=1.4)
+    for axis, path in zip(axes, paths):
+        axis.imshow(Image.open(path).convert("RGB").resize((160, 120)))
+    return figure
+
+
+def crops_and_votes(image: np.ndarray, features: ImageFeatures, winners: Sequence[str]) -> Figure:
+    """The overlapping crops (Sec. 3.2), each marked in its middle with the class it votes for."""
+    figure, (axis,) = panels(1, size=5)
+    axis.imshow(image)
+    for crop, name in zip(features.crops, winners):
+        x, y, width, height = features.crop_box(crop)
+        axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white", linewidth=1.2, alpha=0.8))
+        axis.text(
+            x + width / 2,
+            y + height / 2,
+            name,
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.75, "pad": 1.5, "lw": 0},
+        )
+    axis.set_title(f"{len(features.crops)} crops and their votes", fontsize=10)
+    return figure
+
+
+def similarity_maps(image: np.ndarray, rows: dict[str, torch.Tensor], names: Sequence[str]) -> Figure:
+    """Figure 3: the image, then for every row of maps, (K, h, w), one panel a class on the row's own scale."""
+    figure, axes = panels((1 + len(names)) * len(rows), columns=1 + len(names), size=2.7)
+    for r, (title, maps) in enumerate(rows.items()):
+        axes[r * (1 + len(names))].imshow(image)
+        axes[r * (1 + len(names))].set_title(title, fontsize=9)
+        upscaled = resize_map(maps[None].float(), image.shape[:2])[0].numpy()
+        low, high = np.percentile(upscaled, [1, 99.8])
+        for k, name in enumerate(names):
+            axis = axes[r * (1 + len(names)) + 1 + k]
+            axis.imshow(upscaled[k], cmap=SIMILARITY, vmin=low, vmax=high)
+            axis.set_title(name, fontsize=9)
+    return figure
+
+
+def query_figure(image: np.ndarray, query: QueryMask) -> Figure:
+    """Figures 2 and 5: the query points as stars, SAM's three masks with its confidence, the chosen one framed."""
+    figure, axes = panels(1 + len(query.masks), columns=4, size=3)
+    for i, axis in enumerate(axes):
+        axis.imshow(image)
+        axis.scatter(*query.points.T, marker="*", s=90, c="#00e676", edgecolors="black", linewidths=0.7)
+        if i == 0:
+            axis.set_title(f"{query.detected.name} ({query.detected.votes} votes)", fontsize=9)
+            continue
+        mask, best = query.masks[i - 1], query.scores[i - 1] == query.scores.max()
+        axis.imshow(np.where(mask[..., None], np.array([0.9, 0.6, 0.0, 0.6]), np.zeros(4)))
+        axis.set_title(
+            f"confidence {query.scores[i - 1]:.2f}" + (" (chosen)" if best else ""), fontsize=9, fontweight="bold" if best else None
+        )
+    return figure
+
+
+def automatic_figure(image: np.ndarray, masks: Sequence[AutomaticMask], labelled: Sequence[LabelledMask], space: LabelSpace) -> Figure:
+    """SAM's automatic masks in arbitrary colours, and in the colours of the classes they were given."""
+    from fmbseg.stage1.pseudo_labels import paint
+
+    figure, (left, right) = panels(2, columns=2, size=4)
+    left.imshow(colour_masks(image, masks))
+    left.set_title(f"{len(masks)} automatic masks", fontsize=9)
+    labels, _ = paint(list(labelled), image.shape[:2])
+    right.imshow(overlay(image, labels, space))
+    right.set_title("labelled among the detected classes", fontsize=9)
+    legend(right, [labels], space)
+    return figure
+
+
+def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpace) -> Figure:
+    """The image beside label maps, such as truth and prediction (Figure 4), with one legend."""
+    figure, axes = panels(1 + len(maps), columns=5, size=3.2)
+    axes[0].imshow(image)
+    axes[0].set_title("image", fontsize=9)
+    for axis, (title, labels) in zip(axes[1:], maps.items()):
+        axis.imshow(overlay(image, labels, space))
+        axis.set_title(title, fontsize=9)
+        name_regions(axis, labels, space)
+        legend(axis, [labels], space)
+    return figure
+
+
+def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], space: LabelSpace) -> Figure:
+    """Figure 4: a column an image, (image, truth, prediction) from top to bottom, with one legend a column."""
+    figure, axes = panels(3 * len(columns), columns=len(columns), size=3.4)
+    figure.set_figheight(3 * (3.4 * max(image.shape[0] / image.shape[1] for image, _, _ in columns) + 0.2) + 0.5)
+    for c, (image, truth, prediction) in enumerate(columns):
+        axes[c].imshow(image)
+        for row, (title, labels) in enumerate((("ground truth", truth), ("FMbSeg", prediction)), 1):
+            axis = axes[row * len(columns) + c]
+            axis.imshow(overlay(image, labels, space, opacity=0.75))
+            axis.set_title(title, fontsize=9)
+            name_regions(axis, labels, space)
+        legend(axis, [truth, prediction], space, limit=9)
+    return figure
