@@ -10,13 +10,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from fmbseg.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def home() -> Path:
@@ -24,14 +23,27 @@ def home() -> Path:
     return Path(os.environ.get("FMBSEG_HOME") or Path.home() / ".cache" / "fmbseg").expanduser().absolute()
 
 
-def project_root() -> Path:
-    """The checkout that holds ``notebooks/`` and ``params/``: the working folder or the nearest one above it."""
+def checkout() -> Path | None:
+    """The clone of the project that the working folder lies in: the nearest folder that holds ``notebooks/`` and ``params/``."""
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
             return folder
-    raise DataError(
-        f"{Path.cwd()}: neither this folder nor one above it holds notebooks/ and params/; run this command inside a clone of the project"
-    )
+    return None
+
+
+def project_root() -> Path:
+    """``checkout()`` for what needs the notebooks. Raises DataError outside a clone."""
+    if (found := checkout()) is None:
+        raise DataError(
+            f"{Path.cwd()}: neither this folder nor one above it holds notebooks/ and params/;"
+            " run this command inside a clone of the project"
+        )
+    return found
+
+
+def working_root() -> Path:
+    """What a relative ``results_dir`` is relative to: the clone that the working folder lies in, else the working folder."""
+    return checkout() or Path.cwd()
 
 
 @contextmanager
@@ -61,12 +73,14 @@ def _umask() -> int:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
+    """Write what JSON can hold, indented, keys in their order, atomically."""
     with atomic_path(path) as part:
         part.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
     return Path(path)
 
 
 def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises DataError when it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -76,14 +90,18 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write tensors as safetensors, atomically."""
+    """Write named tensors as safetensors, atomically; metadata: text beside them."""
+    import safetensors.torch
+
     with atomic_path(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=dict(metadata or {}))
+        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=dict(metadata or {}))
     return Path(path)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file: (tensors, metadata). Raises DataError when it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; run the step that writes it first")
     try:
@@ -94,6 +112,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
 
 def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -113,8 +132,8 @@ class Store:
         self.folder, self.suffix, self.content = Path(folder), suffix, content
 
     def path(self, image: str | Path) -> Path:
-        """Where the product of this image file lies, whether it is there or not."""
-        return self.folder / f"{Path(image).stem}-{digest(image_sha256(image), *self.content)}{self.suffix}"
+        """Where this image's file lies, whether it is there or not."""
+        return self.folder / f"{Path(image).stem}-{digest(sha256_of(image), *self.content)}{self.suffix}"
 
     def get(self, image: str | Path, make: Callable[[Path], None]) -> Path:
         """The image's file, made by ``make(path)`` when it is not there yet."""
@@ -124,16 +143,16 @@ class Store:
         return path
 
 
-def image_sha256(path: str | Path) -> str:
+def sha256_of(path: str | Path) -> str:
     """The hash of an image or another small file, read again only when the file has changed."""
     path = Path(path)
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or leave it out") from error
-    return _image_sha256(str(path), status.st_size, status.st_mtime_ns)
+    return _sha256_at(str(path), status.st_size, status.st_mtime_ns)
 
 
 @functools.cache
-def _image_sha256(path: str, size: int, changed: int) -> str:
+def _sha256_at(path: str, size: int, changed: int) -> str:
     return file_sha256(path)

@@ -68,7 +68,9 @@ class RunParams(DataParams):
     seed: int = Field(0, ge=0, description="of everything random")
     device: str = Field("cpu", description="where models run: cpu, cuda, cuda:1, mps")
     workers: Count = Field(1, description="processes of one thread each for work that goes image by image (CPU)")
-    results_dir: str = Field("results", description="where records, tables and figures go; relative to the project's root")
+    results_dir: str = Field(
+        "results", description="where records, tables and figures go; relative to the clone, outside one to the working folder"
+    )
 
 
 class ModelParams(Params):
@@ -129,7 +131,7 @@ class CombineParams(Params):
     overlap: Literal["similarity", "query", "agree"] = Field(
         "similarity", description="ours: where both stages label a pixel: the more similar class, Stage 1.1, or only if they agree"
     )
-    drop_undetected: bool = Field(False, description="ours: drop a mask to which a class that was NOT detected is nearer than any that was")
+    drop_undetected: bool = Field(False, description="ours: drop a mask whose most similar class was not detected")
 
 
 class PatchParams(ModelParams):
@@ -146,6 +148,7 @@ class ModuleParams(Params):
     module: Literal["transformer", "mlp", "linear"] = Field("transformer", description="alignment module")
     heads: int | None = Field(None, ge=1, description="ours: attention heads; none: the encoder's width / 64")
     mlp_ratio: Float = Field(4.0, gt=0, description="ours: hidden width of the block's MLP over its width")
+    standardise_images: Count = Field(256, description="ours: images on which the mean and std of the module's input are measured")
 
 
 class LossParams(Params):

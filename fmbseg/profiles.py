@@ -1,9 +1,10 @@
-"""Profiles: the parameter files under ``params/<profile>/``, and what papermill injects, checked against the schemas."""
+"""Parameters of a step: its schema's defaults, the files under ``params/<profile>/``, and what is typed or injected on top."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,24 @@ import yaml
 from fmbseg import files
 from fmbseg.errors import ParameterError
 from fmbseg.params import RunParams, make
-from fmbseg.schemas import NOTEBOOKS
+from fmbseg.schemas import NOTEBOOKS, STEPS
+
+
+def params_folder() -> Path:
+    """The folder of all profiles: ``params/`` of the clone one works in, else what this installation holds."""
+    return _folder("params", "profile_files")
+
+
+def published_folder() -> Path:
+    """The folder of the published numbers: ``results/published/`` of the clone one works in, else what this installation holds."""
+    return _folder("results/published", "published")
+
+
+def _folder(in_clone: str, in_package: str) -> Path:
+    package = Path(__file__).resolve().parent
+    clone = files.checkout()
+    folders = [*([clone / in_clone] if clone else []), package / in_package, package.parent / in_clone]  # the last: editable install
+    return next((folder for folder in folders if folder.is_dir()), folders[-1])
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -29,42 +47,127 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def schema_of(notebook: str) -> type[RunParams]:
-    """A notebook's schema. Raises ParameterError naming the known notebooks."""
+def step_of(notebook: str) -> str:
+    """The step that a notebook does. Raises ParameterError naming the known notebooks."""
     if notebook not in NOTEBOOKS:
         raise ParameterError(f"notebook {notebook!r}: unknown; known are {', '.join(NOTEBOOKS)}")
     return NOTEBOOKS[notebook]
 
 
-def load(notebook: str, profile: str, overrides: Mapping[str, Any] | None = None) -> RunParams:
-    """A notebook's parameters: schema defaults, the profile's shared.yaml, its file for this notebook, then overrides.
+def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) -> RunParams:
+    """A step's parameters: schema defaults, the profile's shared.yaml, its file for this step, then overrides.
 
-    shared.yaml may hold keys of any step; a notebook takes those of its own schema.
+    shared.yaml may hold keys of any step; a step takes those of its own schema. Raises ParameterError for an unknown step,
+    profile, file or key and for a value that the schema does not accept.
     """
-    schema, folder = schema_of(notebook), files.project_root() / "params" / profile
-    if not profile.isidentifier() or not folder.is_dir():
-        known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())
-        raise ParameterError(f"profile {profile!r}: no such folder of params/; known are {', '.join(known)}")
+    if step not in STEPS:
+        raise ParameterError(f"step {step!r}: unknown; known are {', '.join(STEPS)}")
+    schema, notebook, folder = STEPS[step].schema, STEPS[step].notebook, params_folder()
+    known = sorted(p.name for p in folder.glob("*") if p.is_dir())
+    if profile not in known:
+        raise ParameterError(f"profile {profile!r}: no such folder of {folder}; known are {', '.join(known)}")
+    folder = folder / profile
+    for path in folder.glob("*.yaml"):
+        if path.stem not in {"shared", *(s.notebook for s in STEPS.values())}:
+            names = ", ".join(s.notebook for s in STEPS.values() if s.notebook)
+            raise ParameterError(f"{path}: no step reads it; a profile holds shared.yaml and files named {names}")
     shared = read_yaml(folder / "shared.yaml") if (folder / "shared.yaml").is_file() else {}
-    everywhere = {name for known in NOTEBOOKS.values() for name in known.model_fields}
+    everywhere = {name for one in STEPS.values() for name in one.schema.model_fields}
     for key in shared.keys() - everywhere:
-        raise ParameterError(f"{folder / 'shared.yaml'}: unknown parameter {key!r}; no notebook has it")
-    own = read_yaml(folder / f"{notebook}.yaml") if (folder / f"{notebook}.yaml").is_file() else {}
-    make(schema, own, str(folder / f"{notebook}.yaml"))
+        raise ParameterError(f"{folder / 'shared.yaml'}: unknown parameter {key!r}; no step has it")
+    own_file = folder / f"{notebook}.yaml"
+    own = read_yaml(own_file) if own_file.is_file() else {}
+    make(schema, own, str(own_file))
     values = {k: v for k, v in shared.items() if k in schema.model_fields} | own | {"profile": profile} | dict(overrides or {})
-    return make(schema, values, f"{notebook} ({profile})")
+    return make(schema, values, f"{step} ({profile})")
+
+
+# ---------------------------------------------------------------- what is typed in a notebook
 
 
 def of_notebook(notebook: str, namespace: Mapping[str, Any]) -> RunParams:
     """The parameters of the notebook that calls this with its ``globals()``.
 
-    Its own ``parameters`` cell names the profile. Whatever papermill injected (its cell starts with
-    "# Parameters") overrides the profile's files; unknown names are refused here, where papermill only warns.
+    What is assigned from the parameters cell (the last one run that assigns ``profile``) up to the first cell that calls
+    this counts, whether it was typed there or injected by papermill in a cell that begins with "# Parameters"; names that
+    begin with "_" are left alone. So are all variables of later cells, however often and in whatever order cells are run.
+    Raises ParameterError for an unknown name or a value that the schema does not accept.
     """
-    injected: dict[str, Any] = {}
-    for source in namespace.get("In", []):
-        if source.startswith("# Parameters"):
-            for node in ast.parse(source).body:
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    injected[node.targets[0].id] = namespace[node.targets[0].id]
-    return load(notebook, injected.pop("profile", namespace.get("profile", "embedded")), injected)
+    step = step_of(notebook)
+    fields = STEPS[step].schema.model_fields
+    if "In" in namespace:
+        typed = _typed(namespace["In"], namespace, fields)
+    else:  # run as a plain script, with no history of cells
+        typed = {name: namespace[name] for name in fields if name in namespace}
+    return load(step, typed.pop("profile", "embedded"), typed)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A cell that was run. assigned: names assigned at its top level (before it calls ``of_notebook``) and, where it is one
+    name = one expression, that expression; calls: whether it calls ``of_notebook``."""
+
+    source: str
+    assigned: Mapping[str, ast.expr | None]
+    calls: bool
+
+    @property
+    def injected(self) -> bool:
+        return self.source.startswith("# Parameters")
+
+    @property
+    def parameters(self) -> bool:
+        return self.injected or "profile" in self.assigned
+
+
+def _read_cell(source: str) -> _Cell:
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # it was not run
+        body = []
+    assigned: dict[str, ast.expr | None] = {}
+    for statement in body:
+        if any(isinstance(node, ast.Call) and ast.unparse(node.func).endswith("of_notebook") for node in ast.walk(statement)):
+            return _Cell(source, assigned, True)
+        if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+                for node in ast.walk(target):
+                    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                        plain = node is target and not isinstance(statement, ast.AugAssign)
+                        assigned[node.id] = statement.value if plain else None
+    return _Cell(source, assigned, False)
+
+
+def _parameter_cells(sources: Iterable[str]) -> list[_Cell]:
+    """The parameters cell, and the cells run after it up to the first that calls ``of_notebook``.
+
+    An injected cell replaces an earlier one, and a cell that was also run after such a call is an ordinary one.
+    """
+    found: list[_Cell] = []
+    ordinary, counting = set(), False
+    for cell in map(_read_cell, sources):
+        if cell.injected:
+            found, counting = [*(c for c in found if not c.injected), cell], True
+        elif "profile" in cell.assigned:
+            found, counting = [cell], True
+        elif counting and not cell.calls:
+            found.append(cell)
+        elif found and not cell.calls:
+            ordinary.add(cell.source)
+        counting = counting and not cell.calls
+    return [cell for cell in found if cell.parameters or cell.source not in ordinary]
+
+
+def _typed(sources: Iterable[str], namespace: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> value of everything that counts. A literal is read from the cell, for a later cell may use its name again."""
+    values = {}
+    for cell in _parameter_cells(sources):
+        for name, expression in cell.assigned.items():
+            if name.startswith("_") or name not in namespace:  # private, or never reached
+                continue
+            try:
+                values[name] = ast.literal_eval(expression)
+            except (ValueError, TypeError):
+                if cell.parameters or name in fields:
+                    values[name] = namespace[name]
+    return values

@@ -1,7 +1,8 @@
-"""The schema of every notebook: the steps it depends on, and what only it has."""
+"""Parameters of every step: the parts of ``params.py`` it depends on, and what only it has; which notebook does which step."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -25,14 +26,20 @@ from fmbseg.params import (
 
 
 class FeaturesRun(RunParams, CollectionParams, FeatureParams, DetectParams):
+    """High-resolution features of a collection and the classes detected in it (Sec. 3.1, 3.2)."""
+
     examples: Count = Field(3, description="images shown")
 
 
 class LabelRun(RunParams, LabelParams):
+    """Pseudo labels of a collection, by either stage or both (Sec. 3.2)."""
+
     examples: Count = Field(3, description="images shown")
 
 
 class TrainRun(RunParams, LabelParams, AlignParams):
+    """A module trained on the pseudo labels of a collection (Sec. 3.3)."""
+
     examples: Count = Field(3, description="images shown")
 
 
@@ -45,10 +52,16 @@ class BenchmarkParams(Params):
 
 
 class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
+    """Every method on every benchmark (Table 1)."""
+
     methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
     shard: int = Field(0, ge=0, description="which part of the images this run counts, from 0 ...")
     num_shards: Count = Field(1, description="... of so many; add them up with: fmbseg evaluate --merge")
     examples: Count = Field(2, description="images shown a benchmark")
+
+
+class SegmentRun(RunParams, SegmentParams):
+    """Any image into any words, with a trained module (Sec. 3.3)."""
 
 
 Variants = dict[str, dict[str, Any]]
@@ -76,6 +89,8 @@ class CompareRun(RunParams, EvaluateParams, BenchmarkParams):
 
 
 class ArchitectureRun(CompareRun):
+    """Modules of several architectures (Table 2, left), and several encoders."""
+
     variants: Variants = Field(
         {"linear": {"module": "linear"}, "mlp": {"module": "mlp"}, "transformer": {"module": "transformer"}},
         description="name: {parameter: value, ...}, one line a variant",
@@ -85,6 +100,8 @@ class ArchitectureRun(CompareRun):
 
 
 class LossRun(CompareRun):
+    """Modules trained with several losses (Table 2, right)."""
+
     variants: Variants = Field(
         {"supcon": {"loss": "supcon"}, "prototype": {"loss": "prototype"}, "tsupcon": {"loss": "tsupcon"}},
         description="name: {parameter: value, ...}, one line a variant",
@@ -93,6 +110,8 @@ class LossRun(CompareRun):
 
 
 class StagesRun(RunParams, EvaluateParams, BenchmarkParams):
+    """Modules trained on the pseudo labels of either stage, and of both."""
+
     examples: Count = Field(2, description="images shown")
 
 
@@ -107,26 +126,51 @@ class FineTuneRun(RunParams, EvaluateParams, BenchmarkParams):
 
 
 class TablesRun(RunParams):
-    pass
+    """Tables 1 and 2 of what was measured."""
 
 
 class ExploreRun(RunParams, LabelParams, SegmentParams):
+    """Similarities, pseudo labels and segmentation of single images, interactively."""
+
     words: str = Field("person, tree, sky, road", description="words to begin with, separated by commas")
     background: str = Field("", description="words that together are class 0, background; empty: no background")
     image: str = Field("", description="name of the image to begin with; where it is not among them: the first")
     max_side: Count = Field(1024, description="larger images are scaled so that their long side has so many pixels")
 
 
-NOTEBOOKS: dict[str, type[RunParams]] = {
-    "01_feature_extraction": FeaturesRun,
-    "02_stage_1_1_query_sam": LabelRun,
-    "03_stage_1_2_label_masks": LabelRun,
-    "04_train_alignment": TrainRun,
-    "05_evaluate": EvaluateRun,
-    "06_ablate_architecture": ArchitectureRun,
-    "07_ablate_loss": LossRun,
-    "10_compare_stages": StagesRun,
-    "11_fine_tune": FineTuneRun,
-    "08_tables": TablesRun,
-    "09_explore_similarity": ExploreRun,
+@dataclass(frozen=True)
+class Step:
+    """schema: of its parameters; notebook: whose ``params/<profile>/<notebook>.yaml`` belongs to it; empty: none, shared.yaml alone."""
+
+    schema: type[RunParams]
+    notebook: str = ""
+
+
+STEPS: dict[str, Step] = {
+    "features": Step(FeaturesRun, "01_feature_extraction"),
+    "label": Step(LabelRun, "03_stage_1_2_label_masks"),
+    "train": Step(TrainRun, "04_train_alignment"),
+    "evaluate": Step(EvaluateRun, "05_evaluate"),
+    "segment": Step(SegmentRun),
+    "architecture": Step(ArchitectureRun, "06_ablate_architecture"),
+    "loss": Step(LossRun, "07_ablate_loss"),
+    "stages": Step(StagesRun, "10_compare_stages"),
+    "fine_tune": Step(FineTuneRun, "11_fine_tune"),
+    "tables": Step(TablesRun, "08_tables"),
+    "explore": Step(ExploreRun, "09_explore_similarity"),
 }
+
+NOTEBOOKS: dict[str, str] = {
+    "01_feature_extraction": "features",
+    "02_stage_1_1_query_sam": "label",
+    "03_stage_1_2_label_masks": "label",
+    "04_train_alignment": "train",
+    "05_evaluate": "evaluate",
+    "06_ablate_architecture": "architecture",
+    "07_ablate_loss": "loss",
+    "10_compare_stages": "stages",
+    "11_fine_tune": "fine_tune",
+    "08_tables": "tables",
+    "09_explore_similarity": "explore",
+}
+"""Notebook -> its step, in the order they are run: the tables after everything that they show."""

@@ -1,13 +1,13 @@
 """The benchmarks of Table 1 in their official layouts under one folder, the data root, and any folder data set.
 
-Reading is ours and not ``torchvision.datasets``: that has two of the six layouts (VOC, Cityscapes), knows no id maps,
-and does not say which file is missing.
+``torchvision.datasets`` has two of the six layouts (VOC, Cityscapes), no id maps, and does not say which file is missing.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,30 +23,30 @@ from fmbseg.errors import DataError, ParameterError
 class Layout:
     """Where an official data set lies under the data root.
 
-    folder: its top folder; images: how many its validation split has; parts: (what, path in the folder) that must be
-    there; images: glob of its images in the folder; read: its samples from (folder, label space);
-    bring: the official source, in words.
+    folder: its top folder; images: how many its validation split has; parts: {what: path in the folder} of all that must be
+    there; pattern: glob of its images in the folder; read: (folder, label space) -> its samples; source: where it officially
+    comes from, in words.
     """
 
     folder: str
     images: int
-    parts: tuple[tuple[str, str], ...]
-    pictures: str
+    parts: Mapping[str, str]
+    pattern: str
     read: Callable[[Path, LabelSpace], list[Sample]]
-    bring: str
+    source: str
 
     def missing(self, root: Path) -> list[str]:
         """The parts that are not under the data root, as "masks VOCdevkit/..."."""
-        return [f"{what} {self.folder}/{path}" for what, path in self.parts if not (root / self.folder / path).exists()]
+        return [f"{what} {self.folder}/{path}" for what, path in self.parts.items() if not (root / self.folder / path).exists()]
 
     def count(self, root: Path) -> int:
         """How many images of it are under the data root, of any split that its image folder holds."""
-        return sum(1 for _ in (root / self.folder).glob(self.pictures))
+        return sum(1 for _ in (root / self.folder).glob(self.pattern))
 
 
-def pair(base: Path, pictures: list[Path], mask_of: Callable[[Path], Path], table: Table) -> Iterator[Sample]:
-    """Samples of images with their masks; a missing mask is an error."""
-    for path in pictures:
+def pair(paths: Sequence[Path], mask_of: Callable[[Path], Path], table: Table) -> Iterator[Sample]:
+    """Samples of images with their masks; table: raw id of a mask -> class. Raises DataError for an image without a mask."""
+    for path in paths:
         mask = mask_of(path)
         if not mask.is_file():
             raise DataError(f"{path.name}: has no mask at {mask}; every image of the split needs one")
@@ -65,7 +65,7 @@ def _of_split(base: Path, split: str) -> list[Path]:
 
 def _voc(split: str, masks: str, classes: int, base: Path, space: LabelSpace) -> list[Sample]:
     table = lookup({raw: raw for raw in range(classes + 1)}) if space.background else shifted(classes)
-    return list(pair(base, _of_split(base, split), lambda p: base / masks / f"{p.stem}.png", table))
+    return list(pair(_of_split(base, split), lambda p: base / masks / f"{p.stem}.png", table))
 
 
 def _coco(base: Path, space: LabelSpace) -> list[Sample]:
@@ -74,12 +74,12 @@ def _coco(base: Path, space: LabelSpace) -> list[Sample]:
         stuff = 0 if space.background else IGNORED
         raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items() if index != IGNORED}
     table = lookup(raw_ids, known=range(182))
-    return list(pair(base, sorted(base.glob("images/val2017/*.jpg")), lambda p: base / "annotations/val2017" / f"{p.stem}.png", table))
+    return list(pair(sorted(base.glob("images/val2017/*.jpg")), lambda p: base / "annotations/val2017" / f"{p.stem}.png", table))
 
 
 def _ade(base: Path, space: LabelSpace) -> list[Sample]:
-    pictures = sorted(base.glob("images/validation/*.jpg"))
-    return list(pair(base, pictures, lambda p: base / "annotations/validation" / f"{p.stem}.png", shifted(150)))
+    paths = sorted(base.glob("images/validation/*.jpg"))
+    return list(pair(paths, lambda p: base / "annotations/validation" / f"{p.stem}.png", shifted(150)))
 
 
 def _cityscapes(base: Path, space: LabelSpace) -> list[Sample]:
@@ -87,7 +87,7 @@ def _cityscapes(base: Path, space: LabelSpace) -> list[Sample]:
         return base / "gtFine/val" / path.parent.name / f"{path.stem.removesuffix('_leftImg8bit')}_gtFine_labelIds.png"
 
     table = lookup(label_spaces.assets()["id_maps"]["cityscapes19_ids"], known=range(34))
-    return list(pair(base, sorted(base.glob("leftImg8bit/val/*/*_leftImg8bit.png")), mask_of, table))
+    return list(pair(sorted(base.glob("leftImg8bit/val/*/*_leftImg8bit.png")), mask_of, table))
 
 
 def _camvid(base: Path, space: LabelSpace) -> list[Sample]:
@@ -97,13 +97,13 @@ def _camvid(base: Path, space: LabelSpace) -> list[Sample]:
     if unknown := [name for name in given if name not in spelled]:
         raise DataError(f"{base / 'classes.txt'}: {unknown[0]!r} is no class of CamVid's 11; they are {', '.join(spelled)}")
     table = lookup({raw: space.names.index(spelled[name]) for raw, name in enumerate(given)})
-    return list(pair(base, images.find_images(base / "images"), lambda p: base / "masks" / f"{p.stem}.png", table))
+    return list(pair(images.find_images(base / "images"), lambda p: base / "masks" / f"{p.stem}.png", table))
 
 
 _VOC12 = Layout(
     "VOCdevkit/VOC2012",
     1449,
-    (("images", "JPEGImages"), ("masks", "SegmentationClass"), ("split", "ImageSets/Segmentation/val.txt")),
+    {"images": "JPEGImages", "masks": "SegmentationClass", "split": "ImageSets/Segmentation/val.txt"},
     "JPEGImages/*.jpg",
     functools.partial(_voc, "ImageSets/Segmentation/val.txt", "SegmentationClass", 20),
     "VOCtrainval_11-May-2012.tar from the PASCAL VOC 2012 site, unpacked in the data root",
@@ -111,7 +111,7 @@ _VOC12 = Layout(
 _CONTEXT = Layout(
     "VOCdevkit/VOC2010",
     5104,
-    (("images", "JPEGImages"), ("masks", "SegmentationClassContext"), ("split", "ImageSets/SegmentationContext/val.txt")),
+    {"images": "JPEGImages", "masks": "SegmentationClassContext", "split": "ImageSets/SegmentationContext/val.txt"},
     "JPEGImages/*.jpg",
     functools.partial(_voc, "ImageSets/SegmentationContext/val.txt", "SegmentationClassContext", 59),
     "VOCtrainval_03-May-2010.tar from the PASCAL VOC 2010 site, unpacked in the data root; masks and split are made from"
@@ -120,7 +120,7 @@ _CONTEXT = Layout(
 _COCO = Layout(
     "coco",
     5000,
-    (("images", "images/val2017"), ("masks", "annotations/val2017")),
+    {"images": "images/val2017", "masks": "annotations/val2017"},
     "images/val2017/*.jpg",
     _coco,
     "val2017.zip from the COCO site, unpacked in coco/images, and stuffthingmaps_trainval2017.zip from the COCO-Stuff"
@@ -129,7 +129,7 @@ _COCO = Layout(
 _CITYSCAPES = Layout(
     "cityscapes",
     500,
-    (("images", "leftImg8bit/val"), ("masks", "gtFine/val")),
+    {"images": "leftImg8bit/val", "masks": "gtFine/val"},
     "leftImg8bit/val/*/*_leftImg8bit.png",
     _cityscapes,
     "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from the Cityscapes site (free account), unpacked in cityscapes",
@@ -137,7 +137,7 @@ _CITYSCAPES = Layout(
 _ADE = Layout(
     "ADEChallengeData2016",
     2000,
-    (("images", "images/validation"), ("masks", "annotations/validation")),
+    {"images": "images/validation", "masks": "annotations/validation"},
     "images/validation/*.jpg",
     _ade,
     "ADEChallengeData2016.zip from the MIT Scene Parsing Benchmark site, unpacked in the data root",
@@ -145,7 +145,7 @@ _ADE = Layout(
 _CAMVID = Layout(
     "camvid",
     101,
-    (("images", "images"), ("masks", "masks"), ("classes", "classes.txt")),
+    {"images": "images", "masks": "masks", "classes": "classes.txt"},
     "images/*",
     _camvid,
     "frames and 11-class index masks of the CamVid site's validation split, put as a folder data set: images/, masks/, classes.txt",
@@ -168,7 +168,7 @@ LAYOUTS: dict[str, Layout] = {
 TRAIN = Layout(
     "coco",
     118_287,
-    (("images", "images/train2017"),),
+    {"images": "images/train2017"},
     "images/train2017/*.jpg",
     lambda base, space: [],
     "train2017.zip from the COCO site, unpacked in coco/images (none of its annotations is used)",
@@ -176,18 +176,18 @@ TRAIN = Layout(
 """COCO-Stuff train: the images that the paper trains on, without any label."""
 
 
-def train_pictures(root: Path) -> Path:
+def train_folder(root: Path) -> Path:
     """The folder of TRAIN's images. Raises DataError with their official source when it is not there."""
     if missing := TRAIN.missing(root):
-        raise DataError(f"coco_stuff_train: not under {root}: {', '.join(missing)}; it comes as {TRAIN.bring}")
+        raise DataError(f"coco_stuff_train: not under {root}: {', '.join(missing)}; it comes as {TRAIN.source}")
     return root / TRAIN.folder / "images/train2017"
 
 
-def voc_pictures(root: Path) -> Path:
+def voc_folder(root: Path) -> Path:
     """The folder of all images of VOC 2012, those of its validation split among them. Raises DataError without it."""
     folder = root / _VOC12.folder / "JPEGImages"
     if not folder.is_dir():
-        raise DataError(f"voc_images: not under {root}: {_VOC12.folder}/JPEGImages; it comes as {_VOC12.bring}")
+        raise DataError(f"voc_images: not under {root}: {_VOC12.folder}/JPEGImages; it comes as {_VOC12.source}")
     return folder
 
 
@@ -195,10 +195,10 @@ def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
     """Samples of one of LAYOUTS. Raises DataError saying what is missing and its official source."""
     layout = LAYOUTS[name]
     if missing := layout.missing(root):
-        raise DataError(f"{name}: not under {root}: {', '.join(missing)}; it comes as {layout.bring}")
+        raise DataError(f"{name}: not under {root}: {', '.join(missing)}; it comes as {layout.source}")
     samples = layout.read(root / layout.folder, space)
     if not samples:
-        raise DataError(f"{name}: no image found at {root / layout.folder / layout.pictures}; the layout is not the official one")
+        raise DataError(f"{name}: no image found at {root / layout.folder / layout.pattern}; the layout is not the official one")
     return samples
 
 
@@ -207,9 +207,9 @@ FOLDER_PARTS = ("images", "masks", "classes.txt")
 
 
 def folder_set(folder: Path) -> Dataset:
-    """images/ID.jpg, masks/ID.png and classes.txt (line n is class n); "background" as class 0 is background.
+    """A folder of images/ID.jpg, masks/ID.png and classes.txt (line n is class n); a class 0 named "background" is background.
 
-    Raises DataError or ParameterError for what is missing or no list of classes.
+    Raises DataError for what is missing, ParameterError for a classes.txt that is no list of words.
     """
     for part in FOLDER_PARTS:
         if not (folder / part).exists():
@@ -218,11 +218,10 @@ def folder_set(folder: Path) -> Dataset:
     if space.names[0] == "background":
         space = LabelSpace(space.name, space.names, space.prompts, space.palette, True)
     table = lookup({index: index for index in range(len(space))})
-    pictures = images.find_images(folder / "images")
-    stems = [path.stem for path in pictures]
-    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
+    paths = images.find_images(folder / "images")
+    if repeated := sorted(stem for stem, count in Counter(path.stem for path in paths).items() if count > 1):
         raise DataError(f"{folder / 'images'}: several images are named {repeated[0]}; a mask belongs to one image, so rename them")
-    samples = pair(folder, pictures, lambda p: folder / "masks" / f"{p.stem}.png", table)
+    samples = pair(paths, lambda p: folder / "masks" / f"{p.stem}.png", table)
     return Dataset(folder.name, space, tuple(samples), str(folder.name))
 
 

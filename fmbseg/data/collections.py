@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | 
     Collections: ``embedded_pool`` (255), ``embedded_objects`` (155 of them), ``embedded_coco`` (45 of them, of COCO),
     ``coco_stuff_train`` and ``voc_images`` (both under data_root) and ``drawn``.
 
-    An image that is also in an evaluation set that is here (same bytes or same file name) is left out.
+    An image that is also in an evaluation set that is here (same bytes or same file name) is left out. evaluation: names of
+    those sets; none: all known ones. Raises WeightsError, DataError or ImageError when the collection is not here or empty.
     """
     if name == "drawn":
         return [Sample(s.name, s.image) for s in embedded.drawn().samples]
@@ -35,22 +37,23 @@ def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | 
             found = [path for path in found if path.parent.name != "enhancement"]
     else:
         under = Path(data_root).expanduser()
-        own = {"coco_stuff_train": benchmarks.train_pictures, "voc_images": benchmarks.voc_pictures}
+        own = {"coco_stuff_train": benchmarks.train_folder, "voc_images": benchmarks.voc_folder}
         root = own[name](under) if name in own else Path(name).expanduser()
         found = images.find_images(root)
-    stems, hashes = _evaluation_pictures(tuple(evaluation or (*EMBEDDED, *(LAYOUTS if data_root else ()))), data_root)
-    kept = [p for p in found if p.stem not in stems and files.image_sha256(p) not in hashes]
+    stems, hashes = _evaluation_images(tuple(evaluation or (*EMBEDDED, *(LAYOUTS if data_root else ()))), data_root)
+    kept = [p for p in found if p.stem not in stems and files.sha256_of(p) not in hashes]
     if not kept:
         raise DataError(f"{name}: every image in it is an evaluation image; give others to train on")
     short = ["__".join(p.relative_to(root).with_suffix("").parts) for p in kept]
-    return [Sample(name if short.count(name) == 1 else "__".join(p.relative_to(root).parts), p) for name, p in zip(short, kept)]
+    times = Counter(short)
+    return [Sample(name if times[name] == 1 else "__".join(p.relative_to(root).parts), p) for name, p in zip(short, kept)]
 
 
 @functools.lru_cache(maxsize=4)
-def _evaluation_pictures(names: tuple[str, ...], data_root: str) -> tuple[frozenset[str], frozenset[str]]:
+def _evaluation_images(names: tuple[str, ...], data_root: str) -> tuple[frozenset[str], frozenset[str]]:
     """File names (those long enough to tell an image) and hashes of the evaluation images that are here."""
     here = []
     for name in names:
         with contextlib.suppress(DataError, WeightsError):  # a benchmark that is not here
             here += [sample.image for sample in benchmarks.load_benchmark(name, data_root).samples]
-    return frozenset(p.stem for p in here if len(p.stem) > 8), frozenset(files.image_sha256(p) for p in here)
+    return frozenset(p.stem for p in here if len(p.stem) > 8), frozenset(files.sha256_of(p) for p in here)

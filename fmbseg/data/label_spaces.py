@@ -1,6 +1,6 @@
-"""Words: the classes of every benchmark, the prompt words and templates behind them, and their text features.
+"""Label spaces: the classes of every benchmark and the prompt words behind them, own words, and training vocabularies.
 
-A class may have several prompt words, of which the most similar counts; its name in the table stays the benchmark's.
+A class may have several prompt words, of which the most similar counts; its name in the tables stays the benchmark's.
 """
 
 from __future__ import annotations
@@ -11,14 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fmbseg.errors import DataError, ParameterError
-
-if TYPE_CHECKING:
-    pass
 
 BACKGROUND_WORDS = (
     "sky",
@@ -50,15 +46,16 @@ BACKGROUND_WORDS = (
 )
 """Stuff words that count as class 0 of VOC-21 (Sec. 4.1: "different Stuff categories"; the words are ours)."""
 
-MAX_CLASSES = 254  # label maps are 8-bit and 255 is ignored
+MAX_CLASSES = 254
+"""Label maps are 8-bit, and 255 is ignored."""
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """An ordered list of classes.
+    """An ordered list of K classes.
 
-    names: as the benchmark spells them; prompts: one tuple of prompt words a class;
-    palette: (K, 3) ``uint8`` colours; background: class 0 is "everything else".
+    names: as the benchmark spells them; prompts: one tuple of prompt words a class; palette: (K, 3) ``uint8`` RGB colours;
+    background: whether class 0 is "everything else".
     """
 
     name: str
@@ -71,6 +68,7 @@ class LabelSpace:
         return len(self.names)
 
     def without_background(self, name: str) -> LabelSpace:
+        """The classes but the first, under another name."""
         return LabelSpace(name, self.names[1:], self.prompts[1:], self.palette[1:])
 
     def with_background_words(self, words: Sequence[str]) -> LabelSpace:
@@ -96,7 +94,7 @@ def palette(count: int) -> np.ndarray:
 
 @functools.cache
 def assets() -> dict:
-    """Class lists, palettes and id maps of the benchmarks."""
+    """Class lists, palettes and id maps of the benchmarks, as ``assets/label_spaces.json`` holds them."""
     return json.loads((resources.files("fmbseg") / "assets" / "label_spaces.json").read_text(encoding="utf-8"))
 
 
@@ -151,9 +149,10 @@ def own_words(words: Sequence[str], name: str = "words") -> LabelSpace:
 
 
 def vocabulary(text: str) -> LabelSpace:
-    """A training vocabulary: a label space's name, several joined by "+", or a text file with a word a line.
+    """A training vocabulary: a label space's name, several joined by "+", or a text file (.txt) with a word a line.
 
-    Joined spaces keep one class a prompt word; backgrounds are left out. Raises ParameterError or DataError.
+    Of joined spaces each prompt word is a class of its own; backgrounds are left out. Raises ParameterError for an unknown name
+    or a list that is no vocabulary, DataError for a file that cannot be read.
     """
     if text.endswith(".txt"):
         path = Path(text)

@@ -1,4 +1,4 @@
-"""What every data set is made of: samples, and how their truth is read."""
+"""What every data set is made of: samples of an image and its truth, and how the truth is read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fmbseg.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with a name that is unique in its set and, where there is one, a way to read its truth.
+    """An image, with a name that is unique in its set, and how its truth is read where there is one.
 
-    truth: gives (height, width) ``uint8`` class indices of the data set's label space, 255 ignored.
+    truth: returns (height, width) ``uint8`` class indices of the data set's label space, 255 ignored.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A benchmark: its column's label space, its samples and where they come from."""
+    """A benchmark: name: of its column in Table 1; space: its classes; samples; source: where they come from, in words."""
 
     name: str
     space: LabelSpace
@@ -42,11 +42,11 @@ class Dataset:
 
 
 Table = tuple[int, ...]
-"""256 entries, raw id -> class: 255 where the id is ignored, -1 where the data set has no such id."""
+"""256 entries, the raw id of a mask -> class: 255 where the id is ignored, -1 where the data set has no such id."""
 
 
 def lookup(classes: Mapping[int | str, int], known: Iterable[int] = ()) -> Table:
-    """A table from raw id -> class. known: ids that the data set has and that are ignored, as 255 is."""
+    """The table of {raw id: class}. known: ids that the data set has and that are ignored, as 255 is."""
     table = [-1] * 256
     for raw in (*known, IGNORED):
         table[raw] = IGNORED
@@ -56,25 +56,30 @@ def lookup(classes: Mapping[int | str, int], known: Iterable[int] = ()) -> Table
 
 
 def shifted(classes: int) -> Table:
-    """0 becomes ignored, every other id one less (ADE20K's reduce-zero-label; the columns without background)."""
+    """The table in which 0 is ignored and ids 1 to ``classes`` are one less (ADE20K; the columns without background)."""
     return lookup({raw: raw - 1 for raw in range(1, classes + 1)}, known=[0])
 
 
-def read_index(path: Path, table: Table, picture: Path) -> np.ndarray:
-    """An index PNG, its raw ids sent through a table.
+def read_index(path: Path, table: Table, image: Path) -> np.ndarray:
+    """Truth from an index PNG, its raw ids sent through a table: (height, width) ``uint8``.
 
-    Raises ImageError when the mask has not the size of its image, DataError when it holds an id that the data set has not.
+    Raises ImageError when the mask is not of the size of its image, DataError when it holds an id that the data set does not define.
     """
-    mask = images.read_mask(path, images.image_size(picture))
+    mask = images.read_mask(path, images.image_size(image))
     truth = np.array(table, dtype=np.int16)[mask]
     if (truth < 0).any():
         last = max(raw for raw in range(IGNORED) if table[raw] >= 0)
-        raise DataError(f"{path}: holds id {mask[truth < 0][0]}, which the data set has not; its ids are 0 to {last}, and {IGNORED}")
+        raise DataError(
+            f"{path}: holds id {mask[truth < 0][0]}, which this data set does not define; its ids are 0 to {last}, and {IGNORED}"
+        )
     return truth.astype(np.uint8)
 
 
 def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """A COCO panoptic PNG (id = R + 256 G + 65536 B): each (id, class) segment painted, all else ignored."""
+    """Truth from a COCO panoptic PNG (id = R + 256 G + 65536 B): (height, width) ``uint8``.
+
+    segments: (id, class) of each that counts; all else is ignored.
+    """
     raw = np.array(Image.open(path).convert("RGB"), dtype=np.uint32)
     ids = raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
     truth = np.full(ids.shape, IGNORED, dtype=np.uint8)
@@ -83,11 +88,21 @@ def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarr
     return truth
 
 
-def read_instances(size: tuple[int, int], outlines: tuple, background: int) -> np.ndarray:
-    """COCO instances: (class, segmentation, area, crowd) painted large first; the rest is background; crowds ignored."""
+@dataclass(frozen=True)
+class Outline:
+    """One COCO instance. index: its class; segmentation: polygons or a run-length code; area: in pixels; crowd: ignored."""
+
+    index: int
+    segmentation: list | dict
+    area: float
+    crowd: bool = False
+
+
+def read_instances(size: tuple[int, int], outlines: Iterable[Outline], background: int) -> np.ndarray:
+    """Truth from COCO instances, large ones painted first: (height, width) ``uint8`` of ``size``; the rest is ``background``."""
     truth = np.full(size, background, dtype=np.uint8)
-    for index, segmentation, _, crowd in sorted(outlines, key=lambda o: -o[2]):
-        coded = rle.frPyObjects(segmentation, *size)
+    for outline in sorted(outlines, key=lambda o: -o.area):
+        coded = rle.frPyObjects(outline.segmentation, *size)
         coded = rle.merge(coded) if isinstance(coded, list) else coded
-        truth[rle.decode(coded).astype(bool)] = IGNORED if crowd else index
+        truth[rle.decode(coded).astype(bool)] = IGNORED if outline.crowd else outline.index
     return truth

@@ -188,7 +188,7 @@ LIT_PROJECTION = resources.files("fmbseg") / "assets" / f"{LIT}.safetensors"
 def weights_key(name: str) -> str:
     """A model's name with a hash of its weights, without loading it. Raises WeightsError where they are not here."""
     if name == LIT:
-        parts = files.image_sha256(str(LIT_PROJECTION)), fetch.key("all_minilm_l6_v2"), fetch.key("efficientnet_lite2")
+        parts = files.sha256_of(str(LIT_PROJECTION)), fetch.key("all_minilm_l6_v2"), fetch.key("efficientnet_lite2")
         return f"{LIT}-{files.digest(*parts)}"
     return f"{name}@{fetch.key(name)}" if name in CLIP_NAMES else name
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -91,14 +90,14 @@ def _assemble(encoder: nn.Module, width: int, side: int) -> Sam:
 class _KeepingPredictor(SamPredictor):
     """A predictor that keeps its image: points and automatic masks share one pass through the encoder."""
 
-    picture: np.ndarray | None = None
+    image: np.ndarray | None = None
 
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
-        if self.picture is None or not np.array_equal(image, self.picture):
+        if self.image is None or not np.array_equal(image, self.image):
             super().set_image(image, image_format)
 
     def reset_image(self) -> None:
-        if self.picture is None:  # the mask generator resets after each image
+        if self.image is None:  # the mask generator resets after each image
             super().reset_image()
 
 
@@ -114,28 +113,31 @@ class SamSegmenter:
             lowered.lower(part, device, precision)
         self._predictor = _KeepingPredictor(self.model)
 
-    def set_image(self, image: np.ndarray, embedding: Path | None = None) -> None:
+    def set_image(self, image: np.ndarray, embedding: torch.Tensor | None = None) -> None:
         """image: (height, width, 3) RGB ``uint8``. The encoder runs only for an image it has not just seen.
 
-        embedding: where the image's embedding is kept on disk, and read from if it is there (2 MB, fp16).
+        embedding: ``embedding`` of the same image from an earlier call, in place of a pass through the encoder.
         """
         predictor = self._predictor
-        if predictor.picture is not None and np.array_equal(image, predictor.picture):
+        if predictor.image is not None and np.array_equal(image, predictor.image):
             return
-        predictor.picture = None
-        if embedding is not None and embedding.is_file():
+        predictor.image = None
+        if embedding is not None:
             predictor.reset_image()
-            features = files.read_tensors(embedding)[0]["embedding"].to(predictor.device)
             predictor.original_size = image.shape[:2]
             predictor.input_size = predictor.transform.get_preprocess_shape(*image.shape[:2], self.model.image_encoder.img_size)
             predictor.is_image_set = True
         else:
             predictor.set_image(image)
-            features = predictor.features.half()
-            if embedding is not None:
-                files.write_tensors(embedding, {"embedding": features})
-        predictor.features = features.float()  # rounded alike, whether just made or read: a rerun gives the same masks
-        predictor.picture = image
+            embedding = predictor.features.half()
+        # rounded to fp16, whether just made or kept: a rerun gives the same masks (ours)
+        predictor.features = embedding.to(predictor.device).float()
+        predictor.image = image
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """The set image's embedding, (1, 256, 64, 64) fp16."""
+        return self._predictor.features.half()
 
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Three masks for one joint prompt of foreground points.
@@ -173,7 +175,7 @@ class SamSegmenter:
         generator.predictor = self._predictor
         return [
             AutomaticMask(r["segmentation"], float(r["predicted_iou"]), float(r["stability_score"]), tuple(r["point_coords"][0]))
-            for r in generator.generate(self._predictor.picture)
+            for r in generator.generate(self._predictor.image)
         ]
 
 

@@ -1,7 +1,7 @@
 """Vision transformers of the model hub through transformers: DINOv2, DINOv2 with registers, DINOv3 and SigLIP 2.
 
-One table: repository and shape of each. Weights come from the hub's cache under their own configuration; without weights
-(tests) the same shape is built from this table.
+One table: family and shape of each; its repository is in the table of weights (``data/fetch.py``). Weights come from the
+hub's cache under their own configuration; without weights (tests) the same shape is built from this table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from fmbseg.data import fetch
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -32,22 +34,24 @@ class Vit:
 _S, _B, _L = (384, 12, 6, 1536), (768, 12, 12, 3072), (1024, 24, 16, 4096)
 _G, _SO = (1536, 40, 24, 4096), (1152, 27, 16, 4304)
 
-VITS = {
-    "dinov2_vits14": Vit("dinov2", "facebook/dinov2-small", _S),
-    "dinov2_vitb14": Vit("dinov2", "facebook/dinov2-base", _B),
-    "dinov2_vitl14": Vit("dinov2", "facebook/dinov2-large", _L),
-    "dinov2_vitg14": Vit("dinov2", "facebook/dinov2-giant", _G),
-    "dinov2_vits14_reg": Vit("dinov2_reg", "facebook/dinov2-with-registers-small", _S),
-    "dinov2_vitb14_reg": Vit("dinov2_reg", "facebook/dinov2-with-registers-base", _B),
-    "dinov2_vitl14_reg": Vit("dinov2_reg", "facebook/dinov2-with-registers-large", _L),
-    "dinov2_vitg14_reg": Vit("dinov2_reg", "facebook/dinov2-with-registers-giant", _G),
-    "dinov3_vits16": Vit("dinov3", "facebook/dinov3-vits16-pretrain-lvd1689m", _S),
-    "dinov3_vitb16": Vit("dinov3", "facebook/dinov3-vitb16-pretrain-lvd1689m", _B),
-    "dinov3_vitl16": Vit("dinov3", "facebook/dinov3-vitl16-pretrain-lvd1689m", _L),
-    "siglip2_vitb16": Vit("siglip2", "google/siglip2-base-patch16-512", _B),
-    "siglip2_vitl16": Vit("siglip2", "google/siglip2-large-patch16-512", _L),
-    "siglip2_so400m16": Vit("siglip2", "google/siglip2-so400m-patch16-512", _SO),
+_SHAPES = {
+    "dinov2_vits14": ("dinov2", _S),
+    "dinov2_vitb14": ("dinov2", _B),
+    "dinov2_vitl14": ("dinov2", _L),
+    "dinov2_vitg14": ("dinov2", _G),
+    "dinov2_vits14_reg": ("dinov2_reg", _S),
+    "dinov2_vitb14_reg": ("dinov2_reg", _B),
+    "dinov2_vitl14_reg": ("dinov2_reg", _L),
+    "dinov2_vitg14_reg": ("dinov2_reg", _G),
+    "dinov3_vits16": ("dinov3", _S),
+    "dinov3_vitb16": ("dinov3", _B),
+    "dinov3_vitl16": ("dinov3", _L),
+    "siglip2_vitb16": ("siglip2", _B),
+    "siglip2_vitl16": ("siglip2", _L),
+    "siglip2_so400m16": ("siglip2", _SO),
 }
+
+VITS = {name: Vit(family, fetch.find(name).repository, shape) for name, (family, shape) in _SHAPES.items()}
 
 
 def _classes(family: str) -> tuple[type, type]:

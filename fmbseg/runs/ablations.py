@@ -13,11 +13,10 @@ import pandas as pd
 from fmbseg.data.samples import Dataset, Sample
 from fmbseg.errors import ParameterError
 from fmbseg.params import EvaluateParams, RunParams
-from fmbseg.runs import evaluate, records, steps
+from fmbseg.runs import evaluate, label, modules, records, train
+from fmbseg.runs.evaluate import Method
+from fmbseg.runs.label import LabelStore
 from fmbseg.schemas import CompareRun, FineTuneRun, StagesRun
-from fmbseg.stage1.pseudo_labels import LabelStore
-from fmbseg.stage2 import alignment
-from fmbseg.viz import figures
 
 MEASURES = ["miou", "precision", "coverage"]
 
@@ -37,7 +36,7 @@ def plan(params: CompareRun, kind: str, variants: Mapping[str, Mapping[str, Any]
     for name, settings in (params.variants if variants is None else variants).items():
         for seed in params.seeds:
             changed = params.model_copy(update={**settings, "seed": seed})
-            runs.append(Run(name, changed, steps.module_path(params, f"{kind}-{figures.file_name(name)}-{seed}")))
+            runs.append(Run(name, changed, train.module_path(params, f"{kind}-{records.file_name(name)}-{seed}")))
     return runs
 
 
@@ -46,14 +45,14 @@ def compare(runs: Sequence[Run], kind: str, samples: list[Sample], store: LabelS
 
     Each row is written as a record; modules that are there already, trained with the same inputs, are not trained again.
     """
-    folder = steps.results_folder(runs[0].params) / "records" / kind
+    folder = records.results_folder(runs[0].params) / "records" / kind
     for number, run in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}] {run.variant}, seed {run.params.seed}", flush=True)
-        steps.fit(samples, store, run.params, run.path)
+        train.fit(samples, store, run.params, run.path)
     params = runs[0].params
-    measured = evaluate.evaluate_modules("fmbseg", [str(r.path) for r in runs], found, params, params.device, params.workers)
+    measured = evaluate.measure([Method("fmbseg", str(r.path)) for r in runs], found, params, params.device, params.workers)
     for run, of_run in zip(runs, measured):
-        seconds = alignment.load(run.path)[1]["seconds"]
+        seconds = modules.load(run.path)[1]["seconds"]
         for record in of_run:
             _write(record, folder, kind, run.variant, run.params, f"seed{run.params.seed}", seconds)
     return records.load(folder)
@@ -63,14 +62,14 @@ def _write(record: records.Record, folder: Path, kind: str, method: str, params:
     """A record of an evaluation as one of a comparison, with the parameters and the training seconds of its own run."""
     parameters = params.part(EvaluateParams) | {"seed": params.seed}
     made = dataclasses.replace(record, kind=kind, method=method, parameters=parameters, seconds=seconds or record.seconds)
-    made.write(folder, "-".join(figures.file_name(part) for part in (method, record.dataset, suffix) if part))
+    made.write(folder, "-".join(records.file_name(part) for part in (method, record.dataset, suffix) if part))
 
 
 def curves(runs: Sequence[Run]) -> pd.DataFrame:
     """The loss of every step of every run: variant, seed, step, loss."""
     frames = []
     for run in runs:
-        curve = alignment.load(run.path)[1]["curve"]
+        curve = modules.load(run.path)[1]["curve"]
         frames.append(pd.DataFrame({"variant": run.variant, "seed": run.params.seed, "step": curve["step"], "loss": curve["loss"]}))
     return pd.concat(frames, ignore_index=True)
 
@@ -105,9 +104,9 @@ def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -
     A row a method and benchmark, with mIoU, precision of the labelled pixels and coverage; records are written.
     The images to train on have image-level labels where ``image_level_names`` gives them.
     """
-    folder = steps.results_folder(params) / "records" / "stages"
+    folder = records.results_folder(params) / "records" / "stages"
     for method in [f"{name}{given}" for given in ("", evaluate.GIVEN) for name in evaluate.STAGES]:
-        for record in evaluate.evaluate(method, found, params, device=params.device, workers=params.workers):
+        for record in evaluate.measure([Method(method)], found, params, params.device, params.workers)[0]:
             _write(record, folder, "stages", method, params)
     plain = params.model_copy(update={"image_level_names": ""})
     for given, base in (("", plain), (evaluate.GIVEN, params)):
@@ -115,9 +114,9 @@ def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -
             continue
         for name, stage in evaluate.STAGES.items():
             staged = base.model_copy(update={"stages": stage})
-            path = steps.module_path(params, f"stages-{name}{given}")
-            steps.fit(samples, steps.make_labels(samples, staged), staged, path)
-            for record in evaluate.evaluate("fmbseg", found, staged, str(path), params.device, params.workers):
+            path = train.module_path(params, f"stages-{name}{given}")
+            train.fit(samples, label.label(samples, staged)[0], staged, path)
+            for record in evaluate.measure([Method("fmbseg", str(path))], found, staged, params.device, params.workers)[0]:
                 _write(record, folder, "stages", f"fmbseg on {name}{given}", staged)
     return records.load(folder)
 
@@ -141,7 +140,7 @@ def fine_tune(found: Sequence[Dataset], params: FineTuneRun) -> pd.DataFrame:
     """The profile's module before and after training on with pseudo labels of the target's own images, no label given."""
     if not (params.target_collection and params.target_vocabulary):
         raise ParameterError("target_collection and target_vocabulary: not given; name unlabelled images of the target and its classes")
-    before, after = steps.module_path(params), steps.module_path(params, "fine_tuned")
+    before, after = train.module_path(params), train.module_path(params, "fine_tuned")
     changed = {
         "collection": params.target_collection,
         "vocabulary": params.target_vocabulary,
@@ -150,10 +149,11 @@ def fine_tune(found: Sequence[Dataset], params: FineTuneRun) -> pd.DataFrame:
         "learning_rate": params.fine_tune_rate,
     }
     tuned = params.model_copy(update=changed)
-    samples = steps.collection(tuned)
-    steps.fit(samples, steps.make_labels(samples, tuned), tuned, after, before)
-    folder = steps.results_folder(params) / "records" / "fine_tune"
-    measured = evaluate.evaluate_modules("fmbseg", [str(before), str(after)], found, params, params.device, params.workers)
+    samples = label.collection(tuned)
+    train.fit(samples, label.label(samples, tuned)[0], tuned, after, before)
+    folder = records.results_folder(params) / "records" / "fine_tune"
+    both = [Method("fmbseg", str(path)) for path in (before, after)]
+    measured = evaluate.measure(both, found, params, params.device, params.workers)
     for method, used, of_module in zip(("before", "after"), (params, tuned), measured):
         for record in of_module:
             _write(record, folder, "fine_tune", method, used)

@@ -1,14 +1,17 @@
-"""What each step keeps of each image on disk, made once and read ever after.
+"""Per-image disk cache of what Stage 1 and the frozen encoder compute, and the models of a run.
 
-Everything lies under ``home()/cache``, one file an image, under a key that covers the image's bytes, the weights,
-the parameters and, for votes, the images they are standardised over. Functions are given a path and make what is missing; they run in worker processes.
+Each function wraps one function of the method: it reads the image's file under ``home()/cache`` or makes it. A key
+covers the image's bytes, the models' weights, the parameters and the version of the step; keys ignore batch sizes.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,108 +20,238 @@ from pycocotools import mask as rle
 from fmbseg import files
 from fmbseg.data import collections, images
 from fmbseg.data.label_spaces import LabelSpace
-from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError
-from fmbseg.files import Store
-from fmbseg.models.clip import ImageText, load_clip, weights_key
-from fmbseg.models.encoders import Encoder, load_encoder
-from fmbseg.models.sam import AutomaticMask, SamSegmenter, load_sam
+from fmbseg.models import clip as clip_models
+from fmbseg.models import encoders, sam
+from fmbseg.models.clip import ImageText
+from fmbseg.models.encoders import Encoder
+from fmbseg.models.sam import AutomaticMask, SamSegmenter
 from fmbseg.models.texts import ClassTexts, class_texts
-from fmbseg.params import DetectParams, FeatureParams, LabelParams, MaskParams, PatchParams, QueryParams
+from fmbseg.params import DetectParams, FeatureParams, LabelParams, MaskParams, PatchParams, QueryParams, RunParams
 from fmbseg.runs import parallel
 from fmbseg.stage1 import detection, features, label_masks, query_sam
 from fmbseg.stage1.detection import Detected, Scale
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.query_sam import QueryMask
 from fmbseg.stage1.windows import Window
-from fmbseg.stage2 import distributed
+from fmbseg.stage2.distributed import rank
+
+VERSIONS = {"clip": 2, "sam": 2, "queries": 2, "masks": 2, "encoder": 2, "labels": 2, "counts": 2, "module": 2}
+"""Version of each kept product: raise it when a change of code changes what the step computes."""
+
+# ---------------------------------------------------------------- models
+
+_clip = functools.lru_cache(maxsize=2)(clip_models.load_clip)
+_sam = functools.lru_cache(maxsize=1)(sam.load_sam)
+_encoder = functools.lru_cache(maxsize=1)(encoders.load_encoder)
 
 
-def encode_rle(mask: np.ndarray) -> dict:
+@dataclass(frozen=True)
+class Models:
+    """The frozen models of a run, by name; each is loaded when it is first asked for, once a process.
+
+    It is sent to worker processes as it is: a few names.
+    """
+
+    clip_name: str
+    crop_input: int | None
+    sam_name: str
+    encoder_name: str
+    precision: str
+    templates: str
+    device: str
+
+    @classmethod
+    def of(cls, params: RunParams) -> Models:
+        """The models that the parameters name; those of steps that the parameters do not have stay unnamed."""
+        names = {"clip": "", "crop_input": None, "sam": "", "encoder": "", "precision": "fp32", "templates": "one", "device": "cpu"}
+        return cls(*(getattr(params, name, default) for name, default in names.items()))
+
+    @property
+    def clip(self) -> ImageText:
+        return _clip(self.clip_name, self.device, self.crop_input, self.precision)
+
+    @property
+    def sam(self) -> SamSegmenter:
+        return _sam(self.sam_name, self.device, self.precision)
+
+    @property
+    def encoder(self) -> Encoder:
+        return _encoder(self.encoder_name, self.device, self.precision)
+
+    def texts(self, space: LabelSpace) -> ClassTexts:
+        """Text features of a label space, kept in memory for the next call."""
+        return _texts(self, space.prompts, space.names)
+
+
+@functools.lru_cache(maxsize=8)
+def _texts(models: Models, prompts: tuple, names: tuple) -> ClassTexts:
+    space = LabelSpace("", names, prompts, np.zeros((len(names), 3), np.uint8))
+    return class_texts(models.clip, space, models.templates)
+
+
+# ---------------------------------------------------------------- files
+
+
+class Cache:
+    """The files of one product, one an image, under a key of everything that changes their content.
+
+    product: a name of VERSIONS; content: what JSON can hold.
+    """
+
+    def __init__(self, product: str, suffix: str, *content: Any):
+        self.folder, self.suffix = files.home() / "cache" / product, suffix
+        self.content = (product, VERSIONS[product], *content)
+
+    def path(self, image: str | Path) -> Path:
+        """Where the product of this image file lies, whether it is there or not."""
+        key = files.digest(files.sha256_of(image), *self.content)
+        return self.folder / f"{Path(image).stem[:80]}-{key}{self.suffix}"
+
+    def get(self, image: str | Path, make: Callable[[Path], Any]) -> Path:
+        """The image's file, made by ``make(path)`` when it is not there yet."""
+        path = self.path(image)
+        if not path.is_file():
+            make(path)
+        return path
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """A (height, width) bool mask as COCO run-length encoding that JSON can hold."""
     coded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(n) for n in coded["size"]], "counts": coded["counts"].decode("ascii")}
 
 
-def decode_rle(coded: dict) -> np.ndarray:
+def decode_rle(coded: dict[str, Any]) -> np.ndarray:
     """COCO run-length encoding -> (height, width) bool."""
     return rle.decode({"size": coded["size"], "counts": coded["counts"].encode("ascii")}).astype(bool)
 
 
-def _store(product: str, suffix: str, *content) -> Store:
-    return Store(files.home() / "cache" / product, suffix, product, *content)
+# ---------------------------------------------------------------- Stage 1
 
 
-def clip_of(params: FeatureParams, device: str = "cpu") -> ImageText:
-    return load_clip(params.clip, device, params.crop_input, params.precision)
-
-
-def sam_of(params: QueryParams, device: str = "cpu") -> SamSegmenter:
-    return load_sam(params.sam, device, params.precision)
-
-
-def encoder_of(params: PatchParams, device: str = "cpu") -> Encoder:
-    return load_encoder(params.encoder, device, params.precision)
-
-
-@functools.lru_cache(maxsize=8)
-def _texts(clip: ImageText, prompts: tuple, names: tuple, templates: str) -> ClassTexts:
-    space = LabelSpace("", names, prompts, np.zeros((len(names), 3), np.uint8))
-    return class_texts(clip, space, templates)
-
-
-def texts_of(space: LabelSpace, params: LabelParams, device: str = "cpu") -> ClassTexts:
-    """Text features of a label space, kept in memory for the next call."""
-    return _texts(clip_of(params, device), space.prompts, space.names, params.templates)
-
-
-def clip_features(path: Path, params: FeatureParams, device: str = "cpu") -> ImageFeatures:
-    """High-resolution CLIP features of one image, kept in fp16."""
-    clip = clip_of(params, device)
+def clip_features(path: Path, models: Models, params: FeatureParams) -> ImageFeatures:
+    """High-resolution CLIP features of one image (``stage1.features.extract``), kept in fp16."""
 
     def make(target: Path) -> None:
-        made = features.extract(images.read_image(path), clip, params)
+        made = features.extract(images.read_image(path), models.clip, params)
         crops = [[c.top, c.left, c.height, c.width] for c in made.crops]
         tensors = {"map": made.map.half(), "tokens": made.tokens.half()}
         files.write_tensors(target, tensors, {"size": json.dumps(made.size), "crops": json.dumps(crops)})
 
-    tensors, metadata = files.read_tensors(_store("clip", ".safetensors", clip.key, params.content(FeatureParams)).get(path, make))
+    kept = Cache("clip", ".safetensors", models.clip.key, params.content(FeatureParams))
+    tensors, metadata = files.read_tensors(kept.get(path, make))
     crops = tuple(Window(*c) for c in json.loads(metadata["crops"]))
     return ImageFeatures(tuple(json.loads(metadata["size"])), tensors["map"].float(), tensors["tokens"].float(), crops)
+
+
+def queries(path: Path, space: LabelSpace, models: Models, params: LabelParams, given: Sequence[int] | None = None) -> list[QueryMask]:
+    """Detected classes of one image with Stage 1.1's masks. given: image-level labels in place of detection."""
+    content = params.content(FeatureParams, DetectParams, QueryParams)
+    content |= {"reference_images": vote_content(params) if given is None else None}
+
+    def make(target: Path) -> None:
+        found, texts = clip_features(path, models, params), models.texts(space)
+        if given is None:
+            detected = detection.detect(found, texts, params, vote_scale(texts, params))
+        else:
+            detected = detection.given(given, texts)
+        image = _set_image(path, models, params) if detected else images.read_image(path)
+        made = query_sam.query_masks(image, found, detected, texts, models.sam, params)
+        files.write_json(target, [_query_row(q) for q in made])
+
+    kept = Cache("queries", ".json", models.clip.key, models.sam.key, content, space.names, space.prompts, given)
+    return [_query_mask(row) for row in files.read_json(kept.get(path, make))]
+
+
+def _query_row(query: QueryMask) -> dict[str, Any]:
+    return {
+        "index": query.detected.index,
+        "name": query.detected.name,
+        "votes": query.detected.votes,
+        "points": query.points.tolist(),
+        "masks": [encode_rle(mask) for mask in query.masks],
+        "scores": query.scores.tolist(),
+        "chosen": encode_rle(query.chosen),
+    }
+
+
+def _query_mask(row: dict[str, Any]) -> QueryMask:
+    return QueryMask(
+        Detected(row["index"], row["name"], row["votes"]),
+        np.array(row["points"], dtype=np.float32),
+        np.stack([decode_rle(mask) for mask in row["masks"]]),
+        np.array(row["scores"]),
+        decode_rle(row["chosen"]),
+    )
+
+
+def automatic_masks(path: Path, models: Models, params: LabelParams) -> list[AutomaticMask]:
+    """Stage 1.2's unlabelled masks of one image; they do not depend on any word."""
+
+    def make(target: Path) -> None:
+        found = label_masks.automatic_masks(_set_image(path, models, params), models.sam, params)
+        rows = [{"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found]
+        files.write_json(target, rows)
+
+    kept = Cache("masks", ".json", models.sam.key, params.content(MaskParams))
+    return [
+        AutomaticMask(decode_rle(row["mask"]), row["predicted_iou"], row["stability"], tuple(row["point"]))
+        for row in files.read_json(kept.get(path, make))
+    ]
+
+
+def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
+    """Set an image for SAM, with its embedding kept on disk if so wished; returns the image."""
+    image, segmenter = images.read_image(path), models.sam
+    if not params.keep_embeddings:
+        segmenter.set_image(image)
+        return image
+    kept = Cache("sam", ".safetensors", segmenter.key).path(path)
+    if kept.is_file():
+        segmenter.set_image(image, files.read_tensors(kept)[0]["embedding"])
+    else:
+        segmenter.set_image(image)
+        files.write_tensors(kept, {"embedding": segmenter.embedding})
+    return image
+
+
+# ---------------------------------------------------------------- votes standardised over a collection (ours)
+
+
+def prepare_votes(params: LabelParams) -> None:
+    """Keep the class tokens of the images over whose crops votes are standardised, for all workers (ours).
+
+    They are evenly spaced over the whole collection, whatever its ``limit``; none are taken of a collection that holds
+    fewer than ``reference_images``. Under torchrun only the first process makes them.
+    """
+    if not params.reference_images:
+        return
+    if rank() == 0:
+        found, path = collections.load_collection(params.collection, params.data_root), _reference_path(params)
+        chosen = parallel.evenly_spaced(found, params.reference_images) if len(found) >= params.reference_images else []
+        if not chosen:
+            print(f"votes are taken as they are: {len(found)} images, and reference_images = {params.reference_images}")
+        content = [files.sha256_of(sample.image) for sample in chosen]
+        if not path.is_file() or _reference(path)[1] != content:
+            work = functools.partial(_crop_tokens, models=Models.of(params), params=FeatureParams(**params.part(FeatureParams)))
+            paths = [sample.image for sample in chosen]
+            tokens = [result for _, result in parallel.each(work, paths, "CLIP features of the votes' reference", params.workers).results]
+            if chosen and not tokens:
+                raise DataError(f"reference_images: none of {len(chosen)} can be read; give other images, or set it to 0")
+            files.write_tensors(path, {"tokens": torch.cat(tokens or [torch.zeros(0, 1)])}, {"images": json.dumps(content)})
+    parallel.wait()
+
+
+def _crop_tokens(path: Path, models: Models, params: FeatureParams) -> torch.Tensor:
+    return clip_features(path, models, params).tokens
 
 
 def _reference_path(params: LabelParams) -> Path:
     folder = Path(params.collection).expanduser()
     source = [str(folder.resolve()) if folder.is_dir() else params.collection, params.data_root, params.reference_images]
-    key = files.digest(*source, weights_key(params.clip), params.content(FeatureParams))
+    key = files.digest(*source, clip_models.weights_key(params.clip), params.content(FeatureParams))
     return files.home() / "cache" / "votes" / f"{key}.safetensors"
-
-
-def _crop_tokens(sample: Sample, params: FeatureParams, device: str) -> torch.Tensor:
-    return clip_features(sample.image, params, device).tokens
-
-
-def prepare_votes(params: LabelParams, device: str = "cpu", workers: int = 1) -> None:
-    """Class tokens of the images over whose crops votes are standardised, on disk for all workers (ours).
-
-    They are listed anew, evenly spread over the collection whatever its ``limit``; of a collection that holds fewer than
-    ``reference_images``, none are taken. Under torchrun the first rank alone makes them.
-    """
-    if not params.reference_images:
-        return
-    if distributed.rank() == 0:
-        found, path = collections.load_collection(params.collection, params.data_root), _reference_path(params)
-        chosen = parallel.spread(found, params.reference_images) if len(found) >= params.reference_images else []
-        if not chosen:
-            print(f"votes are taken as they are: {len(found)} images, and reference_images = {params.reference_images}")
-        content = [files.image_sha256(sample.image) for sample in chosen]
-        if not path.is_file() or _reference(path)[1] != content:
-            work = functools.partial(_crop_tokens, params=FeatureParams(**params.part(FeatureParams)), device=device)
-            tokens = [result for _, result in parallel.each(work, chosen, "CLIP features of the votes' reference", workers).results]
-            if chosen and not tokens:
-                raise DataError(f"reference_images: none of {len(chosen)} can be read; give other images, or set it to 0")
-            files.write_tensors(path, {"tokens": torch.cat(tokens or [torch.zeros(0, 1)])}, {"images": json.dumps(content)})
-    distributed.wait()
 
 
 def _reference(path: Path) -> tuple[torch.Tensor, list[str]]:
@@ -126,102 +259,42 @@ def _reference(path: Path) -> tuple[torch.Tensor, list[str]]:
     return tensors["tokens"], json.loads(metadata["images"])
 
 
-def _prepared(params: LabelParams, device: str) -> tuple[torch.Tensor, list[str]]:
+def _prepared(params: LabelParams) -> tuple[torch.Tensor, list[str]]:
     path = _reference_path(params)
     if not path.is_file():
-        prepare_votes(params, device)
+        prepare_votes(params)
     return _reference(path)
 
 
-def vote_content(params: LabelParams, device: str = "cpu") -> list[str]:
+def vote_content(params: LabelParams) -> list[str]:
     """What votes depend on beside the parameters: the reference images, by their bytes."""
-    return _prepared(params, device)[1] if params.reference_images else []
+    return _prepared(params)[1] if params.reference_images else []
 
 
-def vote_scale(texts: ClassTexts, params: LabelParams, device: str = "cpu") -> Scale | None:
+def vote_scale(texts: ClassTexts, params: LabelParams) -> Scale | None:
     """The scale on which crops vote; none where votes are taken as they are."""
-    tokens = _prepared(params, device)[0] if params.reference_images else ()
+    tokens = _prepared(params)[0] if params.reference_images else ()
     return Scale.of(tokens, texts) if len(tokens) else None
 
 
-def _set_image(sam: SamSegmenter, path: Path, params: QueryParams) -> np.ndarray:
-    """Set an image, with its embedding kept on disk if so wished; returns it."""
-    image = images.read_image(path)
-    sam.set_image(image, _store("sam", ".safetensors", sam.key).path(path) if params.keep_embeddings else None)
-    return image
+# ---------------------------------------------------------------- Stage 2
 
 
-def queries(
-    path: Path, space: LabelSpace, params: LabelParams, device: str = "cpu", given: tuple[int, ...] | None = None
-) -> list[QueryMask]:
-    """Detected classes of one image with Stage 1.1's masks. given: image-level labels in place of detection."""
-    clip, sam = clip_of(params, device), sam_of(params, device)
-    content = params.content(FeatureParams, DetectParams, QueryParams)
-    content |= {"reference_images": vote_content(params, device) if given is None else None}
-
-    def make(target: Path) -> None:
-        found_features, texts = clip_features(path, params, device), texts_of(space, params, device)
-        if given is None:
-            found = detection.detect(found_features, texts, params, vote_scale(texts, params, device))
-        else:
-            found = detection.given(list(given), texts)
-        image = _set_image(sam, path, params) if found else images.read_image(path)
-        masks = query_sam.query_masks(image, found_features, found, texts, sam, params)
-        files.write_json(
-            target,
-            [
-                {
-                    "index": q.detected.index,
-                    "name": q.detected.name,
-                    "votes": q.detected.votes,
-                    "points": q.points.tolist(),
-                    "masks": [encode_rle(m) for m in q.masks],
-                    "scores": q.scores.tolist(),
-                    "chosen": encode_rle(q.chosen),
-                }
-                for q in masks
-            ],
-        )
-
-    store = _store("queries", ".json", clip.key, sam.key, content, space.names, space.prompts, given)
-    return [
-        QueryMask(
-            Detected(r["index"], r["name"], r["votes"]),
-            np.array(r["points"], dtype=np.float32),
-            np.stack([decode_rle(m) for m in r["masks"]]),
-            np.array(r["scores"]),
-            decode_rle(r["chosen"]),
-        )
-        for r in files.read_json(store.get(path, make))
-    ]
+def encoder_cache(models: Models, params: PatchParams) -> Cache:
+    """Where the encoder's patches of an image are kept."""
+    return Cache("encoder", ".safetensors", models.encoder.key, _side(models.encoder, params))
 
 
-def automatic_masks(path: Path, params: LabelParams, device: str = "cpu") -> list[AutomaticMask]:
-    """Stage 1.2's unlabelled masks of one image; they do not depend on any word."""
-    sam = sam_of(params, device)
-
-    def make(target: Path) -> None:
-        image = _set_image(sam, path, params)
-        found = label_masks.automatic_masks(image, sam, params)
-        files.write_json(
-            target,
-            [{"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found],
-        )
-
-    store = _store("masks", ".json", sam.key, params.content(MaskParams))
-    return [
-        AutomaticMask(decode_rle(r["mask"]), r["predicted_iou"], r["stability"], tuple(r["point"]))
-        for r in files.read_json(store.get(path, make))
-    ]
+def _side(encoder: Encoder, params: PatchParams) -> int:
+    return params.image_size // encoder.patch * encoder.patch
 
 
-def encoder_patches(path: Path, params: PatchParams, device: str = "cpu") -> torch.Tensor:
+def encoder_patches(path: Path, models: Models, params: PatchParams) -> torch.Tensor:
     """(width, h, w) patches of one image squashed to the encoder's square input, kept in fp16."""
-    encoder = encoder_of(params, device)
-    side = params.image_size // encoder.patch * encoder.patch
 
     def make(target: Path) -> None:
-        pixels = torch.from_numpy(images.resize(images.read_image(path), (side, side)))[None].to(device)
-        files.write_tensors(target, {"patches": encoder.encode(pixels)[0].half()})
+        side = _side(models.encoder, params)
+        pixels = torch.from_numpy(images.resize(images.read_image(path), (side, side)))[None].to(models.device)
+        files.write_tensors(target, {"patches": models.encoder.encode(pixels)[0].half()})
 
-    return files.read_tensors(_store("encoder", ".safetensors", encoder.key, side).get(path, make))[0]["patches"]
+    return files.read_tensors(encoder_cache(models, params).get(path, make))[0]["patches"]

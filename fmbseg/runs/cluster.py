@@ -1,12 +1,13 @@
-"""Labelling a large collection on a cluster with Ray Data (Stage 1). Needs the optional extra: pip install "fmbseg[ray]".
+"""Work image by image on a cluster with Ray Data. Needs the optional extra: pip install "fmbseg[ray]".
 
 Ray joins the cluster that RAY_ADDRESS names, or starts workers on this machine. Every machine must see the images, the
-label folder and FMBSEG_HOME under the same paths. Files are those of the serial run.
+results and FMBSEG_HOME under the same paths. Files are those of the serial run.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,36 +15,27 @@ from typing import Any
 import torch
 
 from fmbseg import files
-from fmbseg.data.label_spaces import LabelSpace
-from fmbseg.data.samples import Sample
 from fmbseg.errors import ParameterError
-from fmbseg.params import LabelParams
-from fmbseg.runs import cache, parallel
-from fmbseg.stage1 import pseudo_labels
-from fmbseg.stage1.pseudo_labels import LabelStore
+from fmbseg.runs import parallel
+from fmbseg.runs.parallel import Failure
 
-PICTURES_A_TASK = 16
+ITEMS_A_TASK = 16
 
 
-class Labeller:
-    """One worker: loads the models once, then labels image after image."""
+class Worker:
+    """One worker: it keeps the models that its first item loads."""
 
-    def __init__(self, home: str, here: str, folder: str, space: LabelSpace, params: LabelParams, device: str):
+    def __init__(self, function: Callable[[Any], Any], home: str, here: str):
         os.environ["FMBSEG_HOME"] = home
         if Path(here).is_dir():  # where relative paths of images start
             os.chdir(here)
         torch.set_num_threads(1)
-        self.folder, self.space, self.params, self.device = Path(folder), space, params, device
-        cache.clip_of(params, device), cache.sam_of(params, device)
+        self.function = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """row: a sample's name and image. Returns the image and the reason of its failure, "" where there is none."""
-        sample = Sample(row["name"], Path(row["image"]))
-        try:
-            pseudo_labels.label_one(sample, self.folder, self.space, self.params, self.device)
-        except parallel.EXPECTED as error:
-            return {"image": row["image"], "reason": parallel.reason(error)}
-        return {"image": row["image"], "reason": ""}
+        """row: an item. Returns its name and the reason of its failure, "" where there is none."""
+        outcome = parallel.guarded(self.function, row["item"])
+        return {"item": str(row["item"]), "reason": outcome.reason if isinstance(outcome, Failure) else ""}
 
 
 def require() -> ModuleType:
@@ -55,35 +47,31 @@ def require() -> ModuleType:
     return ray
 
 
-def label_collection(
-    samples: list[Sample], folder: str | Path, space: LabelSpace, params: LabelParams, device: str, workers: int, gpus: float
-) -> tuple[LabelStore, list[parallel.Failure]]:
-    """As ``pseudo_labels.label_collection``, by ``workers`` Ray workers of one CPU and ``gpus`` GPUs each (a half: two share one).
+def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int, gpus: float) -> list[Failure]:
+    """``function`` on every item by ``workers`` Ray workers of one CPU and ``gpus`` GPUs each (a half: two share one).
 
+    What the function returns is dropped: it keeps its result on disk. Returns what failed.
     Raises ParameterError where Ray is not installed or the cluster has not so many CPUs or GPUs.
     """
     ray = require()
-    store = LabelStore(folder, space, params)
-    rows = [{"name": s.name, "image": str(s.image)} for s in samples]
-    if not rows:
-        return store, []
+    if not items:
+        return []
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
         ray.init()
     try:
         _check(ray.cluster_resources(), workers, gpus)
-        paths = {"home": files.home(), "here": Path.cwd(), "folder": store.folder.absolute()}
-        given = {name: str(path) for name, path in paths.items()} | {"space": space, "params": params, "device": device}
-        blocks = max(-(-len(rows) // PICTURES_A_TASK), min(workers, len(rows)))
-        data = ray.data.from_items(rows, override_num_blocks=blocks)
+        blocks = max(-(-len(items) // ITEMS_A_TASK), min(workers, len(items)))
+        data = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
+        given = {"function": function, "home": str(files.home()), "here": str(Path.cwd())}
         work = ray.data.ActorPoolStrategy(size=workers)
-        done = data.map(Labeller, fn_constructor_kwargs=given, compute=work, num_cpus=1, num_gpus=gpus).take_all()
+        done = data.map(Worker, fn_constructor_kwargs=given, compute=work, num_cpus=1, num_gpus=gpus).take_all()
     finally:
         if started:
             ray.shutdown()
-    failures = [parallel.Failure(row["image"], row["reason"]) for row in done if row["reason"]]
-    return store, sorted(failures, key=lambda failure: failure.item)
+    failures = [Failure(row["item"], row["reason"]) for row in done if row["reason"]]
+    return sorted(failures, key=lambda failure: failure.item)
 
 
 def _check(here: dict[str, float], workers: int, gpus: float) -> None:

@@ -52,7 +52,7 @@ def _data(data_root: str) -> list[str]:
         except FmbsegError as error:
             missing = layout.missing(root) if layout and root else []
             if layout and (missing or not root):
-                wanted[layout.folder] = layout.bring
+                wanted[layout.folder] = layout.source
                 there = layout.count(root) if root else 0
                 what = ", ".join(missing) or layout.folder
                 lines.append(_line(False, f"{name:28s}{f'{there} images are here; ' if there else ''}no {what}", "see below"))
@@ -64,7 +64,7 @@ def _data(data_root: str) -> list[str]:
     lines += ["", "images to train on"]
     there = benchmarks.TRAIN.count(root) if root else 0
     lines.append(
-        _line(there > 0, f"{'coco_stuff_train':28s}{there} of the official {benchmarks.TRAIN.images} images", benchmarks.TRAIN.bring)
+        _line(there > 0, f"{'coco_stuff_train':28s}{there} of the official {benchmarks.TRAIN.images} images", benchmarks.TRAIN.source)
     )
     if wanted:
         lines += ["", "official sources of the benchmarks that are missing"]

@@ -1,11 +1,14 @@
 """Evaluation of every method on every benchmark, streamed: one image in memory at a time (Sec. 4.1, 4.2).
 
-What an image contributes, its counts, is kept on disk, so an evaluation that was stopped goes on where it was.
+What an image contributes, its counts, is kept on disk, so an evaluation that was stopped goes on where it was, and
+shards that share a cache need no merging: the run without a shard reads what they counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,23 +16,24 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from fmbseg import files
-from fmbseg.data import images, label_spaces
+from fmbseg.data import benchmarks, images, label_spaces
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset, Sample
-from fmbseg.errors import ParameterError
-from fmbseg.models.clip import weights_key as clip_weights_key
-from fmbseg.models.sam import weights_key as sam_weights_key
-from fmbseg.params import EvaluateParams, FeatureParams, LabelParams, SegmentParams
-from fmbseg.runs import cache, parallel, records, shards
-from fmbseg.stage1 import pseudo_labels
+from fmbseg.errors import DataError, ParameterError, WeightsError
+from fmbseg.models import clip, sam
+from fmbseg.params import EvaluateParams, FeatureParams, LabelParams, RunParams, SegmentParams
+from fmbseg.runs import cache, cluster, label, modules, parallel, records
+from fmbseg.runs.cache import Cache, Models
+from fmbseg.runs.records import Record
 from fmbseg.stage1.query_sam import class_similarity
-from fmbseg.stage2.alignment import load as load_alignment
+from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.metrics import Confusion
-from fmbseg.stage2.segmenter import DenseClip, EmbeddedImage, Segmenter, label_map
+from fmbseg.stage2.segmenter import AlignedEncoder, DenseClip, EmbeddedImage, Segmenter, label_map
 
 STAGES = {"stage1.1": "1.1", "stage1.2": "1.2", "stage1": "both"}
 GIVEN = "+labels"
@@ -47,6 +51,39 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True)
+class Method:
+    """A row to be measured. name: one of METHODS; module: the trained module's file, for "fmbseg"."""
+
+    name: str
+    module: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise ParameterError(f"method {self.name!r}: unknown; known are {', '.join(METHODS)}")
+
+    @property
+    def stage(self) -> str | None:
+        """The stages that it paints; None for a method without Stage 1."""
+        return STAGES.get(self.name.removesuffix(GIVEN))
+
+    def key(self, params: EvaluateParams) -> str:
+        """Of all that its predictions depend on beside the image: parameters, weights and, for FMbSeg, the module's file."""
+        weights = [clip.weights_key(params.clip)]
+        if self.stage:
+            weights.append(sam.weights_key(params.sam))
+            used = params.content(LabelParams) | {"reference": None if self.name.endswith(GIVEN) else cache.vote_content(params)}
+        elif self.name == "dense_high_resolution":
+            used = params.content(FeatureParams) | {"interpolation": params.interpolation, "templates": params.templates}
+        elif self.name == "dense":
+            used = params.content(SegmentParams, FeatureParams) | {"templates": params.templates, "dense_enlarge": params.dense_enlarge}
+        else:
+            modules.load(self.module)  # says so where it is none
+            weights = [files.sha256_of(self.module)]
+            used = params.content(SegmentParams) | {"templates": params.templates}
+        return files.digest(self.name, used, weights)
+
+
 def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
     """The benchmark's classes with the background rule of the protocol applied (ours: which stuff words).
 
@@ -60,16 +97,39 @@ def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
     return dataset.space.with_background_words(words)
 
 
-@functools.lru_cache(maxsize=32)  # the models behind them are shared
-def _segmenter(method: str, module: str, written: int, params: EvaluateParams, device: str) -> Segmenter:
-    if method == "fmbseg":
-        return Segmenter.load(module, device, params, params.templates)
-    side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
-    clip = cache.load_clip(params.clip, device, side, params.precision)
-    return Segmenter(DenseClip(clip, params.path, params.dense_enlarge), clip, params, params.templates)
+# ---------------------------------------------------------------- one image
+
+Columns = Sequence[tuple[Sample, LabelSpace]]
+"""One image as the sample of several benchmarks, each with the benchmark's label space."""
 
 
-def _stage1(sample: Sample, space: LabelSpace, params: LabelParams, device: str, given: bool) -> np.ndarray:
+def predict(
+    method: Method, columns: Columns, params: EvaluateParams, models: Models, seen: dict[str, EmbeddedImage] | None = None
+) -> list[np.ndarray]:
+    """(height, width) ``uint8`` label maps of one image, one a column; models see the image once.
+
+    seen: the frozen encoder's patches of this image from another module's prediction, and where they are put.
+    """
+    path, spaces = columns[0][0].image, [space for _, space in columns]
+    if method.stage:
+        staged = params.model_copy(update={"stages": method.stage})
+        return [_stage1(sample, space, models, staged, method.name.endswith(GIVEN)) for sample, space in columns]
+    if method.name == "dense_high_resolution":
+        found = cache.clip_features(path, models, params)
+        similar = [class_similarity(found, models.texts(space)) for space in spaces]
+        return [label_map(one, found.size, interpolation=params.interpolation) for one in similar]
+    if method.name == "dense":
+        segmenter = _dense(models, params)
+        embedded = segmenter.embed(images.read_image(path))
+    else:
+        segmenter, seen = _aligned(method.module, models, params), {} if seen is None else seen
+        if segmenter.embedder.encoder.key not in seen:
+            seen[segmenter.embedder.encoder.key] = segmenter.through_windows(images.read_image(path), segmenter.embedder.encode)
+        embedded = segmenter.aligned(seen[segmenter.embedder.encoder.key])
+    return [segmenter.label(embedded, segmenter.texts(space)) for space in spaces]
+
+
+def _stage1(sample: Sample, space: LabelSpace, models: Models, params: LabelParams, given: bool) -> np.ndarray:
     """Stage 1 as a prediction: every background word is looked for by itself, then all of them are class 0.
 
     With a background, an unlabelled pixel is background; without, it stays unlabelled and counts as missed.
@@ -81,162 +141,161 @@ def _stage1(sample: Sample, space: LabelSpace, params: LabelParams, device: str,
     if given:
         classes = set(np.unique(sample.truth()).tolist()) - {IGNORED} - ({0} if space.background else set())
         present = tuple(i for i, (_, k) in enumerate(words) if k in classes)
-    labels = pseudo_labels.label_picture(sample.image, split, params, device, present).labels
+    labels = label.label_cached(sample.image, split, models, params, present).labels
     table = np.full(256, 0 if space.background else IGNORED, dtype=np.uint8)
     table[: len(words)] = [k for _, k in words]
     return table[labels]
 
 
-Columns = Sequence[tuple[Sample, LabelSpace]]
-"""One image as the sample of several benchmarks, each with the benchmark's label space."""
+@functools.lru_cache(maxsize=1)
+def _dense(models: Models, params: EvaluateParams) -> Segmenter:
+    side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
+    image_text = dataclasses.replace(models, crop_input=side).clip
+    return Segmenter(DenseClip(image_text, params.path, params.dense_enlarge, params.residual), image_text, params, params.templates)
 
 
-def predict(method: str, columns: Columns, params: EvaluateParams, module: str, device: str) -> list[np.ndarray]:
-    """(height, width) ``uint8`` label maps of one image, one a column; models see the image once."""
-    path, spaces = columns[0][0].image, [space for _, space in columns]
-    stage, given = STAGES.get(method.removesuffix(GIVEN)), method.endswith(GIVEN)
-    if stage:
-        staged = params.model_copy(update={"stages": stage})
-        return [_stage1(sample, space, staged, device, given) for sample, space in columns]
-    if method == "dense_high_resolution":
-        features = cache.clip_features(path, params, device)
-        similar = [class_similarity(features, cache.texts_of(space, params, device)) for space in spaces]
-        return [label_map(one, features.size, interpolation=params.interpolation) for one in similar]
-    aligned = method == "fmbseg"
-    written = Path(module).stat().st_mtime_ns if aligned and Path(module).is_file() else 0  # a module trained anew is read anew
-    segmenter = _segmenter(method, module, written, params, device)
-    embedded = segmenter.aligned(_patches(path, segmenter)) if aligned else segmenter.embed(images.read_image(path))
-    return [segmenter.label(embedded, segmenter.texts(space)) for space in spaces]
+def _aligned(module: str, models: Models, params: EvaluateParams) -> Segmenter:
+    """The segmenter of a module's file, with the encoder and the image-text model that it was trained with."""
+    changed = Path(module).stat().st_mtime_ns if Path(module).is_file() else 0  # a module trained anew is read anew
+    return _aligned_at(module, changed, models, params)
 
 
-def _patches(path: Path, segmenter: Segmenter) -> EmbeddedImage:
-    """The frozen encoder's patches of an image's windows, kept for the next module."""
-    key = (path, segmenter.embedder.encoder.key, segmenter.params)
-    if key not in _last:
-        _last.clear()
-        _last[key] = segmenter.through_windows(images.read_image(path), segmenter.embedder.encode)
-    return _last[key]
+@functools.lru_cache(maxsize=16)  # small: the models are shared
+def _alignment(module: str, changed: int) -> tuple[Alignment, dict]:
+    return modules.load(module)
 
 
-_last: dict[tuple, EmbeddedImage] = {}
+@functools.lru_cache(maxsize=16)
+def _aligned_at(module: str, changed: int, models: Models, params: EvaluateParams) -> Segmenter:
+    alignment, described = _alignment(module, changed)
+    own = dataclasses.replace(
+        models, encoder_name=described["encoder"], clip_name=described["clip"], crop_input=described.get("crop_input")
+    )
+    embedder = AlignedEncoder(own.encoder, alignment, f"fmbseg {files.sha256_of(module)[:16]}", models.device)
+    return Segmenter(embedder, own.clip, params, params.templates)
+
+
+# ---------------------------------------------------------------- whole benchmarks
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image and the columns it belongs to: (index of the data set, its name, sample)."""
+    """One image and the columns it belongs to: (index of the data set, sample) each."""
 
     image: Path
-    columns: tuple[tuple[int, str, Sample], ...]
+    columns: tuple[tuple[int, Sample], ...]
 
     def __str__(self) -> str:
         return str(self.image)
 
 
 def _count(
-    task: Task, runs: tuple[tuple[str, str, str], ...], spaces: tuple[LabelSpace, ...], params: EvaluateParams, device: str
+    task: Task, methods: Sequence[tuple[Method, str]], spaces: Sequence[LabelSpace], params: EvaluateParams, models: Models
 ) -> list[list[np.ndarray]]:
-    """The image's own counts, for every run and each of its columns, from disk where they are there.
+    """The image's own counts, for every method and each of its columns, from disk where they are there.
 
-    runs: (method, module, key of all that its predictions depend on) each. Counts are as ``Confusion.nonzero`` gives them.
+    methods: with their keys. Counts are as ``Confusion.nonzero`` gives them, kept under the bytes of image and truth.
     """
-    columns = [(sample, spaces[i]) for i, _, sample in task.columns]
-    sources = [(name, space.prompts) for (_, name, _), (_, space) in zip(task.columns, columns)]
+    columns = [(sample, spaces[i]) for i, sample in task.columns]
+    truths = [sample.truth() for sample, _ in columns]
+    shas = [hashlib.sha256(truth.tobytes() + str(truth.shape).encode()).hexdigest() for truth in truths]
+    seen: dict[str, EmbeddedImage] = {}
     counted = []
-    for method, module, content in runs:
-        store = files.Store(files.home() / "cache" / "counts", ".safetensors", "nonzero", content, sources)
-
-        def make(target: Path, method: str = method, module: str = module) -> None:
-            tensors = {}
-            for i, ((sample, space), prediction) in enumerate(zip(columns, predict(method, columns, params, module, device))):
-                counts = Confusion(len(space))
-                counts.add(sample.truth(), prediction)
-                tensors[str(i)] = torch.from_numpy(counts.nonzero())
-            files.write_tensors(target, tensors)
-
-        tensors = files.read_tensors(store.get(task.image, make))[0]
-        counted.append([tensors[str(i)].numpy() for i in range(len(columns))])
+    for method, key in methods:
+        kept = [Cache("counts", ".safetensors", key, space.prompts, sha).path(task.image) for (_, space), sha in zip(columns, shas)]
+        missing = [c for c, path in enumerate(kept) if not path.is_file()]
+        predictions = predict(method, [columns[c] for c in missing], params, models, seen) if missing else []
+        for c, prediction in zip(missing, predictions):
+            counts = Confusion(len(columns[c][1]))
+            counts.add(truths[c], prediction)
+            files.write_tensors(kept[c], {"counts": torch.from_numpy(counts.nonzero())})
+        counted.append([files.read_tensors(path)[0]["counts"].numpy() for path in kept])
     return counted
 
 
-def method_key(method: str, params: EvaluateParams, module: str, device: str) -> str:
-    """What a method's predictions depend on: parameters, weights and, for FMbSeg, the trained module."""
-    if method not in METHODS:
-        raise ParameterError(f"method {method!r}: unknown; known are {', '.join(METHODS)}")
-    weights = [clip_weights_key(params.clip)]
-    if method.removesuffix(GIVEN) in STAGES:
-        weights.append(sam_weights_key(params.sam))
-        used = params.content(LabelParams) | {"reference": None if method.endswith(GIVEN) else cache.vote_content(params, device)}
-    elif method == "dense_high_resolution":
-        used = params.content(FeatureParams) | {"interpolation": params.interpolation, "templates": params.templates}
-    elif method == "dense":
-        used = params.content(SegmentParams, FeatureParams) | {"templates": params.templates, "dense_enlarge": params.dense_enlarge}
-    else:
-        weights.append(load_alignment(module)[1]["key"])
-        used = params.content(SegmentParams) | {"templates": params.templates}
-    return files.digest(method, used, weights)
-
-
-def evaluate(
-    method: str, datasets: Sequence[Dataset], params: EvaluateParams, module: str = "", device: str = "cpu", workers: int = 1
-) -> list[records.Record]:
-    """One method on several benchmarks: one record each. Images that benchmarks share go through the models once.
-
-    module: the trained module's file, for "fmbseg". An image that fails is told, left out and counted in the record.
-    """
-    return evaluate_modules(method, [module], datasets, params, device, workers)[0]
-
-
-def evaluate_modules(
-    method: str, modules: Sequence[str], datasets: Sequence[Dataset], params: EvaluateParams, device: str = "cpu", workers: int = 1
-) -> list[list[records.Record]]:
-    """``evaluate`` for several modules of one encoder: one list each. The encoder sees every image once for all of them."""
-    return [[part.record for part in parts] for parts in evaluate_parts(method, modules, datasets, params, device, workers)]
-
-
-def evaluate_parts(
-    method: str,
-    modules: Sequence[str],
+def measure(
+    methods: Sequence[Method],
     datasets: Sequence[Dataset],
     params: EvaluateParams,
     device: str = "cpu",
     workers: int = 1,
     shard: int = 0,
     num_shards: int = 1,
-) -> list[list[shards.Part]]:
-    """``evaluate_modules`` on every ``num_shards``-th image from ``shard``, with the confusion matrices behind the records.
+    engine: str = "processes",
+) -> list[list[Record]]:
+    """Methods of one kind on several benchmarks: a list of records a method, one a benchmark.
 
-    Raises ParameterError for a shard that is none of 0..num_shards-1.
+    Images that benchmarks share go through the models once, and several modules share the encoder's pass. An image
+    that fails is told, left out and counted in the record. shard, num_shards: only every ``num_shards``-th image
+    from ``shard``; the records say so. engine: "processes" or "ray". Raises ParameterError for an unknown method or shard.
     """
     started = time.perf_counter()
-    params = EvaluateParams(**params.part(EvaluateParams))  # what a notebook has beside does not matter here
-    if method in STAGES:
-        cache.prepare_votes(params, device, workers)  # before the keys, which name the images it finds
-    runs = tuple((method, module, method_key(method, params, module, device)) for module in modules)
-    spaces = tuple(protocol_space(d, params) for d in datasets)
-    chosen = [parallel.spread(dataset.samples, params.eval_limit) for dataset in datasets]
-    columns: dict[Path, list[tuple[int, str, Sample]]] = {}
-    for i, samples in enumerate(chosen):
-        for sample in samples:
-            columns.setdefault(sample.image, []).append((i, datasets[i].name, sample))
+    params = EvaluateParams(**params.part(EvaluateParams))  # drop fields of the run
+    models = dataclasses.replace(Models.of(params), device=device)
+    if any(method.stage for method in methods):
+        cache.prepare_votes(params)  # before the keys, which name the images that it finds
+    keyed = [(method, method.key(params)) for method in methods]
+    spaces = [protocol_space(d, params) for d in datasets]
+    columns: dict[Path, list[tuple[int, Sample]]] = {}
+    for i, dataset in enumerate(datasets):
+        for sample in parallel.evenly_spaced(dataset.samples, params.eval_limit):
+            columns.setdefault(sample.image, []).append((i, sample))
     tasks = parallel.shard([Task(image, tuple(found)) for image, found in columns.items()], shard, num_shards)
-    counts = [[Confusion(len(space)) for space in spaces] for _ in runs]
+    confusions = [[Confusion(len(space)) for space in spaces] for _ in methods]
     numbers = [0] * len(datasets)
 
     def take(task: Task, counted: list[list[np.ndarray]]) -> None:
-        for c, (i, _, _) in enumerate(task.columns):
+        for c, (i, _) in enumerate(task.columns):
             numbers[i] += 1
-            for of_run, pairs in zip(counts, counted):
-                of_run[i].add_nonzero(pairs[c])
+            for of_method, pairs in zip(confusions, counted):
+                of_method[i].add_nonzero(pairs[c])
 
-    count = partial(_count, runs=runs, spaces=spaces, params=params, device=device)
-    parallel.each(count, tasks, f"{method} on {', '.join(d.name for d in datasets)}", workers, take)
-    seconds = (time.perf_counter() - started) / len(runs)
-    made: list[list[shards.Part]] = []
-    for (_, module, content), of_run in zip(runs, counts):
+    work = partial(_count, methods=keyed, spaces=spaces, params=params, models=models)
+    if engine == "ray":
+        cluster.each(work, tasks, workers, float(device.startswith("cuda")))
+    title = f"{', '.join(dict.fromkeys(m.name for m in methods))} on {', '.join(d.name for d in datasets)}"
+    parallel.each(work, tasks, title, workers if engine == "processes" else 1, take)
+    seconds = (time.perf_counter() - started) / len(methods)
+    made = []
+    for method, of_method in zip(methods, confusions):
         made.append([])
-        for i, (dataset, space, confusion) in enumerate(zip(datasets, spaces, of_run)):
-            failed = sum(column == i for task in tasks for column, _, _ in task.columns) - numbers[i]
-            record = records.of_evaluation(method, dataset, space, confusion, numbers[i], failed, params, module, seconds)
-            key = files.digest(content, dataset.name, space.prompts, [sample.name for sample in chosen[i]])
-            made[-1].append(shards.Part(record, confusion, shard, num_shards, len(chosen[i]), key))
+        for i, (dataset, space, confusion) in enumerate(zip(datasets, spaces, of_method)):
+            failed = sum(column == i for task in tasks for column, _ in task.columns) - numbers[i]
+            record = records.of_evaluation(method.name, dataset, space, params, method.module, device)
+            if num_shards > 1:
+                note = f"shard {shard} of {num_shards} alone"
+                record = dataclasses.replace(record, notes=[*record.notes, note])
+            made[-1].append(records.counted(record, space.names, confusion, numbers[i], failed, seconds))
     return made
+
+
+def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
+    """The benchmarks of these names that are here; each that is not is told with its reason. Raises DataError where none is."""
+    found = []
+    for name in names:
+        try:
+            found.append(benchmarks.load_benchmark(name, data_root))
+        except (DataError, WeightsError) as error:
+            print(f"left out {error}")
+    if not found:
+        raise DataError(f"none of {', '.join(names)} is here; set data_root, or run: fmbseg fetch")
+    return found
+
+
+def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | None = None, engine: str = "processes") -> pd.DataFrame:
+    """Every method on every benchmark; writes one record each and returns the profile's records as a frame.
+
+    module: the trained module's file; none: the profile's. Of several shards it only counts: the counts are kept, and
+    what is returned is this shard's alone.
+    """
+    module = str(module or modules.place(params.profile))
+    made: list[Record] = []
+    for name in params.methods:
+        method = Method(name, module if name == "fmbseg" else "")
+        made += measure([method], found, params, params.device, params.workers, params.shard, params.num_shards, engine)[0]
+    if params.num_shards > 1:
+        return records.frame(made).dropna(axis=1, how="all")
+    folder = records.results_folder(params) / "records"
+    for record in made:
+        record.write(folder)
+    return records.load(folder).query("kind == 'evaluate'").dropna(axis=1, how="all")

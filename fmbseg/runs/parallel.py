@@ -1,29 +1,42 @@
-"""One loop over many images: progress, several processes, shards, and failures that stop nothing else."""
+"""One loop over many images: progress, several processes, shards, and failures that stop nothing else.
+
+Under torchrun (``group``) each process labels and encodes its own share of the images, then all train together.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
+import datetime
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
+from fmbseg import files
 from fmbseg.errors import FmbsegError, ParameterError, WorkerLost
-from fmbseg.stage2 import distributed
+from fmbseg.stage2.distributed import rank, size
 
 T = TypeVar("T")
 
 EXPECTED = (FmbsegError, MemoryError, torch.OutOfMemoryError)
-"""Errors that are one item's and stop no other; any other error is a bug and stops the run."""
+"""Exceptions that skip one item; anything else aborts the run."""
+
+IDLE_SECONDS = 300
+"""How long worker processes and the models that they hold wait for more work."""
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long a process of torchrun waits for the others' labelling; torchrun ends all when one fails."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +47,16 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Done:
+    """results: (item, what the function returned) in the order of the items; failures: the others."""
+
+    results: list[tuple[Any, Any]]
+    failures: list[Failure]
+
+
 def shard(items: Sequence[T], index: int, count: int) -> list[T]:
-    """Every ``count``-th item from ``index``: the shards of 0..count-1 hold each item once.
+    """Every ``count``-th item from ``index``: the shards 0..count-1 hold each item once.
 
     Raises ParameterError for an index that is none of them.
     """
@@ -44,24 +65,16 @@ def shard(items: Sequence[T], index: int, count: int) -> list[T]:
     return list(items[index::count])
 
 
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """``limit`` items evenly spread over all of them, in order; all of them when there are no more."""
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
+    """``limit`` items evenly spaced over all of them, in order; all of them when there are no more."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def progress(total: int, title: str, unit: str = "image") -> tqdm:
-    """A progress bar; of several processes (torchrun) the first alone shows one. Plain tqdm: the notebook kind freezes under papermill."""
-    return tqdm(total=total, desc=title, unit=unit, mininterval=2.0, disable=distributed.rank() > 0)
-
-
-@dataclass(frozen=True)
-class Done:
-    """results: (item, what the function returned) in the order of the items; failures: the others."""
-
-    results: list[tuple[Any, Any]]
-    failures: list[Failure]
+    """A progress bar; under torchrun only the first process shows one. Plain tqdm: the notebook kind freezes under papermill."""
+    return tqdm(total=total, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0)
 
 
 _TAKEN = object()
@@ -72,12 +85,12 @@ def each(
 ) -> Done:
     """``function`` on every item.
 
-    take: is given every item with its result as it comes, in any order; then no result is kept, and memory does not
-    grow with the items.
+    take: called with every item and its result as it comes, in any order; no result is kept then, so memory does not
+    grow with the number of items.
 
-    With several workers, each is a process of one thread (two of one thread beat one of two on a CPU), so the
-    function and its items must be importable and picklable.
-    An item that raises an EXPECTED error (one of our own, or memory that ran out) is a failure; any other stops the run.
+    Several workers are processes of one thread each (two of one thread beat one of two on a CPU). They stay for the
+    next call, with the models that they loaded. An item that raises an EXPECTED error is a failure; any other
+    error aborts the run.
     """
     outcomes: list[Any] = [None] * len(items)
 
@@ -91,11 +104,11 @@ def each(
     with progress(len(items), title) as bar:
         if workers == 1 or len(items) < 2:
             for i, item in enumerate(items):
-                settle(i, _guarded(function, item))
+                settle(i, guarded(function, item))
         else:
-            pool = _working_pool(workers)
             try:
-                futures = {pool.submit(_guarded, function, item): i for i, item in enumerate(items)}
+                pool = _pool(workers)
+                futures = {pool.submit(guarded, function, item): i for i, item in enumerate(items)}
                 for future in as_completed(futures):
                     settle(futures.pop(future), future.result())
             except BrokenProcessPool as error:
@@ -113,7 +126,7 @@ def each(
     return Done([(i, o) for i, o in zip(items, outcomes) if o is not _TAKEN and not isinstance(o, Failure)], failures)
 
 
-def _guarded(function: Callable[[T], Any], item: T) -> Any:
+def guarded(function: Callable[[T], Any], item: T) -> Any:
     try:
         return function(item)
     except EXPECTED as error:
@@ -125,42 +138,67 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-_kept: list[Any] = []
-"""Surroundings and worker processes of the last call, kept for the next: they hold the imports and models they loaded."""
-
-
-def _working_pool(workers: int) -> ProcessPoolExecutor:
-    source = max(path.stat().st_mtime_ns for path in Path(__file__).parent.rglob("*.py"))  # edited since: begun anew
-    surroundings = (workers, os.getcwd(), tuple(sorted(os.environ.items())), source)
-    if _kept and _kept[0] == surroundings:
-        try:
-            _kept[1].submit(int).result()
-            return _kept[1]
-        except BrokenProcessPool:  # a worker was lost since the last call
-            pass
-    release()
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
-    _kept[:] = [surroundings, pool]
-    return pool
+def _pool(workers: int):
+    """The worker processes; begun anew where the working folder, the cache or the package's code has changed."""
+    source = max(path.stat().st_mtime_ns for path in Path(__file__).parents[1].rglob("*.py"))
+    where = (os.getcwd(), str(files.home()), source)
+    return get_reusable_executor(workers, timeout=IDLE_SECONDS, initializer=_begin_worker, initargs=where)
 
 
 def release() -> None:
     """End the worker processes and free what they hold; work under way is dropped (files are written whole or not at all)."""
-    if _kept:
-        pool = _kept[1]
-        _kept.clear()
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+    get_reusable_executor().shutdown(wait=False, kill_workers=True)
 
 
-def _begin_worker() -> None:
+def _begin_worker(folder: str, home: str, source: int) -> None:
     """One thread, no interrupt of its own (the parent stops it), and an end when the parent is gone, however it went."""
+    os.chdir(folder)
+    os.environ["FMBSEG_HOME"] = home
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+def _leave_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(1)
+
+
+@contextmanager
+def group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started, if it did; yields the device of this one.
+
+        torchrun --nproc-per-node 8 -m fmbseg.cli train --profile paper
+
+    device: "cuda" (process i of a machine takes its GPU i, over NCCL) or "cpu" (over gloo). Every process must see the
+    same FMBSEG_HOME. Raises ParameterError for another device, and where a machine has fewer GPUs than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    if device not in ("cpu", "cuda"):
+        raise ParameterError(f"device = {device!r}: several processes train on cpu or on cuda, one GPU each; give device=cuda")
+    if device == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ParameterError(f"process {local} of this machine has no GPU, for there are {gpus}; give torchrun --nproc-per-node {gpus}")
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    dist.init_process_group("nccl" if device != "cpu" else "gloo", timeout=PATIENCE)
+    try:
+        yield device
+        wait()
+    finally:
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Barrier: return when every process is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def split_by_rank(items: Sequence[T]) -> list[T]:
+    """This process's items: every item belongs to one process."""
+    return list(items[rank() :: size()])

@@ -10,20 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import torch
 
 from fmbseg import files
+from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.data.samples import Dataset
 from fmbseg.errors import DataError
-
-if TYPE_CHECKING:
-    from fmbseg.data.label_spaces import LabelSpace
-    from fmbseg.data.samples import Dataset
-    from fmbseg.params import EvaluateParams, Params
-    from fmbseg.schemas import TrainRun
-    from fmbseg.stage2.metrics import Confusion
-    from fmbseg.stage2.training import TrainResult
+from fmbseg.models import clip as clip_models
+from fmbseg.models import sam as sam_models
+from fmbseg.params import EvaluateParams, Params, RunParams, SegmentParams
+from fmbseg.runs import modules
+from fmbseg.schemas import TrainRun
+from fmbseg.stage2 import distributed
+from fmbseg.stage2.metrics import Confusion
+from fmbseg.stage2.training import TrainResult
 
 STAND_IN = "stand-in trained with image-level names: not annotation-free"
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "segment-anything", "timm", "transformers", "numpy", "pandas")
@@ -66,6 +69,23 @@ class Record:
         return "-".join(part for part in (self.kind, self.method, self.dataset.replace("/", "_").replace(":", "_")) if part)
 
 
+def results_folder(params: RunParams) -> Path:
+    """Where this profile's records, tables and figures go (made if it is not there)."""
+    folder = Path(params.results_dir).expanduser()
+    folder = (folder if folder.is_absolute() else files.working_root() / folder) / params.profile
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def file_name(text: str) -> str:
+    """A name that is safe as a file's."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
+
+
+def figure_path(params: RunParams, name: str) -> Path:
+    return results_folder(params) / "figures" / f"{name}.png"
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
@@ -81,7 +101,7 @@ def versions() -> dict[str, str]:
 def revision() -> str:
     """The git revision of the checkout, "+changes" where more than results/ is not as committed; "" outside one."""
     try:
-        root = Path(__file__).resolve().parent.parent
+        root = Path(__file__).resolve().parents[2]
         run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
         head = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
         changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]).stdout.strip()
@@ -90,41 +110,28 @@ def revision() -> str:
         return ""
 
 
-@functools.cache
-def hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def hardware(device: str = "cpu") -> str:
+    """The name of the device that did the work."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def used_weights(params: Params, module: str = "", sam: bool = True) -> dict[str, str]:
+def used_weights(params: Params, sam: bool = True) -> dict[str, str]:
     """Names and hashes of the weights that the parameters name. sam: whether SAM's are among those used."""
-    from fmbseg.models import clip
-    from fmbseg.models import sam as sam_module
-
-    found = {"clip": clip.weights_key(params.clip)}
-    if sam:
-        found["sam"] = sam_module.weights_key(params.sam)
-    if module:
-        found["module"] = files.file_sha256(module)
-    return found
+    found = {"clip": clip_models.weights_key(params.clip)}
+    return found | {"sam": sam_models.weights_key(params.sam)} if sam else found
 
 
 def notes_of(params: Params) -> list[str]:
-    from fmbseg.models.clip import LIT
-
-    if params.clip == LIT:
+    if params.clip == clip_models.LIT:
         return [STAND_IN]
     return ["random weights: the number means nothing"] if params.clip.startswith("random:") else []
 
 
 def of_training(params: TrainRun, result: TrainResult, module: Path, **about: Any) -> Record:
     """The record of one training. about: other fields of the record."""
-    from fmbseg.stage2 import alignment, distributed
-
-    described = alignment.load(module)[1]
+    described = modules.load(module)[1]
     steps = result.steps
     protocol = {"first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"], "steps": len(steps), "processes": distributed.size()}
     values = {
@@ -135,42 +142,37 @@ def of_training(params: TrainRun, result: TrainResult, module: Path, **about: An
         "source": f"{described['images']} unlabelled images",
         "images": described["images"],
         "seconds": round(result.seconds, 1),
-        "weights": used_weights(params, str(module)),
-        "notes": notes_of(params),
+        "weights": described["weights"] | {"module": files.sha256_of(module)},
+        "hardware": hardware(params.device),
+        "notes": described["notes"],
         "protocol": protocol,
     }
     return Record(**values | about)
 
 
-def of_evaluation(
-    method: str,
-    dataset: Dataset,
-    space: LabelSpace,
-    confusion: Confusion,
-    images: int,
-    failed: int,
-    params: EvaluateParams,
-    module: str,
-    seconds: float,
-) -> Record:
-    """The record of one number of Table 1."""
-    from fmbseg.params import EvaluateParams, SegmentParams
-
+def of_evaluation(method: str, dataset: Dataset, space: LabelSpace, params: EvaluateParams, module: str, device: str) -> Record:
+    """The record of one number of Table 1, not yet counted. FMbSeg's says what its module was trained with."""
     protocol = params.part(SegmentParams) | {
         "templates": params.templates,
         "background": list(space.prompts[0]) if space.background else None,
     }
-    record = Record(
+    parameters = params.part(EvaluateParams)
+    used, notes = used_weights(params, sam=method.startswith("stage")), notes_of(params)
+    if method == "fmbseg":
+        described = modules.load(module)[1]
+        parameters |= described["parameters"]
+        used, notes = described["weights"] | {"module": files.sha256_of(module)}, described["notes"]
+    return Record(
         "evaluate",
         method,
-        params.part(EvaluateParams),
+        parameters,
         dataset.name,
         dataset.source,
         protocol=protocol,
-        weights=used_weights(params, module if method == "fmbseg" else "", sam=method.startswith("stage")),
-        notes=notes_of(params),
+        weights=used,
+        notes=notes,
+        hardware=hardware(device),
     )
-    return counted(record, space.names, confusion, images, failed, seconds)
 
 
 def counted(record: Record, names: Sequence[str], confusion: Confusion, images: int, failed: int, seconds: float) -> Record:
@@ -196,8 +198,8 @@ def load(folder: str | Path) -> pd.DataFrame:
 
     Raises DataError when there is none.
     """
-    files = sorted(file for file in Path(folder).rglob("*.json") if not file.name.startswith("."))
-    found = [(str(file), files.read_json(file)) for file in files]
+    paths = sorted(file for file in Path(folder).rglob("*.json") if not file.name.startswith("."))
+    found = [(str(file), files.read_json(file)) for file in paths]
     rows = [_row(record, file) for file, record in found if isinstance(record, dict) and "kind" in record]
     if not rows:
         raise DataError(f"{folder}: holds no record; run notebooks 04 and 05, or: fmbseg reproduce embedded")

@@ -1,9 +1,10 @@
-"""Run a profile's notebooks headlessly with papermill, one after the other."""
+"""Run a profile's notebooks headlessly with papermill, and make one HTML page of its results."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 
 from fmbseg import files, params, profiles
 from fmbseg.errors import DataError
-from fmbseg.runs import steps
-from fmbseg.schemas import NOTEBOOKS
+from fmbseg.runs import records
+from fmbseg.schemas import NOTEBOOKS, STEPS
 
 
 def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Path:
@@ -23,12 +24,12 @@ def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[st
     """
     names = list(notebooks) or list(NOTEBOOKS)
     overrides = dict(overrides or {})
-    schemas = {name: profiles.schema_of(name) for name in names}
+    schemas = {name: STEPS[profiles.step_of(name)].schema for name in names}
     for key in overrides.keys() - {field for schema in schemas.values() for field in schema.model_fields}:
         params.make(schemas[names[-1]], {key: overrides[key]}, "override")  # no notebook has it: says so
     plans = {name: {k: v for k, v in overrides.items() if k in schema.model_fields} for name, schema in schemas.items()}
-    checked = [profiles.load(name, profile, plan) for name, plan in plans.items()]
-    folder = steps.results_folder(checked[-1])
+    checked = [profiles.load(profiles.step_of(name), profile, plan) for name, plan in plans.items()]
+    folder = records.results_folder(checked[-1])
     for i, (name, injected) in enumerate(plans.items(), 1):
         started = time.perf_counter()
         print(f"[{i}/{len(plans)}] {name}", flush=True)
@@ -62,3 +63,23 @@ def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
     run = subprocess.run(command, stderr=None, stdout=None)
     if run.returncode != 0:
         raise DataError(f"{name} stopped with an error, told above; its executed copy is {out}. What was computed is kept: run again")
+
+
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """One HTML page of a profile's results: notebook 08 run on them, without its code.
+
+    folder: such as results/embedded; out: the page, report.html in that folder where it is not given.
+    Raises DataError where the folder holds no records.
+    """
+    folder = Path(folder).absolute()
+    records.load(folder / "records")  # says so where there is none
+    out = Path(out) if out else folder / "report.html"
+    from nbconvert import HTMLExporter
+
+    with tempfile.TemporaryDirectory() as place:
+        executed = Path(place) / "08_tables.ipynb"
+        _execute("08_tables", {"profile": folder.name, "results_dir": str(folder.parent)}, executed)
+        page, _ = HTMLExporter(exclude_input=True, embed_images=True).from_filename(str(executed))
+    with files.atomic_path(out) as part:
+        part.write_text(page, encoding="utf-8")
+    return out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fmbseg import files
+from fmbseg import files, profiles
 from fmbseg.data.benchmarks import LAYOUTS
 
 COLUMNS = {
@@ -50,7 +50,7 @@ OFFICIAL = {benchmark: LAYOUTS[benchmark].images for benchmark in COLUMNS.values
 
 def published(table: int) -> pd.DataFrame:
     """The paper's Table 1 or 2, from results/published/."""
-    return pd.read_csv(files.project_root() / "results" / "published" / f"table{table}.csv")
+    return pd.read_csv(profiles.published_folder() / f"table{table}.csv")
 
 
 def reproduced(records: pd.DataFrame) -> pd.DataFrame:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fmbseg import files
-from fmbseg.errors import DataError, ParameterError
+from fmbseg.errors import ParameterError
 from fmbseg.params import ModuleParams
 
 
@@ -85,30 +80,3 @@ def _heads(width: int) -> int:
     """Heads of about 64 dimensions that divide the width (16 for ViT-L, 6 for ViT-S)."""
     wanted = max(round(width / 64), 1)
     return min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - wanted), h))
-
-
-def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any]) -> Path:
-    """Write a module and what made it (parameters, encoder, image-text model, vocabulary) as one safetensors file."""
-    described = {"width": alignment.width, "out": alignment.out, "module": alignment.params.part(ModuleParams)} | metadata
-    return files.write_tensors(path, alignment.state_dict(), {"fmbseg": json.dumps(described)})
-
-
-def place(profile: str = "embedded", name: str = "alignment") -> Path:
-    """Where a module of a profile is kept."""
-    return files.home() / "modules" / profile / f"{name}.safetensors"
-
-
-def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
-    """Read a module and its metadata. Raises DataError when there is none, or the file is not one that ``save`` wrote."""
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no trained module there; run notebook 04 or: fmbseg train")
-    tensors, metadata = files.read_tensors(path)
-    if "fmbseg" not in metadata:
-        raise DataError(f"{path}: not an alignment module of fmbseg; give the file that training wrote")
-    try:
-        described = json.loads(metadata["fmbseg"])
-        alignment = Alignment(described["width"], described["out"], ModuleParams(**described["module"]))
-        alignment.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: its description does not fit its tensors ({str(error).splitlines()[0]}); train it again") from error
-    return alignment.eval(), described

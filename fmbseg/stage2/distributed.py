@@ -1,76 +1,25 @@
-"""Several processes that train one module together: one a GPU, started by torchrun. Without it there is one, rank 0.
-
-    torchrun --nproc-per-node 8 -m fmbseg.cli train --profile paper
-
-Every process must see the same FMBSEG_HOME: each labels and encodes its own share of the images, then all train.
-"""
+"""Training in several processes: the parts of a batch, gathered so that all compute one loss."""
 
 from __future__ import annotations
 
-import datetime
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Sampler
 
-from fmbseg.errors import ParameterError
-
-T = TypeVar("T")
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-PATIENCE = datetime.timedelta(days=7)  # how long a process waits for the others' labelling; torchrun ends all when one fails
 
 
 def size() -> int:
-    """Number of processes."""
+    """Number of processes; 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process: 0 alone writes results and prints."""
+    """Number of this process; only 0 writes results and prints."""
     return dist.get_rank() if size() > 1 else 0
-
-
-@contextmanager
-def group(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started, if it did; yields the device of this one.
-
-    device: "cuda" (process i of a machine takes its GPU i, over NCCL) or "cpu" (over gloo).
-    Raises ParameterError for another one, and where a machine has fewer GPUs than processes.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield device
-        return
-    if device not in ("cpu", "cuda"):
-        raise ParameterError(f"device = {device!r}: several processes train on cpu or on cuda, one GPU each; give device=cuda")
-    if device == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise ParameterError(f"process {local} of this machine has no GPU, for there are {gpus}; give torchrun --nproc-per-node {gpus}")
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    dist.init_process_group("nccl" if device != "cpu" else "gloo", timeout=PATIENCE)
-    try:
-        yield device
-        wait()
-    finally:
-        dist.destroy_process_group()
-
-
-def wait() -> None:
-    """Until every process is here."""
-    if size() > 1:
-        dist.barrier()
-
-
-def share(items: Sequence[T]) -> list[T]:
-    """This process's items: every item belongs to one process."""
-    return list(items[rank() :: size()])
 
 
 def parallel(module: nn.Module) -> nn.Module:
@@ -80,7 +29,7 @@ def parallel(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module)
 
 
-class Share(Sampler):
+class RankBatchSampler(Sampler):
     """This process's part of every batch, as indices: as many in every process, None where the batch has no more.
 
     batches: the batches of all processes together; each process must draw the same. The parts in order of rank are the batch.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +15,12 @@ from fmbseg.data import images, label_spaces
 from fmbseg.data.images import resampling, resize_map
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import ParameterError
-from fmbseg.models.clip import ImageText, load_clip
-from fmbseg.models.encoders import Encoder, load_encoder
+from fmbseg.models.clip import ImageText
+from fmbseg.models.encoders import Encoder
 from fmbseg.models.texts import ClassTexts, class_texts
 from fmbseg.params import SegmentParams
 from fmbseg.stage1.windows import Window, placing, side_by_side, windows
-from fmbseg.stage2 import alignment as alignment_module
+from fmbseg.stage2.alignment import Alignment
 
 
 class Embedder(Protocol):
@@ -36,7 +35,7 @@ class Embedder(Protocol):
 class AlignedEncoder:
     """The frozen encoder and the trained module M: z = M(x)."""
 
-    def __init__(self, encoder: Encoder, alignment: alignment_module.Alignment, key: str, device: str = "cpu"):
+    def __init__(self, encoder: Encoder, alignment: Alignment, key: str, device: str = "cpu"):
         self.encoder, self.alignment, self.key, self.device = encoder, alignment.to(device).eval(), key, device
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -58,9 +57,9 @@ class DenseClip:
     enlarge: the window is scaled by this before the tower (a tower of large stride sees more that way; ours).
     """
 
-    def __init__(self, clip: ImageText, path: str = "value", enlarge: float = 1.0):
-        self.clip, self.path, self.enlarge = clip, path, enlarge
-        self.key = f"{clip.key} {path} x{enlarge:g}"
+    def __init__(self, clip: ImageText, path: str = "value", enlarge: float = 1.0, residual: bool = False):
+        self.clip, self.path, self.enlarge, self.residual = clip, path, enlarge, residual
+        self.key = f"{clip.key} {path}{' residual' if residual else ''} x{enlarge:g}"
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.clip.blocks is not None:  # a transformer's position embedding fits one size only
@@ -68,7 +67,7 @@ class DenseClip:
             pixels = torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
         else:
             pixels = _to_multiple(pixels, self.clip.stride, self.enlarge)
-        return F.normalize(self.clip.encode_crops(pixels, self.path).maps, dim=1)
+        return F.normalize(self.clip.encode_crops(pixels, self.path, self.residual).maps, dim=1)
 
 
 def _to_multiple(pixels: torch.Tensor, multiple: int, scale: float = 1.0) -> torch.Tensor:
@@ -109,22 +108,6 @@ class Segmenter:
     def __init__(self, embedder: Embedder, clip: ImageText, params: SegmentParams | None = None, templates: str = "one"):
         self.embedder, self.clip, self.params, self.templates = embedder, clip, params or SegmentParams(), templates
         self._texts: dict[tuple, ClassTexts] = {}
-
-    @classmethod
-    def load(
-        cls, path: str | Path | None = None, device: str = "cpu", params: SegmentParams | None = None, templates: str | None = None
-    ) -> Segmenter:
-        """A trained module with the encoder and the image-text model that it was trained with.
-
-        path: the module's file; none: the embedded profile's. templates: of the words at test time; none: those it was
-        trained with. Raises DataError where there is no module.
-        """
-        module, metadata = alignment_module.load(path or alignment_module.place())
-        params = params or SegmentParams()
-        encoder = load_encoder(metadata["encoder"], device, params.precision)
-        embedder = AlignedEncoder(encoder, module, f"fmbseg {metadata['key']}", device)
-        clip = load_clip(metadata["clip"], device, metadata.get("crop_input"), params.precision)
-        return cls(embedder, clip, params, templates or metadata.get("templates", "one"))
 
     def texts(self, space: LabelSpace) -> ClassTexts:
         """Text features of a label space, encoded once."""

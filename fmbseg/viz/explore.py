@@ -1,6 +1,6 @@
 """What the explorer shows, computed: the expensive part once an image, then words, points and thresholds at once.
 
-No widget is in here (``widgets.py`` holds those), so all of it works and is tested without a browser.
+No widget is in here (``explorer.py`` holds those), so all of it works and is tested without a browser.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from fmbseg.errors import DataError, ParameterError
 from fmbseg.models.clip import ImageText
 from fmbseg.models.sam import AutomaticMask
 from fmbseg.models.texts import ClassTexts, class_texts
-from fmbseg.runs import cache, steps
+from fmbseg.runs import cache, modules
+from fmbseg.runs.cache import Models
+from fmbseg.runs.modules import Segmenter
 from fmbseg.schemas import ExploreRun
 from fmbseg.stage1 import detection, features, label_masks, query_sam
 from fmbseg.stage1.detection import Detected, Scale
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.label_masks import LabelledMask
 from fmbseg.stage1.query_sam import QueryMask
-from fmbseg.stage2.segmenter import EmbeddedImage, Segmenter, label_map
+from fmbseg.stage2.segmenter import EmbeddedImage, label_map
 
 CLIP, ALIGNED = "CLIP dense", "aligned encoder"
 
@@ -66,10 +68,11 @@ class Explorer:
 
     def __init__(self, params: ExploreRun):
         self.params, self.missing = params, ""
-        cache.prepare_votes(params, params.device, params.workers)
-        self.clip = cache.clip_of(params, params.device)
+        cache.prepare_votes(params)
+        self.models = Models.of(params)
+        self.clip = self.models.clip
         self.segmenter: Segmenter | None = None
-        module = steps.module_path(params)
+        module = modules.place(params.profile)
         if module.is_file():
             try:
                 self.segmenter = Segmenter.load(module, params.device, params)
@@ -157,13 +160,13 @@ class Explorer:
         return detection.detect(self.seen().features, self.texts(space), self.params, self._scale(space))
 
     def _scale(self, space: LabelSpace) -> Scale | None:
-        return cache.vote_scale(self.texts(space), self.params, self.params.device)
+        return cache.vote_scale(self.texts(space), self.params)
 
     def query(self, space: LabelSpace, one: Detected, points: int) -> QueryMask:
         """Stage 1.1 for one detected class: its query points and SAM's three masks. SAM sees each image once."""
         key = (self.scale, space.prompts[one.index], points)
         if key not in self._queries:
-            sam, params = cache.sam_of(self.params, self.params.device), self.params.model_copy(update={"points": points})
+            sam, params = self.models.sam, self.params.model_copy(update={"points": points})
             (self._queries[key],) = query_sam.query_masks(self.image, self.seen().features, [one], self.texts(space), sam, params)
         return self._queries[key]
 
@@ -180,8 +183,7 @@ class Explorer:
     def masks(self) -> list[AutomaticMask]:
         """SAM's automatic masks (Stage 1.2): the most expensive part, once an image."""
         if self._masks is None:
-            sam = cache.sam_of(self.params, self.params.device)
-            self._masks = label_masks.automatic_masks(self.image, sam, self.params)
+            self._masks = label_masks.automatic_masks(self.image, self.models.sam, self.params)
         return self._masks
 
     def labelled(self, space: LabelSpace) -> list[LabelledMask]:

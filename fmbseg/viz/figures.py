@@ -97,11 +97,6 @@ def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: fl
         axis.text(columns[nearest], rows[nearest], space.names[k], ha="center", va="center", fontsize=7, bbox=box, clip_on=True)
 
 
-def file_name(text: str) -> str:
-    """A name that is safe as a file's."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
-
-
 def enlarge(labels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """(h, w) patch labels, -1 where none -> (height, width) ``uint8``, 255 where none, by nearest neighbour."""
     rows = np.arange(size[0]) * labels.shape[0] // size[0]

@@ -1,0 +1,206 @@
+"""Stage 1 over a collection: pseudo labels on disk, resumable, in several processes or on a Ray cluster."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fmbseg import files
+from fmbseg.data import collections, images, label_spaces
+from fmbseg.data.images import IGNORED
+from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.data.samples import Sample
+from fmbseg.errors import DataError
+from fmbseg.models import clip, sam
+from fmbseg.params import CollectionParams, LabelParams, RunParams
+from fmbseg.runs import cache, cluster, parallel
+from fmbseg.runs.cache import Models
+from fmbseg.runs.parallel import Failure
+from fmbseg.stage1 import pseudo_labels
+from fmbseg.stage1.pseudo_labels import PseudoLabel
+
+
+def collection(params: CollectionParams) -> list[Sample]:
+    """The unlabelled images that the parameters name, evenly spaced where there is a limit."""
+    return parallel.evenly_spaced(collections.load_collection(params.collection, params.data_root), params.limit)
+
+
+def make_features(samples: Sequence[Sample], params: RunParams) -> list[Failure]:
+    """High-resolution CLIP features of every image, on disk (notebook 01)."""
+    work = partial(_features, models=Models.of(params), params=params)
+    return parallel.each(work, samples, "CLIP features", params.workers).failures
+
+
+def _features(sample: Sample, models: Models, params: RunParams) -> None:
+    cache.clip_features(sample.image, models, params)
+
+
+def make_queries(samples: Sequence[Sample], params: LabelParams) -> list[Failure]:
+    """Detected classes and Stage 1.1's masks of every image, on disk (notebook 02)."""
+    cache.prepare_votes(params)
+    work = partial(_queries, space=label_spaces.vocabulary(params.vocabulary), models=Models.of(params), params=params)
+    return parallel.each(work, samples, "Stage 1.1", params.workers).failures
+
+
+def _queries(sample: Sample, space: LabelSpace, models: Models, params: LabelParams) -> None:
+    cache.queries(sample.image, space, models, params)
+
+
+def query_table(samples: Sequence[Sample], params: LabelParams) -> pd.DataFrame:
+    """One row a mask of Stage 1.1: image, class, votes, SAM's confidence, share of the image."""
+    space, models = label_spaces.vocabulary(params.vocabulary), Models.of(params)
+    columns = ["image", "class", "votes", "confidence", "share"]
+    rows = [
+        (sample.name, q.detected.name, q.detected.votes, q.scores.max(), q.chosen.mean())
+        for sample in samples
+        for q in cache.queries(sample.image, space, models, params)
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def label_cached(path: Path, space: LabelSpace, models: Models, params: LabelParams, given: Sequence[int] | None = None) -> PseudoLabel:
+    """``stage1.label_image`` of an image file, every part of it read from the cache or made and kept.
+
+    space: the vocabulary, one class a word; given: image-level labels in place of detection.
+    """
+    queries = cache.queries(path, space, models, params, given)
+    automatic = cache.automatic_masks(path, models, params) if params.stages != "1.1" and queries else []
+    found = cache.clip_features(path, models, params)
+    return pseudo_labels.assemble(queries, automatic, found, models.texts(space), params)
+
+
+def content(params: LabelParams) -> dict[str, Any]:
+    """All that pseudo labels depend on beside the image: parameters, weights, the version of the step, and by their
+    bytes the reference images of the votes and the file of image-level names."""
+    names = files.sha256_of(params.image_level_names) if params.image_level_names else ""
+    weights = [clip.weights_key(params.clip), sam.weights_key(params.sam)]
+    return params.content(LabelParams) | {
+        "weights": weights,
+        "version": cache.VERSIONS["labels"],
+        "reference": cache.vote_content(params),
+        "image_level_names": names,
+    }
+
+
+def given_labels(sample: Sample, space: LabelSpace, params: LabelParams) -> tuple[int, ...] | None:
+    """Classes that ``image_level_names`` gives an image (names outside the vocabulary left out); None where it is not set."""
+    if not params.image_level_names:
+        return None
+    names = _image_level_names(params.image_level_names, files.sha256_of(params.image_level_names))
+    if sample.image.stem not in names:
+        raise DataError(f"{sample}: has no entry in {params.image_level_names}; add its names, or an empty list")
+    classes = {word: k for k, words in enumerate(space.prompts) for word in (space.names[k], *words)}
+    return tuple(sorted({classes[name] for name in names[sample.image.stem] if name in classes}))
+
+
+@functools.lru_cache(maxsize=4)
+def _image_level_names(path: str, sha256: str) -> dict[str, list[str]]:
+    names = files.read_json(path)
+    if not isinstance(names, dict) or not all(isinstance(v, list) for v in names.values()):
+        raise DataError(f'{path}: not a file of image-level names; give JSON such as {{"file stem": ["cat", "sofa"], ...}}')
+    return names
+
+
+class LabelStore:
+    """A folder of pseudo labels: NAME.png (8-bit, 255 unlabelled) and NAME.json an image, and labels.json for all.
+
+    labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. An image
+    that failed has its reason in failed/NAME.json until it succeeds.
+    """
+
+    def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
+        self.folder, self.failed, self.space = Path(folder), Path(folder) / "failed", space
+        header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": content(params)}
+        self.key = files.digest(header)
+        path = self.folder / "labels.json"
+        if path.is_file() and files.read_json(path)["key"] != self.key:
+            raise DataError(f"{folder}: holds pseudo labels made with other words or parameters; give another folder or delete this one")
+        if not path.is_file():
+            files.write_json(path, {"key": self.key, **header})
+
+    def path(self, sample: Sample) -> Path:
+        return self.folder / f"{sample.name}.png"
+
+    def has(self, sample: Sample) -> bool:
+        record = self.folder / f"{sample.name}.json"
+        return self.path(sample).is_file() and record.is_file() and files.read_json(record)["sha256"] == files.sha256_of(sample.image)
+
+    def write(self, sample: Sample, label: PseudoLabel) -> None:
+        """Write the record after the map: an image with a record is whole."""
+        images.write_label_map(self.path(sample), label.labels, self.space.palette)
+        present = np.unique(label.labels[label.labels != IGNORED])
+        files.write_json(
+            self.folder / f"{sample.name}.json",
+            {
+                "image": str(sample.image),
+                "sha256": files.sha256_of(sample.image),
+                "detected": [{"name": d.name, "votes": d.votes} for d in label.detected],
+                "classes": [self.space.names[k] for k in present],
+                "coverage": float((label.labels != IGNORED).mean()),
+            },
+        )
+
+    def fail(self, sample: Sample, reason: str) -> None:
+        files.write_json(self.failed / f"{sample.name}.json", {"image": str(sample.image), "reason": reason})
+
+    def succeed(self, sample: Sample) -> None:
+        (self.failed / f"{sample.name}.json").unlink(missing_ok=True)
+
+    def read(self, sample: Sample) -> np.ndarray:
+        """(height, width) ``uint8`` class indices, 255 where unlabelled."""
+        if not self.path(sample).is_file():
+            raise DataError(f"{sample.name}: has no pseudo label in {self.folder}; run Stage 1 (notebook 03 or fmbseg label) first")
+        return images.read_mask(self.path(sample))
+
+
+def label_folder(params: LabelParams) -> Path:
+    """Where the pseudo labels of these parameters lie: another folder for every other set of them and every other words."""
+    return files.home() / "labels" / files.digest(content(params), label_spaces.vocabulary(params.vocabulary).prompts)
+
+
+def label(
+    samples: Sequence[Sample], params: LabelParams, folder: Path | None = None, engine: str = "processes", gpus: float | None = None
+) -> tuple[LabelStore, list[Failure]]:
+    """Pseudo labels of both stages for every image, on disk; resumable. Returns the store and what failed, with reasons.
+
+    engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
+    """
+    if engine == "ray":
+        cluster.require()
+    space = label_spaces.vocabulary(params.vocabulary)
+    cache.prepare_votes(params)
+    store = LabelStore(folder or label_folder(params), space, params)
+    work = partial(label_one, folder=store.folder, space=space, models=Models.of(params), params=params)
+    if engine == "ray":
+        gpus = float(params.device.startswith("cuda")) if gpus is None else gpus
+        return store, cluster.each(work, samples, params.workers, gpus)
+    return store, parallel.each(work, samples, "pseudo labels", params.workers).failures
+
+
+def label_one(sample: Sample, folder: Path, space: LabelSpace, models: Models, params: LabelParams) -> None:
+    """Pseudo labels of one image in a folder, where it has none yet. A failure is kept there and raised."""
+    store = LabelStore(folder, space, params)
+    try:
+        if not store.has(sample):
+            store.write(sample, label_cached(sample.image, space, models, params, given_labels(sample, space, params)))
+    except parallel.EXPECTED as error:
+        store.fail(sample, parallel.reason(error))
+        raise
+    store.succeed(sample)
+
+
+def label_table(samples: Sequence[Sample], store: LabelStore) -> pd.DataFrame:
+    """One row a class that the pseudo labels hold: images and share of all pixels."""
+    counts, holding, pixels = np.zeros(256), np.zeros(256, dtype=int), 0
+    for sample in samples:
+        one = np.bincount(store.read(sample).ravel(), minlength=256)
+        counts, holding, pixels = counts + one, holding + (one > 0), pixels + one.sum()
+    k = len(store.space)
+    frame = pd.DataFrame({"class": store.space.names, "images": holding[:k], "share": counts[:k] / pixels})
+    return frame[frame["images"] > 0].sort_values("share", ascending=False).reset_index(drop=True)

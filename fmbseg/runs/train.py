@@ -1,0 +1,175 @@
+"""Training over a collection: encode, train, write the module with what made it (Sec. 3.3, 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.utils.data import Dataset
+
+from fmbseg import files
+from fmbseg.data import fetch
+from fmbseg.data.samples import Sample
+from fmbseg.errors import DataError
+from fmbseg.params import AlignParams, LabelParams, RunParams
+from fmbseg.runs import cache, modules, parallel, records
+from fmbseg.runs.cache import Models
+from fmbseg.runs.label import LabelStore
+from fmbseg.stage2 import distributed, training
+from fmbseg.stage2.patches import patch_labels
+from fmbseg.stage2.training import TrainResult
+
+
+class PatchDataset(Dataset):
+    """The images of a collection as ``stage2.train`` takes them: patches from the cache, labels kept in memory (1 KB an image)."""
+
+    def __init__(self, samples: Sequence[Sample], store: LabelStore, params: AlignParams):
+        self.samples, self.params, self.models = samples, params, Models.of(params)
+        self.width, *grid = self.patches(0).shape
+        self.labels = [patch_labels(store.read(s), tuple(grid), params.min_labelled).short() for s in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = self.labels[index or 0].long()
+        return self.patches(index or 0), torch.full_like(labels, -1) if index is None else labels
+
+    def patches(self, index: int) -> torch.Tensor:
+        """(width, h, w) fp16 encoder patches of one image."""
+        return cache.encoder_patches(self.samples[index].image, self.models, self.params)
+
+    def classes(self) -> tuple[int, ...]:
+        """Indices of the classes that label any patch, sorted: the K classes of the loss."""
+        found = {int(k) for labels in self.labels for k in labels.unique()}
+        return tuple(sorted(found - {-1}))
+
+
+def prepare(samples: Sequence[Sample], params: RunParams) -> list[Sample]:
+    """Encode every image once, on disk, in several processes; returns those that could be encoded, in order.
+
+    Under torchrun each rank encodes its share, and all wait for each other.
+    """
+    work = partial(_encode, models=Models.of(params), params=params)
+    parallel.each(work, parallel.split_by_rank(samples), "encoder patches", params.workers)
+    parallel.wait()
+    kept = cache.encoder_cache(Models.of(params), params)
+    return [sample for sample in samples if kept.path(sample.image).is_file()]
+
+
+def _encode(sample: Sample, models: Models, params: AlignParams) -> None:
+    cache.encoder_patches(sample.image, models, params)
+
+
+def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: Path, initial: Path | None = None) -> TrainResult:
+    """Encode and train, and write the module; where ``path`` holds the one of the same inputs already, it is read.
+
+    initial: a trained module to go on from. Images without a pseudo label are left out. Under torchrun every rank
+    trains and only the first writes.
+    """
+    samples = [sample for sample in samples if store.has(sample)]
+    if not samples:
+        raise DataError(f"{store.folder}: no image has a pseudo label; run notebook 03 or fmbseg label first")
+    key = _key(samples, store, params, initial)
+    if (made := _read(path, key)) is not None:
+        print(f"read {path}: trained before on the same pseudo labels with the same parameters")
+        return made
+    samples = prepare(samples, params)
+    if params.device != "cpu":
+        parallel.release()  # idle workers would keep their models on the device
+    data, models = PatchDataset(samples, store, params), Models.of(params)
+    classes = data.classes()
+    if not classes:
+        raise DataError(f"{store.folder}: no patch is labelled; lower min_votes or min_labelled, or give more images or other words")
+    texts = models.texts(store.space).prototypes()
+    if initial:
+        start = modules.load(initial)[0]
+    else:
+        some = parallel.evenly_spaced(range(len(data)), params.standardise_images)
+        start = training.new_module((data.patches(i) for i in some), data.width, texts.shape[1], params)
+    total = params.epochs * -(-len(data) // params.images_per_batch)
+    with parallel.progress(total, "training", "step") as bar:
+
+        def tell(row: dict[str, float] | None) -> None:
+            if row:
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            bar.update()
+
+        result = training.train(data, classes, texts[list(classes)], start, params, params.seed, params.device, tell)
+    if distributed.rank() == 0:
+        modules.save(path, result.alignment, _description(key, result, data, store, params))
+    return result
+
+
+def _key(samples: Sequence[Sample], store: LabelStore, params: RunParams, initial: Path | None) -> str:
+    """Of everything that the module depends on: images and label maps by their bytes, models, words, parameters."""
+    several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
+    return files.digest(
+        cache.VERSIONS["module"],
+        params.content(AlignParams),
+        params.seed,
+        [(files.sha256_of(s.image), files.sha256_of(store.path(s))) for s in samples],
+        [store.space.names, store.space.prompts, params.templates],
+        [Models.of(params).clip.key, Models.of(params).encoder.key],
+        files.sha256_of(initial) if initial else "",
+        several,
+    )
+
+
+def _read(path: Path, key: str) -> TrainResult | None:
+    """The module of that key; None where there is another, none, or a damaged file, which is then made anew."""
+    try:
+        made, described = modules.load(path)
+        if described["key"] != key:
+            return None
+        return TrainResult(made, pd.DataFrame(described["curve"]).to_dict("records"), tuple(described["indices"]), described["seconds"])
+    except (DataError, KeyError):
+        return None
+
+
+def _description(key: str, result: TrainResult, data: PatchDataset, store: LabelStore, params: RunParams) -> dict:
+    return {
+        "key": key,
+        "encoder": params.encoder,
+        "clip": params.clip,
+        "crop_input": params.crop_input,
+        "templates": params.templates,
+        "classes": [store.space.names[k] for k in result.classes],
+        "indices": result.classes,
+        "images": len(data),
+        "collection": params.collection,
+        "parameters": params.part(LabelParams) | params.part(AlignParams) | {"seed": params.seed},
+        "weights": records.used_weights(params) | {"encoder": data.models.encoder.key},
+        "curve": pd.DataFrame(result.steps).to_dict("list"),
+        "seconds": round(result.seconds, 1),
+        "notes": records.notes_of(params),
+    }
+
+
+def train(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: Path | None = None) -> TrainResult:
+    """Train a module (``fit``) and write the record of it: the profile's among its results, another beside its file."""
+    own = path is not None and path != module_path(params)
+    path = path or module_path(params)
+    result = fit(samples, store, params, path)
+    if distributed.rank() == 0:
+        folder, name = (path.parent, path.stem) if own else (records.results_folder(params) / "records", "train")
+        records.of_training(params, result, path).write(folder, name)
+    return result
+
+
+def module_path(params: RunParams, name: str = "alignment") -> Path:
+    """Where a module of this profile lies."""
+    return modules.place(params.profile, name)
+
+
+def encoders() -> pd.DataFrame:
+    """Every frozen encoder by name: its source, size and licence, and the command that brings it where it is not here."""
+    rows = []
+    for weight in fetch.TABLE:
+        if "encoder" in weight.use:
+            here = fetch.is_here(weight)
+            rows.append((weight.name, here, weight.source, weight.megabytes, weight.licence, "" if here else f"fmbseg fetch {weight.name}"))
+    return pd.DataFrame(rows, columns=["encoder", "here", "source", "MB", "licence", "command"]).set_index("encoder")
