@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmbseg import commands, profiles
+from fmbseg import cli, profiles
 from fmbseg.data import images
-from fmbseg.models.clip import LIT, ImageText
+from fmbseg.models.clip import LIT, ImageText, load_clip
 from fmbseg.models.encoders import Encoder, load_encoder
+from fmbseg.models.sam import load_sam
 from fmbseg.params import ModuleParams
-from fmbseg.runs import cache
 from fmbseg.schemas import EvaluateRun
 from fmbseg.stage1 import features, windows
 from fmbseg.stage2 import alignment
@@ -111,7 +111,7 @@ def empty(*shape: int) -> torch.Tensor:
 
 
 def params_of(profile: str, settings: dict) -> EvaluateRun:
-    loaded = profiles.load("05_evaluate", profile, settings)
+    loaded = profiles.load("evaluate", profile, settings)
     return random_weights(loaded.model_copy(update={"device": "cpu"}))
 
 
@@ -133,8 +133,8 @@ def built(load: Callable[[str], T]) -> T:
 
 def models(p: EvaluateRun) -> tuple[ImageText, nn.Module, Encoder]:
     """The three frozen models with shapes only. The stand-in has no random weights: its real ones are read, then left."""
-    clip = cache.clip_of(p) if p.clip == LIT else built(lambda device: cache.load_clip(p.clip, device, p.crop_input))
-    sam = built(lambda device: cache.load_sam(p.sam, device).model)
+    clip = load_clip(p.clip, "cpu", p.crop_input) if p.clip == LIT else built(lambda device: load_clip(p.clip, device, p.crop_input))
+    sam = built(lambda device: load_sam(p.sam, device).model)
     encoder = built(lambda device: load_encoder(p.encoder, device))
     clip.model.to("meta")
     clip.device = "meta"
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("profiles", nargs="*", default=list(SIZES), help=f"of {', '.join(SIZES)} (default: all)")
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any parameter; may be given again")
     options = parser.parse_args(arguments)
-    made = {profile: cost(profile, commands._settings(options.set)) for profile in options.profiles}
+    made = {profile: cost(profile, cli.settings(options.set)) for profile in options.profiles}
 
     print("| profile | images | parameters: CLIP, SAM, encoder, module | crops an image |\n| --- | --- | --- | --- |")
     for profile, c in made.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from fmbseg import profiles
-from fmbseg.runs import steps
+from fmbseg.runs import label
 from fmbseg.viz import explorer
 
 
@@ -50,10 +50,10 @@ def main() -> None:
     parser.add_argument("--profile", default="embedded")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    p = profiles.load("09_explore_similarity", options.profile)
+    p = profiles.load("explore", options.profile)
     once = {}
     started = time.perf_counter()
-    widget = explorer.Explore(p, steps.photographs(p))
+    widget = explorer.Explore(p, label.collection(p))
     once["start: models loaded, first image in"] = time.perf_counter() - started
     counter = itertools.count()
     shares = itertools.cycle((0.2, 0.35, 0.5, 0.65, 0.8))

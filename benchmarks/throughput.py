@@ -22,12 +22,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmbseg import commands, profiles
-from fmbseg.data import images
-from fmbseg.models.clip import CLIP_NAMES, LIT
+from fmbseg import cli, profiles
+from fmbseg.data import images, label_spaces
+from fmbseg.models.clip import CLIP_NAMES, LIT, load_clip
 from fmbseg.models.encoders import load_encoder
+from fmbseg.models.sam import load_sam
+from fmbseg.models.texts import class_texts
 from fmbseg.params import ModuleParams
-from fmbseg.runs import cache, records, steps
+from fmbseg.runs import cache, label, records
+from fmbseg.runs.cache import Models
 from fmbseg.schemas import EvaluateRun
 from fmbseg.stage1 import detection, features, label_masks, query_sam
 from fmbseg.stage2 import alignment, training
@@ -79,16 +82,16 @@ class Clock:
 class Pipeline:
     """The models of one set of parameters, and each step as (what is done before the clock starts, what is timed)."""
 
-    def __init__(self, params: EvaluateRun, pictures: list[np.ndarray]):
-        self.params, self.pictures, p = params, pictures, params
-        load_encoder.cache_clear(), cache.load_clip.cache_clear(), cache.load_sam.cache_clear()
-        self.clip, self.sam = cache.clip_of(p, p.device), cache.sam_of(p, p.device)
-        self.encoder = load_encoder(p.encoder, p.device, p.precision)
-        self.space, self.texts = steps.words(p)
+    def __init__(self, params: EvaluateRun, arrays: list[np.ndarray]):
+        self.params, self.images, p = params, arrays, params
+        self.clip = load_clip(p.clip, p.device, p.crop_input, p.precision)  # models of its own, to be watched
+        self.sam, self.encoder = load_sam(p.sam, p.device, p.precision), load_encoder(p.encoder, p.device, p.precision)
+        self.space = label_spaces.vocabulary(p.vocabulary)
+        self.texts = class_texts(self.clip, self.space, p.templates)
         side = p.image_size // self.encoder.patch * self.encoder.patch
-        self.squares = [torch.from_numpy(images.resize(x, (side, side)))[None].to(p.device) for x in pictures]
-        self.features = [features.extract(x, self.clip, p) for x in pictures]
-        scale = cache.vote_scale(self.texts, p, p.device)
+        self.squares = [torch.from_numpy(images.resize(x, (side, side)))[None].to(p.device) for x in arrays]
+        self.features = [features.extract(x, self.clip, p) for x in arrays]
+        scale = cache.vote_scale(self.texts, p)
         self.found = [detection.detect(f, self.texts, p, scale) for f in self.features]
         self.module = alignment.Alignment(self.encoder.width, self.texts.features.shape[1], ModuleParams(**p.part(ModuleParams)))
         self.module.to(p.device)
@@ -107,19 +110,19 @@ class Pipeline:
 
     def work(self, step: str) -> tuple[Callable[[int], object], Callable[[int], object]]:
         """(before, timed), each a function of the image's number."""
-        p, pictures = self.params, self.pictures
-        nothing, embed = (lambda i: None), (lambda i: self.sam.set_image(pictures[i]))
+        p, arrays = self.params, self.images
+        nothing, embed = (lambda i: None), (lambda i: self.sam.set_image(arrays[i]))
         return {
-            "CLIP features": (nothing, lambda i: features.extract(pictures[i], self.clip, p)),
-            "SAM embedding": (lambda i: self.sam.set_image(pictures[i - 1]), embed),
+            "CLIP features": (nothing, lambda i: features.extract(arrays[i], self.clip, p)),
+            "SAM embedding": (lambda i: self.sam.set_image(arrays[i - 1]), embed),
             "Stage 1.1 decoding": (
                 embed,
-                lambda i: query_sam.query_masks(pictures[i], self.features[i], self.found[i], self.texts, self.sam, p),
+                lambda i: query_sam.query_masks(arrays[i], self.features[i], self.found[i], self.texts, self.sam, p),
             ),
-            "automatic masks": (embed, lambda i: label_masks.automatic_masks(pictures[i], self.sam, p)),
+            "automatic masks": (embed, lambda i: label_masks.automatic_masks(arrays[i], self.sam, p)),
             "encoder patches": (nothing, lambda i: self.encoder.encode(self.squares[i])),
             "training": (lambda i: self.module.train(), self.train_step),
-            "segmentation": (lambda i: self.module.eval(), lambda i: self.segmenter.segment(pictures[i], self.space)),
+            "segmentation": (lambda i: self.module.eval(), lambda i: self.segmenter.segment(arrays[i], self.space)),
         }[step]
 
     @functools.cached_property
@@ -162,11 +165,11 @@ def measure(pipelines: dict[str, Pipeline], count: int) -> pd.DataFrame:
                 if i >= 0:
                     taken[name].append(made)
         for name, found in taken.items():
-            pictures = pipelines[name].params.images_per_batch if step == "training" else 1
+            arrays = pipelines[name].params.images_per_batch if step == "training" else 1
             total = sum(seconds for seconds, _ in found)
             inside = {model for _, models in found for model in models}
             shares = {model: round(sum(models.get(model, 0.0) for _, models in found) / total, 3) for model in sorted(inside)}
-            seconds = statistics.median(seconds for seconds, _ in found) / pictures
+            seconds = statistics.median(seconds for seconds, _ in found) / arrays
             rows.append({"step": step, "variant": name, "seconds": round(seconds, 5), "images/s": round(1 / seconds, 3), "shares": shares})
         print(
             "  ".join([f"{step:20s}", *(f"{r['variant']}: {r['seconds']:.4f} s an image" for r in rows if r["step"] == step)]), flush=True
@@ -174,29 +177,29 @@ def measure(pipelines: dict[str, Pipeline], count: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _embed_pictures(params: EvaluateRun, pictures: list[np.ndarray], threads: int, ready, done) -> None:
+def _embed(params: EvaluateRun, arrays: list[np.ndarray], threads: int, ready, done) -> None:
     torch.set_num_threads(threads)
-    sam = cache.sam_of(params, "cpu")
-    sam.set_image(pictures[-1])
+    sam = Models.of(params).sam
+    sam.set_image(arrays[-1])
     ready.wait()
-    for picture in pictures:
-        sam.set_image(picture)
+    for array in arrays:
+        sam.set_image(array)
     done.wait()
 
 
-def processes_against_threads(params: EvaluateRun, pictures: list[np.ndarray]) -> dict[str, float]:
+def processes_against_threads(params: EvaluateRun, arrays: list[np.ndarray]) -> dict[str, float]:
     """SAM embeddings per second: one process of as many threads as cores, against as many processes of one thread."""
     context, found = multiprocessing.get_context("spawn"), {}
     for processes, threads in ((1, cores()), (cores(), 1)):
         ready, done = (context.Barrier(processes + 1, timeout=1800) for _ in range(2))
-        given = (params, pictures, threads, ready, done)
-        working = [context.Process(target=_embed_pictures, args=given, daemon=True) for _ in range(processes)]
+        given = (params, arrays, threads, ready, done)
+        working = [context.Process(target=_embed, args=given, daemon=True) for _ in range(processes)]
         for process in working:
             process.start()
         ready.wait()
         started = time.perf_counter()
         done.wait()
-        found[f"{processes} x {threads}"] = round(processes * len(pictures) / (time.perf_counter() - started), 4)
+        found[f"{processes} x {threads}"] = round(processes * len(arrays) / (time.perf_counter() - started), 4)
         for process in working:
             process.join()
     return found
@@ -225,19 +228,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     started = time.perf_counter()
     torch.set_num_threads(options.threads)
-    params = profiles.load("05_evaluate", options.profile, commands._settings(options.set))
+    params = profiles.load("evaluate", options.profile, cli.settings(options.set))
     params = random_weights(params) if options.random else params
-    samples = steps.photographs(params.model_copy(update={"limit": max(options.images, 2)}))
-    pictures = [images.read_image(sample.image) for sample in samples]
+    samples = label.collection(params.model_copy(update={"limit": max(options.images, 2)}))
+    arrays = [images.read_image(sample.image) for sample in samples]
     if options.size:
         width, height = (int(side) for side in options.size.lower().split("x"))
-        pictures = [images.resize(picture, (height, width)) for picture in pictures]
+        arrays = [images.resize(array, (height, width)) for array in arrays]
     name = hardware(params.device)
-    print(f"{name}; torch {torch.__version__}, {options.threads} threads; {len(pictures)} images, profile {params.profile}", flush=True)
+    print(f"{name}; torch {torch.__version__}, {options.threads} threads; {len(arrays)} images, profile {params.profile}", flush=True)
 
     precisions = ["fp32", "bf16"] if "precision" in options.compare else [params.precision]
-    pipelines = {one: Pipeline(params.model_copy(update={"precision": one}), pictures) for one in precisions}
-    frame = measure(pipelines, len(pictures))
+    pipelines = {one: Pipeline(params.model_copy(update={"precision": one}), arrays) for one in precisions}
+    frame = measure(pipelines, len(arrays))
     table = frame.pivot(index="step", columns="variant", values="images/s").loc[list(STEPS)]
     ratios = {}
     if len(precisions) == 2:
@@ -246,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\nimages per second\n" + table.to_string())
     print("\nshare of the time in each model\n" + "\n".join(f"{r['step']:20s}{r['variant']:6s}{r['shares']}" for _, r in frame.iterrows()))
     if "processes" in options.compare and params.device == "cpu":
-        ratios["SAM embeddings per second, processes x threads"] = processes_against_threads(params, pictures)
+        ratios["SAM embeddings per second, processes x threads"] = processes_against_threads(params, arrays)
         print(f"\nSAM embeddings per second, processes x threads: {ratios['SAM embeddings per second, processes x threads']}")
 
     record = records.Record(
@@ -254,14 +257,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "throughput",
         params.model_dump(),
         params.collection,
-        images=len(pictures),
+        images=len(arrays),
         seconds=round(time.perf_counter() - started, 1),
         hardware=name,
-        protocol={"threads": options.threads, "sizes": [list(x.shape[1::-1]) for x in pictures], "warm_up": WARM_UP}
+        protocol={"threads": options.threads, "sizes": [list(x.shape[1::-1]) for x in arrays], "warm_up": WARM_UP}
         | {"steps": frame.to_dict("records"), "ratios": ratios},
         notes=[*records.notes_of(params), *options.note],
     )
-    out = options.out or steps.results_folder(params) / "benchmarks" / "throughput.json"
+    out = options.out or records.results_folder(params) / "benchmarks" / "throughput.json"
     record.write(out.parent, out.stem)
     print(f"\nrecord: {out}")
 

@@ -34,14 +34,14 @@ def _value(text: str) -> Any:
         raise ParameterError(f"--set {text}: the value is not readable as YAML; quote it") from None
 
 
-def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
-    settings = {}
+def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    found = {}
     for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not equals:
             raise ParameterError(f"--set {pair}: give it as NAME=VALUE, such as --set epochs=5")
-        settings[name.strip()] = _value(value)
-    return settings
+        found[name.strip()] = _value(value)
+    return found
 
 
 def _params(options: argparse.Namespace, step: str, beside: str = "", **given: Any):
@@ -52,11 +52,11 @@ def _params(options: argparse.Namespace, step: str, beside: str = "", **given: A
     from fmbseg import profiles
     from fmbseg.schemas import STEPS
 
-    settings = _settings(options.set)
+    chosen = settings(options.set)
     if beside:
         own, other = STEPS[step].schema.model_fields, STEPS[beside].schema.model_fields
-        settings = {name: value for name, value in settings.items() if name in own or name not in other}
-    return profiles.load(step, options.profile, {k: v for k, v in given.items() if v is not None} | settings)
+        chosen = {name: value for name, value in chosen.items() if name in own or name not in other}
+    return profiles.load(step, options.profile, {k: v for k, v in given.items() if v is not None} | chosen)
 
 
 def _collection_params(options: argparse.Namespace, step: str):
@@ -185,7 +185,7 @@ def segment(options: argparse.Namespace) -> None:
     p = _params(options, "segment", "train" if options.train_on else "")
     space = segmenter.words_space(options.classes, options.background)
     paths = _images(options.images)
-    module = _own_module(options, space) if options.train_on else options.module or modules.place(p.profile)
+    module = _own_module(options, space) if options.train_on else options.module or modules.default(p.profile)
     loaded = modules.Segmenter.load(module, p.device, p)
     failed = 0
     for path in tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1):
@@ -211,7 +211,7 @@ def reproduce(options: argparse.Namespace) -> None:
 
     from fmbseg.runs import reproduce
 
-    folder = reproduce.reproduce(options.profile, options.notebooks or (), _settings(options.set))
+    folder = reproduce.reproduce(options.profile, options.notebooks or (), settings(options.set))
     for number in (1, 2):
         table = folder / f"table{number}.csv"
         if table.is_file():

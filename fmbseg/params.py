@@ -151,6 +151,18 @@ class ModuleParams(Params):
     standardise_images: Count = Field(256, description="ours: images on which the mean and std of the module's input are measured")
 
 
+class PrealignParams(Params):
+    """Pre-alignment on the dense map of the image-text model, and the anchor on it (both ours; off in the paper's profile)."""
+
+    prealign: bool = Field(False, description="ours: M first learns CLIP's dense map of the collection; needs no words and no SAM")
+    prealign_limit: int | None = Field(None, ge=1, description="ours: how many images of the collection for it, evenly spaced; none: all")
+    prealign_ridge: Float = Field(0.1, ge=0, description="ours: penalty of the linear module's closed form, per standardised input")
+    prealign_norm: Float = Field(30.0, gt=0, description="ours: RMS length of M's output that it leaves with; large: later steps turn z less")
+    prealign_epochs: Count = Field(2, description="ours: passes of the cosine regression (MLP and transformer block)")
+    prealign_rate: Float = Field(1e-3, gt=0, description="ours: its AdamW learning rate")
+    dense_weight: Float = Field(0.0, ge=0, description="ours: weight of the anchor, mean 1 - cos(z, CLIP's dense map), beside the loss")
+
+
 class LossParams(Params):
     """The loss (Eq. 1-4, Table 2 right)."""
 
@@ -206,7 +218,7 @@ class LabelParams(CollectionParams, FeatureParams, DetectParams, QueryParams, Ma
     """Everything Stage 1 depends on."""
 
 
-class AlignParams(PatchParams, ModuleParams, LossParams, OptimiserParams):
+class AlignParams(PatchParams, ModuleParams, PrealignParams, LossParams, OptimiserParams):
     """Everything the training depends on, given pseudo labels."""
 
 

@@ -22,7 +22,8 @@ from fmbseg.data import collections, images
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError
 from fmbseg.models import clip as clip_models
-from fmbseg.models import encoders, sam
+from fmbseg.models import encoders
+from fmbseg.models import sam as sam_models
 from fmbseg.models.clip import ImageText
 from fmbseg.models.encoders import Encoder
 from fmbseg.models.sam import AutomaticMask, SamSegmenter
@@ -40,10 +41,6 @@ VERSIONS = {"clip": 2, "sam": 2, "queries": 2, "masks": 2, "encoder": 2, "labels
 """Version of each kept product: raise it when a change of code changes what the step computes."""
 
 # ---------------------------------------------------------------- models
-
-_clip = functools.lru_cache(maxsize=2)(clip_models.load_clip)
-_sam = functools.lru_cache(maxsize=1)(sam.load_sam)
-_encoder = functools.lru_cache(maxsize=1)(encoders.load_encoder)
 
 
 @dataclass(frozen=True)
@@ -69,19 +66,24 @@ class Models:
 
     @property
     def clip(self) -> ImageText:
-        return _clip(self.clip_name, self.device, self.crop_input, self.precision)
+        return _kept_clip(self.clip_name, self.device, self.crop_input, self.precision)
 
     @property
     def sam(self) -> SamSegmenter:
-        return _sam(self.sam_name, self.device, self.precision)
+        return _kept_sam(self.sam_name, self.device, self.precision)
 
     @property
     def encoder(self) -> Encoder:
-        return _encoder(self.encoder_name, self.device, self.precision)
+        return _kept_encoder(self.encoder_name, self.device, self.precision)
 
     def texts(self, space: LabelSpace) -> ClassTexts:
         """Text features of a label space, kept in memory for the next call."""
         return _texts(self, space.prompts, space.names)
+
+
+_kept_clip = functools.lru_cache(maxsize=2)(clip_models.load_clip)
+_kept_sam = functools.lru_cache(maxsize=1)(sam_models.load_sam)
+_kept_encoder = functools.lru_cache(maxsize=1)(encoders.load_encoder)
 
 
 @functools.lru_cache(maxsize=8)

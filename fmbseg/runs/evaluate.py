@@ -47,13 +47,17 @@ METHODS = {
     "stage1.1+labels": "Stage 1.1 given the image's image-level labels",
     "stage1.2+labels": "Stage 1.2 given the image's image-level labels",
     "stage1+labels": "Stage 1.1 and 1.2 combined, given the image's image-level labels",
+    "prealigned": "FMbSeg, pre-alignment alone (ours): no words, no SAM",
     "fmbseg": "FMbSeg: the aligned encoder",
+    "shipped": "FMbSeg, the module that comes with the repository",
 }
+ALIGNED = ("prealigned", "fmbseg", "shipped")
+"""Methods that are a trained module over the frozen encoder."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row to be measured. name: one of METHODS; module: the trained module's file, for "fmbseg"."""
+    """A row to be measured. name: one of METHODS; module: the trained module's file, for those of ALIGNED."""
 
     name: str
     module: str = ""
@@ -283,19 +287,25 @@ def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
 
 
 def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | None = None, engine: str = "processes") -> pd.DataFrame:
-    """Every method on every benchmark; writes one record each and returns the profile's records as a frame.
+    """Every method on every benchmark; writes one record each and returns them as a frame.
 
     module: the trained module's file; none: the profile's. Of several shards it only counts: the counts are kept, and
     what is returned is this shard's alone.
     """
-    module = str(module or modules.place(params.profile))
+    files_of = {
+        "prealigned": modules.place(params.profile, "prealigned"),
+        "fmbseg": module or modules.default(params.profile),
+        "shipped": modules.SHIPPED,
+    }
+    methods = [Method(name, str(files_of.get(name, ""))) for name in params.methods]
+    aligned = [method for method in methods if method.name in ALIGNED]  # together: they share the encoder's pass
     made: list[Record] = []
-    for name in params.methods:
-        method = Method(name, module if name == "fmbseg" else "")
-        made += measure([method], found, params, params.device, params.workers, params.shard, params.num_shards, engine)[0]
+    for group in [[method] for method in methods if method not in aligned] + ([aligned] if aligned else []):
+        for of_method in measure(group, found, params, params.device, params.workers, params.shard, params.num_shards, engine):
+            made += of_method
     if params.num_shards > 1:
         return records.frame(made).dropna(axis=1, how="all")
     folder = records.results_folder(params) / "records"
     for record in made:
         record.write(folder)
-    return records.load(folder).query("kind == 'evaluate'").dropna(axis=1, how="all")
+    return records.frame(made).dropna(axis=1, how="all")

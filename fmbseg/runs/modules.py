@@ -21,6 +21,16 @@ def place(profile: str = "embedded", name: str = "alignment") -> Path:
     return files.home() / "modules" / profile / f"{name}.safetensors"
 
 
+SHIPPED = Path(__file__).parents[1] / "assets" / "fmbseg-embedded.safetensors"
+"""The module that comes with the repository, for the embedded profile's encoder; its model card lies beside it."""
+
+
+def default(profile: str) -> Path:
+    """The profile's own module where one was trained, else the one that comes with the repository."""
+    own = place(profile)
+    return own if own.is_file() or profile != "embedded" else SHIPPED
+
+
 def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any]) -> Path:
     """Write a module and what made it (parameters, encoder, image-text model, vocabulary, notes) as one safetensors file."""
     described = {"width": alignment.width, "out": alignment.out, "module": alignment.params.part(ModuleParams)} | metadata
@@ -52,10 +62,10 @@ class Segmenter(segmenter.Segmenter):
     ) -> Segmenter:
         """A trained module with the encoder and the image-text model that it was trained with.
 
-        path: the module's file; none: the embedded profile's. templates: of the words at test time; none: those it was
+        path: the module's file; none: the embedded profile's own, else the one that comes with the repository. templates: of the words at test time; none: those it was
         trained with. Raises DataError where there is no module.
         """
-        path = path or place()
+        path = path or default("embedded")
         module, described = load(path)
         params = params or SegmentParams()
         encoder = load_encoder(described["encoder"], device, params.precision)

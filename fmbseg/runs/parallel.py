@@ -77,6 +77,14 @@ def progress(total: int, title: str, unit: str = "image") -> tqdm:
     return tqdm(total=total, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0)
 
 
+def progress_over(items: Sequence[T], title: str) -> Iterator[T]:
+    """The items one after the other, under a progress bar."""
+    with progress(len(items), title) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
 _TAKEN = object()
 
 

@@ -158,7 +158,7 @@ def of_evaluation(method: str, dataset: Dataset, space: LabelSpace, params: Eval
     }
     parameters = params.part(EvaluateParams)
     used, notes = used_weights(params, sam=method.startswith("stage")), notes_of(params)
-    if method == "fmbseg":
+    if module:
         described = modules.load(module)[1]
         parameters |= described["parameters"]
         used, notes = described["weights"] | {"module": files.sha256_of(module)}, described["notes"]

@@ -32,7 +32,9 @@ METHOD_ROWS = {
     "stage1.1+labels": "Stage 1.1 given image-level labels",
     "stage1.2+labels": "Stage 1.2 given image-level labels",
     "stage1+labels": "Stage 1.1 + 1.2 given image-level labels",
+    "prealigned": "FMbSeg, pre-alignment alone",
     "fmbseg": "FMbSeg",
+    "shipped": "FMbSeg, module of the repository",
 }
 
 NOTES = (

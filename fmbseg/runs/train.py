@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fmbseg import files
-from fmbseg.data import fetch
+from fmbseg.data import collections, fetch
 from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError
-from fmbseg.params import AlignParams, LabelParams, RunParams
+from fmbseg.params import AlignParams, FeatureParams, LabelParams, ModuleParams, PatchParams, PrealignParams, RunParams
 from fmbseg.runs import cache, modules, parallel, records
 from fmbseg.runs.cache import Models
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage2 import distributed, training
+from fmbseg.stage2 import prealign as prealignment
+from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.patches import patch_labels
 from fmbseg.stage2.training import TrainResult
 
@@ -34,9 +36,13 @@ class PatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = self.labels[index or 0].long()
-        return self.patches(index or 0), torch.full_like(labels, -1) if index is None else labels
+    def __getitem__(self, index: int | None) -> tuple[torch.Tensor, ...]:
+        patches, labels = self.patches(index or 0), self.labels[index or 0].long()
+        item = (patches, torch.full_like(labels, -1) if index is None else labels)
+        if not self.params.dense_weight:
+            return item
+        target = dense_target(self.samples[index or 0], self.models, self.params, tuple(labels.shape))
+        return *item, torch.zeros_like(target) if index is None else target
 
     def patches(self, index: int) -> torch.Tensor:
         """(width, h, w) fp16 encoder patches of one image."""
@@ -46,6 +52,81 @@ class PatchDataset(Dataset):
         """Indices of the classes that label any patch, sorted: the K classes of the loss."""
         found = {int(k) for labels in self.labels for k in labels.unique()}
         return tuple(sorted(found - {-1}))
+
+
+def dense_target(sample: Sample, models: Models, params: RunParams, grid: tuple[int, int]) -> torch.Tensor:
+    """(D, h, w) unit-norm dense CLIP features of an image on the encoder's grid."""
+    return prealignment.dense_target(cache.clip_features(sample.image, models, params).map, grid)
+
+
+class DenseDataset(Dataset):
+    """(patches, dense target) of every image, for pre-alignment."""
+
+    def __init__(self, samples: Sequence[Sample], params: RunParams):
+        self.samples, self.params, self.models = samples, params, Models.of(params)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        patches = cache.encoder_patches(self.samples[index].image, self.models, self.params)
+        return patches, dense_target(self.samples[index], self.models, self.params, tuple(patches.shape[1:]))
+
+
+def prealign(params: RunParams) -> Path:
+    """Pre-align a module (``stage2.prealign``) on the collection, of which ``prealign_limit`` bounds the images; returns its file.
+
+    It is read where it is there already. Under torchrun only the first process makes it.
+    """
+    path = module_path(params, "prealigned")
+    if distributed.rank() == 0:
+        samples = parallel.evenly_spaced(collections.load_collection(params.collection, params.data_root), params.prealign_limit)
+        models = Models.of(params)
+        key = files.digest(
+            cache.VERSIONS["module"],
+            params.content(PatchParams, ModuleParams, PrealignParams, FeatureParams),
+            params.seed,
+            [files.sha256_of(sample.image) for sample in samples],
+            [models.clip.key, models.encoder.key],
+        )
+        if _read(path, key) is None:
+            both = partial(_dense_and_patches, models=models, params=params)
+            samples = [sample for sample, _ in parallel.each(both, samples, "dense map and encoder patches", params.workers).results]
+            if not samples:
+                raise DataError(f"{params.collection}: no image could be encoded for pre-alignment; the reasons are told above")
+            made, curve = _prealigned(DenseDataset(samples, params), params)
+            described = _made_with(params) | {"key": key, "images": len(samples), "classes": [], "indices": [], "curve": curve}
+            modules.save(path, made, described)
+    parallel.wait()
+    return path
+
+
+def _prealigned(data: DenseDataset, params: RunParams) -> tuple[Alignment, dict[str, list[float]]]:
+    """The module and the loss of every step (none for the closed form)."""
+    patches, target = data[0]
+    if params.module == "linear":
+        equations = prealignment.NormalEquations(len(patches), len(target))
+        for i in parallel.progress_over(range(len(data)), "pre-alignment"):
+            equations.add(*data[i])
+        return prealignment.closed_form(equations, params), {}
+    some = parallel.evenly_spaced(range(len(data)), params.standardise_images)
+    fresh = training.new_module((data[i][0] for i in some), len(patches), len(target), params, params.seed)
+    generator = torch.Generator().manual_seed(params.seed)
+    loader = DataLoader(data, params.images_per_batch, shuffle=True, generator=generator)
+    losses: list[float] = []
+    with parallel.progress(params.prealign_epochs * len(loader), "pre-alignment", "step") as bar:
+
+        def tell(loss: float) -> None:
+            losses.append(loss)
+            bar.update()
+
+        made = prealignment.regress(fresh, lambda: loader, params, params.device, tell)
+    return made, {"step": list(range(len(losses))), "loss": losses}
+
+
+def _dense_and_patches(sample: Sample, models: Models, params: RunParams) -> None:
+    cache.clip_features(sample.image, models, params)
+    cache.encoder_patches(sample.image, models, params)
 
 
 def prepare(samples: Sequence[Sample], params: RunParams) -> list[Sample]:
@@ -67,12 +148,14 @@ def _encode(sample: Sample, models: Models, params: AlignParams) -> None:
 def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: Path, initial: Path | None = None) -> TrainResult:
     """Encode and train, and write the module; where ``path`` holds the one of the same inputs already, it is read.
 
-    initial: a trained module to go on from. Images without a pseudo label are left out. Under torchrun every rank
+    initial: a trained module to go on from; none: a fresh one, or the pre-aligned one (``prealign``). Images without a pseudo label are left out. Under torchrun every rank
     trains and only the first writes.
     """
     samples = [sample for sample in samples if store.has(sample)]
     if not samples:
         raise DataError(f"{store.folder}: no image has a pseudo label; run notebook 03 or fmbseg label first")
+    if params.prealign and initial is None:
+        initial = prealign(params)
     key = _key(samples, store, params, initial)
     if (made := _read(path, key)) is not None:
         print(f"read {path}: trained before on the same pseudo labels with the same parameters")
@@ -89,7 +172,8 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
         start = modules.load(initial)[0]
     else:
         some = parallel.evenly_spaced(range(len(data)), params.standardise_images)
-        start = training.new_module((data.patches(i) for i in some), data.width, texts.shape[1], params)
+        torch.manual_seed(params.seed)
+        start = training.new_module((data.patches(i) for i in some), data.width, texts.shape[1], params, params.seed)
     total = params.epochs * -(-len(data) // params.images_per_batch)
     with parallel.progress(total, "training", "step") as bar:
 
@@ -131,21 +215,28 @@ def _read(path: Path, key: str) -> TrainResult | None:
 
 
 def _description(key: str, result: TrainResult, data: PatchDataset, store: LabelStore, params: RunParams) -> dict:
-    return {
+    return _made_with(params) | {
         "key": key,
+        "classes": [store.space.names[k] for k in result.classes],
+        "indices": result.classes,
+        "images": len(data),
+        "curve": pd.DataFrame(result.steps).to_dict("list"),
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _made_with(params: RunParams) -> dict:
+    """What every module's file says: the models that it belongs to, and the parameters, weights and notes of its training."""
+    return {
         "encoder": params.encoder,
         "clip": params.clip,
         "crop_input": params.crop_input,
         "templates": params.templates,
-        "classes": [store.space.names[k] for k in result.classes],
-        "indices": result.classes,
-        "images": len(data),
         "collection": params.collection,
         "parameters": params.part(LabelParams) | params.part(AlignParams) | {"seed": params.seed},
-        "weights": records.used_weights(params) | {"encoder": data.models.encoder.key},
-        "curve": pd.DataFrame(result.steps).to_dict("list"),
-        "seconds": round(result.seconds, 1),
+        "weights": records.used_weights(params) | {"encoder": Models.of(params).encoder.key},
         "notes": records.notes_of(params),
+        "seconds": 0.0,
     }
 
 

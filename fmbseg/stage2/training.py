@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from fmbseg.params import AlignParams, LossParams, ModuleParams
 from fmbseg.stage2 import distributed, losses
 from fmbseg.stage2.alignment import Alignment
+from fmbseg.stage2.prealign import anchor
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,14 @@ def loss_function(params: LossParams) -> Callable[[torch.Tensor, torch.Tensor, t
     return partial({"prototype": losses.prototype, "supcon": losses.supcon}[params.loss], temperature=params.temperature)
 
 
-def new_module(patches: Iterable[torch.Tensor], width: int, out: int, params: ModuleParams) -> Alignment:
-    """A module with fresh weights. Mean and standard deviation of its input are measured on the patches, (width, h, w) an image."""
-    alignment = Alignment(width, out, ModuleParams(**params.part(ModuleParams)))
+def new_module(patches: Iterable[torch.Tensor], width: int, out: int, params: ModuleParams, seed: int = 0) -> Alignment:
+    """A module with fresh weights, which the seed gives.
+
+    patches: (width, h, w) of every image on which mean and standard deviation of its input are measured.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        alignment = Alignment(width, out, ModuleParams(**params.part(ModuleParams)))
     together = torch.cat([one.float().flatten(1) for one in patches], dim=1)
     alignment.mean.copy_(together.mean(dim=1))
     alignment.std.copy_(together.std(dim=1).clamp(min=1e-3))
@@ -81,7 +87,8 @@ def train(
     """Train M on pseudo labels: SGD, cosine to zero, 5 images a batch (Sec. 4.1). The same seed gives the same module on a CPU.
 
     data: item i is an image's (width, h, w) patches and (h, w) int64 class indices, -1 where unlabelled; item None fills
-    up a part of a batch: some image's patches, all unlabelled. classes: indices of the K classes that occur;
+    up a part of a batch: some image's patches, all unlabelled. With ``dense_weight`` each item has a third tensor,
+    the (D, h, w) dense target of ``stage2.prealign`` (item None: zeros). classes: indices of the K classes that occur;
     texts: (K, D) unit-norm text features of them, t_k. initial: the module to begin with, which is left as it is.
     on_step: called after every step with its row, or None where a batch had no labelled patch.
     Under torchrun every rank takes its part of each batch, and all end with the same module.
@@ -97,14 +104,17 @@ def train(
 
     steps: list[dict[str, float]] = []
     for epoch in range(params.epochs):
-        for patches, labels in loader:
-            z = network(patches.float().to(device)).permute(0, 2, 3, 1).flatten(0, 2)
-            y = row_of[labels.flatten()]
+        for patches, labels, *dense in loader:
+            maps = network(patches.float().to(device))
+            z, y = maps.permute(0, 2, 3, 1).flatten(0, 2), row_of[labels.flatten()]
             if params.patch_share < 1:
                 y[torch.rand(len(y), generator=drawn) >= params.patch_share] = -1
             loss, value, count = distributed.batch_loss(loss_of, z, y.to(device), texts, params.negatives == "batch")
+            if params.dense_weight:
+                pull = params.dense_weight * anchor(maps, dense[0].to(device))
+                loss, value = loss + pull, value + pull.item()
             row = None
-            if count:
+            if count or params.dense_weight:
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

@@ -14,7 +14,7 @@ from fmbseg.data.images import IGNORED
 from fmbseg.data.samples import Sample
 from fmbseg.runs import records
 from fmbseg.runs.cache import encode_rle
-from fmbseg.stage1.pseudo_labels import LabelStore
+from fmbseg.runs.label import LabelStore
 
 
 def annotations(labels: np.ndarray, image_id: int, first_id: int) -> list[dict[str, Any]]:

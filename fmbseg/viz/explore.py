@@ -72,7 +72,7 @@ class Explorer:
         self.models = Models.of(params)
         self.clip = self.models.clip
         self.segmenter: Segmenter | None = None
-        module = modules.place(params.profile)
+        module = modules.default(params.profile)
         if module.is_file():
             try:
                 self.segmenter = Segmenter.load(module, params.device, params)

@@ -20,6 +20,7 @@ from fmbseg.models.sam import AutomaticMask
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.label_masks import LabelledMask
 from fmbseg.stage1.query_sam import QueryMask
+from fmbseg.stage1.windows import Window
 
 SIMILARITY = "viridis"  # one hue order, even lightness: readable without colour vision and in print
 
@@ -144,6 +145,39 @@ def similarity_maps(image: np.ndarray, rows: dict[str, torch.Tensor], names: Seq
             axis = axes[r * (1 + len(names)) + 1 + k]
             axis.imshow(upscaled[k], cmap=SIMILARITY, vmin=low, vmax=high)
             axis.set_title(name, fontsize=9)
+    return figure
+
+
+def points_figure(image: np.ndarray, similarity: torch.Tensor, points: np.ndarray, name: str) -> Figure:
+    """Left half of Figure 2: the similarity map of one class, (h, w), beside the image, with the query points as stars."""
+    figure, axes = panels(2, columns=2, size=4)
+    upscaled = resize_map(similarity[None, None].float(), image.shape[:2])[0, 0].numpy()
+    for axis, shown, title in zip(axes, (image, upscaled), (f"query points of {name}", "similarity")):
+        axis.imshow(shown, cmap=SIMILARITY)
+        axis.scatter(*points.T, marker="*", s=110, c="#00e676", edgecolors="black", linewidths=0.7)
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def weights_figure(image: np.ndarray, mask: np.ndarray, weight: torch.Tensor, name: str) -> Figure:
+    """One mask over the image, and its share of every position of the feature map, (h, w): the weights of its mean feature."""
+    figure, (left, right) = panels(2, columns=2, size=3.6)
+    left.imshow(image)
+    left.imshow(np.where(mask[..., None], np.array([0.9, 0.6, 0.0, 0.6]), np.zeros(4)))
+    left.set_title(f"mask, labelled {name}", fontsize=9)
+    right.imshow(weight.numpy(), cmap=SIMILARITY, vmin=0, vmax=1)
+    right.set_title("its share of every position", fontsize=9)
+    return figure
+
+
+def windows_figure(image: np.ndarray, places: Sequence[Window]) -> Figure:
+    """Sliding windows over the image they lie in, in pixels, each in a colour of its own."""
+    figure, (axis,) = panels(1, size=5)
+    axis.imshow(image)
+    for i, place in enumerate(places):
+        box = ((place.left, place.top), place.width, place.height)
+        axis.add_patch(Rectangle(*box, fill=False, edgecolor=f"C{i % 10}", linewidth=3, linestyle=(4 * i, (6, 6)), label=f"window {i}"))
+    axis.set_title(f"{len(places)} windows of {places[0].width} x {places[0].height} pixels", fontsize=9)
     return figure
 
 
