@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shutil
 import sys
@@ -11,7 +12,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pdoc import doc, extract, render
+from pdoc import doc, render
+
+import fmbseg
 
 DOCS = Path(__file__).resolve().parent
 
@@ -58,8 +61,11 @@ def build(out: Path) -> list[str]:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     render.configure(docformat="markdown", template_directory=DOCS / "theme")
+    for name in fmbseg.__all__:  # pdoc looks into the package's dictionary, where a lazy name is only once it was used
+        setattr(fmbseg, name, getattr(fmbseg, name))
     modules = {path.stem: page(path) for path in sorted(DOCS.glob("*.md"))}
-    modules |= {name: doc.Module.from_name(name) for name in extract.walk_specs(["fmbseg"])}
+    rooms = [m.name for m in pkgutil.walk_packages(fmbseg.__path__, "fmbseg.") if not m.name.rpartition(".")[2].startswith("_")]
+    modules |= {name: doc.Module.from_name(name) for name in ("fmbseg", *rooms)}  # pdoc's own walk ends at a package with __all__
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for name, module in modules.items():
@@ -67,8 +73,8 @@ def build(out: Path) -> list[str]:
             file.parent.mkdir(exist_ok=True)
             file.write_text(render.html_module(module, modules), encoding="utf-8")
         (out / "search.js").write_text(render.search_index(modules), encoding="utf-8")
-    for picture in DOCS.glob("*.svg"):
-        shutil.copy(picture, out)
+    for drawing in DOCS.glob("*.svg"):
+        shutil.copy(drawing, out)
     return [*(f"warning: {w.message}" for w in told), *(f"broken link: {link}" for link in broken_links(out))]
 
 

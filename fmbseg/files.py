@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,27 +120,6 @@ def file_sha256(path: str | Path) -> str:
 def digest(*parts: Any) -> str:
     """A short key over anything JSON can hold: the same content gives the same key, on any machine."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-class Store:
-    """One file an item in one folder, named ``<stem>-<key>.<suffix>``.
-
-    The key covers everything that changes the content, so an old file can never be taken for a new one.
-    """
-
-    def __init__(self, folder: str | Path, suffix: str, *content: Any):
-        self.folder, self.suffix, self.content = Path(folder), suffix, content
-
-    def path(self, image: str | Path) -> Path:
-        """Where this image's file lies, whether it is there or not."""
-        return self.folder / f"{Path(image).stem}-{digest(sha256_of(image), *self.content)}{self.suffix}"
-
-    def get(self, image: str | Path, make: Callable[[Path], None]) -> Path:
-        """The image's file, made by ``make(path)`` when it is not there yet."""
-        path = self.path(image)
-        if not path.is_file():
-            make(path)
-        return path
 
 
 def sha256_of(path: str | Path) -> str:

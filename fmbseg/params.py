@@ -28,7 +28,7 @@ def _number(value: Any) -> Any:
 
 SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
 SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
-COLLECTION_ONLY = {"images", "data_root", "limit", "eval_limit"}  # which images, not what is made of each
+COLLECTION_ONLY = {"collection", "data_root", "limit", "eval_limit"}  # which images, not what is made of each
 
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Names = Annotated[tuple[str, ...], _AsTuple]
@@ -157,7 +157,9 @@ class PrealignParams(Params):
     prealign: bool = Field(False, description="ours: M first learns CLIP's dense map of the collection; needs no words and no SAM")
     prealign_limit: int | None = Field(None, ge=1, description="ours: how many images of the collection for it, evenly spaced; none: all")
     prealign_ridge: Float = Field(0.1, ge=0, description="ours: penalty of the linear module's closed form, per standardised input")
-    prealign_norm: Float = Field(30.0, gt=0, description="ours: RMS length of M's output that it leaves with; large: later steps turn z less")
+    prealign_norm: Float = Field(
+        30.0, gt=0, description="ours: RMS length of M's output that it leaves with; large: later steps turn z less"
+    )
     prealign_epochs: Count = Field(2, description="ours: passes of the cosine regression (MLP and transformer block)")
     prealign_rate: Float = Field(1e-3, gt=0, description="ours: its AdamW learning rate")
     dense_weight: Float = Field(0.0, ge=0, description="ours: weight of the anchor, mean 1 - cos(z, CLIP's dense map), beside the loss")

@@ -71,24 +71,21 @@ def _network() -> nn.Module:
 @torch.inference_mode()
 def pooled_views(path: Path) -> Path:
     """Pooled features of one image, cached: squashed to a square, its central square, and whole; (3, 1280)."""
-    store = files.Store(files.home() / "cache" / "standin", ".safetensors", "pooled views", SIDE, fetch.key("efficientnet_lite2"))
-
-    def make(target: Path) -> None:
-        image = images.read_image(path)
-        height, width = image.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        views = [
-            images.resize(image, (SIDE, SIDE)),
-            images.resize(image[top : top + side, left : left + side], (SIDE, SIDE)),
-            images.resize(image, images.target_size(height, width, SIDE, 600)),
-        ]
-        pooled = [
-            _network().forward_features(images.normalise(v[None], (127 / 255,) * 3, (128 / 255,) * 3)).mean(dim=(2, 3))[0] for v in views
-        ]
-        files.write_tensors(target, {"views": torch.stack(pooled)})
-
-    return store.get(path, make)
+    key = files.digest(files.sha256_of(path), "pooled views", SIDE, fetch.key("efficientnet_lite2"))
+    target = files.home() / "cache" / "standin" / f"{path.stem}-{key}.safetensors"
+    if target.is_file():
+        return target
+    image = images.read_image(path)
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    views = [
+        images.resize(image, (SIDE, SIDE)),
+        images.resize(image[top : top + side, left : left + side], (SIDE, SIDE)),
+        images.resize(image, images.target_size(height, width, SIDE, 600)),
+    ]
+    pooled = [_network().forward_features(images.normalise(v[None], (127 / 255,) * 3, (128 / 255,) * 3)).mean(dim=(2, 3))[0] for v in views]
+    return files.write_tensors(target, {"views": torch.stack(pooled)})
 
 
 @torch.inference_mode()

@@ -7,7 +7,6 @@ files are taken, its code is never installed or imported. Checkpoints are conver
 from __future__ import annotations
 
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import yaml
 
@@ -28,9 +27,6 @@ from fmbseg.errors import WeightsError
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-
-
-# ---------------------------------------------------------------- the table
 
 
 @dataclass(frozen=True)
@@ -77,18 +73,15 @@ class Weight:
         return files.home() / ("images" if self.use == "images" else "weights") / self.name
 
 
-def _read_table() -> tuple[Weight, ...]:
+def _read_table() -> Iterator[Weight]:
     path = Path(__file__).resolve().parent.parent / "assets" / "weights.yaml"
-    return tuple(_entry(name, values) for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items())
+    for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        if archive := values.get("archive"):
+            values["archive"] = Archive(**archive | {"files": tuple(archive["files"])})
+        yield Weight(name, **values | {"profiles": tuple(values.get("profiles", ()))})
 
 
-def _entry(name: str, values: dict[str, Any]) -> Weight:
-    if archive := values.get("archive"):
-        values["archive"] = Archive(**archive | {"files": tuple(archive["files"])})
-    return Weight(name, **values | {"profiles": tuple(values.get("profiles", ()))})
-
-
-TABLE = _read_table()
+TABLE = tuple(_read_table())
 
 
 def find(name: str) -> Weight:
@@ -103,19 +96,11 @@ def table() -> pd.DataFrame:
     """All weights and images of all profiles: source, hash, licence, size."""
     import pandas as pd
 
-    rows = [
-        {
-            "name": w.name,
-            "use": w.use,
-            "profiles": "/".join(w.profiles) or "-",
-            "MB": w.megabytes,
-            "licence": w.licence,
-            "source": w.archive.requirement if w.archive else w.url or w.repository,
-            "sha256": w.archive.sha256 if w.archive else w.sha256 or "-",
-        }
-        for w in TABLE
-    ]
-    return pd.DataFrame(rows)
+    rows = []
+    for w in TABLE:
+        source = (w.archive.requirement, w.archive.sha256) if w.archive else (w.url or w.repository, w.sha256 or "-")
+        rows.append((w.name, w.use, "/".join(w.profiles) or "-", w.megabytes, w.licence, *source))
+    return pd.DataFrame(rows, columns=["name", "use", "profiles", "MB", "licence", "source", "sha256"])
 
 
 # ---------------------------------------------------------------- what is here
@@ -346,22 +331,22 @@ def _mobile_sam_name(name: str) -> str | None:
 
 _LITE2_STAGES = (1, 3, 3, 4, 4, 5, 1)  # blocks of each of EfficientNet-Lite2's stages
 _LITE2_TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_LITE2_BLOCK = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
+_LITE2_PARTS = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
+_LITE2_BLOCK = dict(zip(_LITE2_PARTS, ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")))
+_LITE2_FIRST = dict(zip(_LITE2_PARTS[2:], ("conv_dw", "bn1", "conv_pw", "bn2")))  # the first block does not expand
 
 
 def _efficientnet_name(name: str) -> str:
     """EfficientNet-Lite2's name of a tensor -> timm's. Raises WeightsError for a name of another network."""
-    found = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
-    if not found and name.partition(".")[0] in _LITE2_TOP:
-        return f"{_LITE2_TOP[name.partition('.')[0]]}.{name.partition('.')[2]}"
-    if not found or found[2] not in _LITE2_BLOCK or int(found[1]) >= sum(_LITE2_STAGES):
-        raise WeightsError(f"{name!r}: no tensor of EfficientNet-Lite2 is named so; the checkpoint was not converted")
-    stage, block = 0, int(found[1])
-    while block >= _LITE2_STAGES[stage]:
-        stage, block = stage + 1, block - _LITE2_STAGES[stage]
-    first = ("", "", "conv_dw", "bn1", "conv_pw", "bn2")  # the first block does not expand
-    part = (first if stage == 0 else ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"))[_LITE2_BLOCK.index(found[2])]
-    return f"blocks.{stage}.{block}.{part}.{found[3]}"
+    places = [(stage, block) for stage, blocks in enumerate(_LITE2_STAGES) for block in range(blocks)]
+    try:
+        top, *rest = name.split(".")
+        if top != "_blocks":
+            return ".".join([_LITE2_TOP[top], *rest])
+        stage, block = places[int(rest[0])]
+        return ".".join(["blocks", str(stage), str(block), (_LITE2_BLOCK if stage else _LITE2_FIRST)[rest[1]], *rest[2:]])
+    except (KeyError, IndexError, ValueError):
+        raise WeightsError(f"{name!r}: no tensor of EfficientNet-Lite2 is named so; the checkpoint was not converted") from None
 
 
 _NAMES = {"mobile_sam.pt": _mobile_sam_name, "efficientnet-lite2-9656183e.pth": _efficientnet_name}

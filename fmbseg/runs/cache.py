@@ -154,10 +154,7 @@ def queries(path: Path, space: LabelSpace, models: Models, params: LabelParams, 
 
     def make(target: Path) -> None:
         found, texts = clip_features(path, models, params), models.texts(space)
-        if given is None:
-            detected = detection.detect(found, texts, params, vote_scale(texts, params))
-        else:
-            detected = detection.given(given, texts)
+        detected = detection.detect(found, texts, params, vote_scale(texts, params)) if given is None else detection.given(given, texts)
         image = _set_image(path, models, params) if detected else images.read_image(path)
         made = query_sam.query_masks(image, found, detected, texts, models.sam, params)
         files.write_json(target, [_query_row(q) for q in made])
@@ -221,11 +218,12 @@ def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
 # ---------------------------------------------------------------- votes standardised over a collection (ours)
 
 
-def prepare_votes(params: LabelParams) -> None:
+def prepare_votes(params: LabelParams, workers: int | None = None) -> None:
     """Keep the class tokens of the images over whose crops votes are standardised, for all workers (ours).
 
     They are evenly spaced over the whole collection, whatever its ``limit``; none are taken of a collection that holds
     fewer than ``reference_images``. Under torchrun only the first process makes them.
+    workers: none: those of the run's parameters, 1 where they have none.
     """
     if not params.reference_images:
         return
@@ -238,7 +236,8 @@ def prepare_votes(params: LabelParams) -> None:
         if not path.is_file() or _reference(path)[1] != content:
             work = functools.partial(_crop_tokens, models=Models.of(params), params=FeatureParams(**params.part(FeatureParams)))
             paths = [sample.image for sample in chosen]
-            tokens = [result for _, result in parallel.each(work, paths, "CLIP features of the votes' reference", params.workers).results]
+            several = workers or getattr(params, "workers", 1)
+            tokens = [result for _, result in parallel.each(work, paths, "CLIP features of the votes' reference", several).results]
             if chosen and not tokens:
                 raise DataError(f"reference_images: none of {len(chosen)} can be read; give other images, or set it to 0")
             files.write_tensors(path, {"tokens": torch.cat(tokens or [torch.zeros(0, 1)])}, {"images": json.dumps(content)})

@@ -85,7 +85,7 @@ class Method:
             modules.load(self.module)  # says so where it is none
             weights = [files.sha256_of(self.module)]
             used = params.content(SegmentParams) | {"templates": params.templates}
-        return files.digest(self.name, used, weights)
+        return files.digest(self.name, used, weights, cache.VERSIONS)
 
 
 def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
@@ -237,7 +237,7 @@ def measure(
     params = EvaluateParams(**params.part(EvaluateParams))  # drop fields of the run
     models = dataclasses.replace(Models.of(params), device=device)
     if any(method.stage for method in methods):
-        cache.prepare_votes(params)  # before the keys, which name the images that it finds
+        cache.prepare_votes(params, workers)  # before the keys, which name the images that it finds
     keyed = [(method, method.key(params)) for method in methods]
     spaces = [protocol_space(d, params) for d in datasets]
     columns: dict[Path, list[tuple[int, Sample]]] = {}

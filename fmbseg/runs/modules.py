@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fmbseg import files
+from fmbseg.data import images
+from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError
 from fmbseg.models.clip import load_clip
 from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams, SegmentParams
 from fmbseg.stage2 import segmenter
 from fmbseg.stage2.alignment import Alignment
-from fmbseg.stage2.segmenter import AlignedEncoder
+from fmbseg.stage2.segmenter import AlignedEncoder, Segmentation
 
 
 def place(profile: str = "embedded", name: str = "alignment") -> Path:
@@ -72,3 +77,9 @@ class Segmenter(segmenter.Segmenter):
         embedder = AlignedEncoder(encoder, module, f"fmbseg {files.sha256_of(path)[:16]}", device)
         clip = load_clip(described["clip"], device, described.get("crop_input"), params.precision)
         return cls(embedder, clip, params, templates or described.get("templates", "one"))
+
+    def segment(
+        self, image: np.ndarray | str | Path, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None
+    ) -> Segmentation:
+        """As ``stage2.Segmenter.segment``, also of an image file."""
+        return super().segment(images.read_image(image) if isinstance(image, (str, Path)) else image, classes, background)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import get_reusable_executor, process_executor
 from tqdm import tqdm
 
 from fmbseg import files
@@ -155,7 +155,7 @@ def _pool(workers: int):
 
 def release() -> None:
     """End the worker processes and free what they hold; work under way is dropped (files are written whole or not at all)."""
-    get_reusable_executor().shutdown(wait=False, kill_workers=True)
+    get_reusable_executor(reuse=True, kill_workers=True).shutdown(wait=False, kill_workers=True)  # the one that is there
 
 
 def _begin_worker(folder: str, home: str, source: int) -> None:
@@ -163,6 +163,7 @@ def _begin_worker(folder: str, home: str, source: int) -> None:
     os.chdir(folder)
     os.environ["FMBSEG_HOME"] = home
     torch.set_num_threads(1)
+    process_executor._USE_PSUTIL = False  # or loky takes the models of a later item for a leak and ends the worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -29,6 +29,7 @@ def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[st
         params.make(schemas[names[-1]], {key: overrides[key]}, "override")  # no notebook has it: says so
     plans = {name: {k: v for k, v in overrides.items() if k in schema.model_fields} for name, schema in schemas.items()}
     checked = [profiles.load(profiles.step_of(name), profile, plan) for name, plan in plans.items()]
+    files.project_root()  # of the notebooks: outside a clone this says so
     folder = records.results_folder(checked[-1])
     for i, (name, injected) in enumerate(plans.items(), 1):
         started = time.perf_counter()

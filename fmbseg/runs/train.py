@@ -83,7 +83,7 @@ def prealign(params: RunParams) -> Path:
         samples = parallel.evenly_spaced(collections.load_collection(params.collection, params.data_root), params.prealign_limit)
         models = Models.of(params)
         key = files.digest(
-            cache.VERSIONS["module"],
+            cache.VERSIONS,
             params.content(PatchParams, ModuleParams, PrealignParams, FeatureParams),
             params.seed,
             [files.sha256_of(sample.image) for sample in samples],
@@ -172,7 +172,6 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
         start = modules.load(initial)[0]
     else:
         some = parallel.evenly_spaced(range(len(data)), params.standardise_images)
-        torch.manual_seed(params.seed)
         start = training.new_module((data.patches(i) for i in some), data.width, texts.shape[1], params, params.seed)
     total = params.epochs * -(-len(data) // params.images_per_batch)
     with parallel.progress(total, "training", "step") as bar:
@@ -192,8 +191,8 @@ def _key(samples: Sequence[Sample], store: LabelStore, params: RunParams, initia
     """Of everything that the module depends on: images and label maps by their bytes, models, words, parameters."""
     several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
     return files.digest(
-        cache.VERSIONS["module"],
-        params.content(AlignParams),
+        cache.VERSIONS,
+        params.content(AlignParams, FeatureParams) if params.dense_weight else params.content(AlignParams),
         params.seed,
         [(files.sha256_of(s.image), files.sha256_of(store.path(s))) for s in samples],
         [store.space.names, store.space.prompts, params.templates],

@@ -26,9 +26,6 @@ class Window:
         """This part of a (..., height, width) tensor."""
         return array[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
-    def scaled(self, factor: int) -> Window:
-        return Window(self.top * factor, self.left * factor, self.height * factor, self.width * factor)
-
 
 def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
     """Windows of ``size`` every ``stride`` that cover a map row by row; the last ones are shifted inward to fit.

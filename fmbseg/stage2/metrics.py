@@ -50,10 +50,6 @@ class Confusion:
         """Add what ``nonzero`` gave of another matrix over the same classes."""
         self.counts.flat[pairs[0]] += pairs[1]
 
-    def __add__(self, other: Confusion) -> Confusion:
-        """The matrix of both: shards add up to exactly the whole."""
-        return Confusion(self.classes, self.counts + other.counts)
-
     def iou(self) -> np.ndarray:
         """(classes,) intersection over union; NaN for a class that occurs in neither truth nor prediction."""
         square = self.counts[:, : self.classes]

@@ -225,16 +225,25 @@ def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpa
     return figure
 
 
-def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], space: LabelSpace) -> Figure:
-    """Figure 4: a column an image, (image, truth, prediction) from top to bottom, with one legend a column."""
+def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], space: LabelSpace, smallest: float = 0.05) -> Figure:
+    """Figure 4: a column an image, (image, truth, prediction) from top to bottom, with one legend a column.
+
+    Shown are the classes of the truth and those that cover at least a share of ``smallest`` of the prediction; other
+    pixels of the prediction are faded, and its title counts their classes.
+    """
     figure, axes = panels(3 * len(columns), columns=len(columns), size=3.4)
     figure.set_figheight(3 * (3.4 * max(image.shape[0] / image.shape[1] for image, _, _ in columns) + 0.2) + 0.5)
     for c, (image, truth, prediction) in enumerate(columns):
         axes[c].imshow(image)
-        for row, (title, labels) in enumerate((("ground truth", truth), ("FMbSeg", prediction)), 1):
+        counts = np.bincount(prediction.ravel(), minlength=256)[: len(space)]
+        shown = [k for k in np.flatnonzero(counts) if counts[k] >= smallest * prediction.size or (truth == k).any()]
+        others = np.count_nonzero(counts) - len(shown)
+        prediction = np.where(np.isin(prediction, shown), prediction, IGNORED)
+        named = f"FMbSeg (faded: {others} other classes)" if others else "FMbSeg"
+        for row, (title, labels) in enumerate((("ground truth", truth), (named, prediction)), 1):
             axis = axes[row * len(columns) + c]
             axis.imshow(overlay(image, labels, space, opacity=0.75))
             axis.set_title(title, fontsize=9)
             name_regions(axis, labels, space)
-        legend(axis, [truth, prediction], space, limit=9)
+        legend(axis, [truth, prediction], space)
     return figure
