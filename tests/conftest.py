@@ -5,11 +5,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+import fmbseg.models  # noqa: F401  before any test imports torchvision, open_clip or timm
 from fmbseg.data import benchmarks, fetch, images
 from fmbseg.params import LabelParams, make
 
@@ -41,7 +43,7 @@ def sample():
 
 
 @pytest.fixture(scope="session")
-def photograph(sample):
+def real_image(sample):
     return images.read_image(sample.image)
 
 
@@ -71,3 +73,37 @@ def own_home(tmp_path, monkeypatch):
     """An empty FMBSEG_HOME of the test's own."""
     monkeypatch.setenv("FMBSEG_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def own_home_with_weights(tmp_path, monkeypatch):
+    """The same, with the fetched weights in it."""
+    fetched, own_home = fetch.require("mobile_sam").parent, tmp_path / "home"
+    own_home.mkdir()
+    monkeypatch.setenv("FMBSEG_HOME", str(own_home))
+    (own_home / "weights").symlink_to(fetched)
+    return own_home
+
+
+@pytest.fixture(scope="session")
+def toy(smoke, tmp_path_factory):
+    """A module trained on the truth of the drawn images until it fits: its home, data set, labels, parameters and file."""
+    from fmbseg.data.images import IGNORED
+    from fmbseg.runs import train
+    from fmbseg.runs.label import LabelStore
+    from fmbseg.schemas import TrainRun
+    from fmbseg.stage1.pseudo_labels import PseudoLabel
+
+    home = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMBSEG_HOME", str(home))
+        drawn = benchmarks.load_benchmark("drawn")
+        params = smoke(TrainRun, profile="smoke", epochs=40, learning_rate=0.05, temperature=0.1, reference_images=0)
+        store = LabelStore(home / "labels", drawn.space, params)
+        for sample in drawn.samples:
+            labels = sample.truth()
+            labels[:10] = IGNORED
+            store.write(sample, PseudoLabel(labels, [], [], []))
+        path = home / "module.safetensors"
+        result = train.fit(list(drawn.samples), store, params, path)
+    return SimpleNamespace(home=home, drawn=drawn, samples=list(drawn.samples), store=store, params=params, path=path, result=result)

@@ -20,9 +20,10 @@ from PIL import Image
 
 from fmbseg.models.encoders import load_encoder
 from fmbseg.params import AlignParams, ModuleParams
-from fmbseg.runs import cache, steps
+from fmbseg.runs import modules
+from fmbseg.runs.cache import Models
 from fmbseg.schemas import ExploreRun
-from fmbseg.stage2 import alignment
+from fmbseg.stage2.alignment import Alignment
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 SCREENS = ROOT / "build" / "screens"
@@ -47,9 +48,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PAT
 def write_module(smoke):
     """An untrained alignment module where the smoke profile's lies."""
     p, align = smoke(ExploreRun, profile="smoke"), smoke(AlignParams)
-    width, out = load_encoder(align.encoder).width, cache.clip_of(p).encode_text(["word"]).shape[1]
+    width, out = load_encoder(align.encoder).width, Models.of(p).clip.encode_text(["word"]).shape[1]
     described = {"key": "untrained", "encoder": align.encoder, "clip": p.clip, "crop_input": p.crop_input, "templates": p.templates}
-    return alignment.save(steps.module_path(p), alignment.Alignment(width, out, ModuleParams()), described)
+    return modules.save(modules.place("smoke"), Alignment(width, out, ModuleParams()), described)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ class Screen:
         """Wait until the explorer has answered."""
         self.page.wait_for_function("() => [...document.querySelectorAll('.fmbseg-note')].some(n => n.textContent.includes('Answered'))")
 
-    def pictures(self):
+    def images(self):
         """{(section, panel): address of its image} of the open tab, in which no two images overlap."""
         panels = self.page.evaluate(PANELS)  # in one go: between two questions the page may change
         for i, (_, _, _, a) in enumerate(panels):
@@ -192,12 +193,12 @@ class Screen:
     def changed(self, before):
         """Wait until an image is another than before; returns {key: address} now and the keys that changed."""
         for _ in range(PATIENCE // 100):
-            now = self.pictures()
+            now = self.images()
             differing = {key for key in now if now[key] != before.get(key)}
             self.page.wait_for_timeout(100)
             if differing:
                 self.settle()
-                while (later := self.pictures()) != now:  # a slider's move is several changes
+                while (later := self.images()) != now:  # a slider's move is several changes
                     now = later
                     self.page.wait_for_timeout(500)
                 return now, {key for key in now if now[key] != before.get(key)}
@@ -207,16 +208,16 @@ class Screen:
         self.page.locator(".fmbseg-panels:visible").first.scroll_into_view_if_needed()
         path = SCREENS / f"{self.name}-{what}.png"
         self.page.screenshot(path=path)
-        with Image.open(path) as picture:
-            assert np.asarray(picture.convert("L")).std() > 10
+        with Image.open(path) as shot:
+            assert np.asarray(shot.convert("L")).std() > 10
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("place", ["lab", "voila"])
-def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dark):
+def test_words_sliders_and_points_change_the_images(browser, serve, place, dark):
     page = (open_lab if place == "lab" else open_voila)(browser, serve, dark)
     screen = Screen(page, f"{place}-{'dark' if dark else 'light'}")
-    start = screen.pictures()
+    start = screen.images()
     both = {"CLIP dense", "aligned encoder"}
     assert set(start) == {("Image", "image"), ("Image", "segmentation")} | {
         (section, model) for section in ("Similar to the point", "sky", "grass", "sun", "house") for model in both
@@ -238,9 +239,9 @@ def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dar
     now, _ = screen.changed(now)
     assert now["sky", "CLIP dense"] == before["sky", "CLIP dense"]
 
-    photograph = page.locator(".fmbseg-panel[data-title=image] .fmbseg-frame")
-    box = photograph.bounding_box()
-    photograph.click(position={"x": box["width"] * 0.2, "y": box["height"] * 0.9})
+    shown = page.locator(".fmbseg-panel[data-title=image] .fmbseg-frame")
+    box = shown.bounding_box()
+    shown.click(position={"x": box["width"] * 0.2, "y": box["height"] * 0.9})
     now, changed = screen.changed(now)
     assert changed == {("Similar to the point", m) for m in both}
     assert abs(screen.readout("Point across") - 0.2) < 0.02 and abs(screen.readout("Point down") - 0.9) < 0.02
@@ -254,7 +255,7 @@ def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dar
     for words, sentence in (("sky, sky", "given more than once: sky"), (" , ", "no word given")):
         screen.type("Words", words)
         page.wait_for_selector(f".fmbseg-error:has-text('{sentence}')")
-        assert screen.pictures() == now and "Traceback" not in page.text_content("body")
+        assert screen.images() == now and "Traceback" not in page.text_content("body")
     screen.shoot("5-bad-words")
     screen.type("Words", "sky, grass, sun, house")
     now, _ = screen.changed(now)
@@ -263,7 +264,7 @@ def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dar
     page.get_by_role("tab", name="Stage 1").click()
     page.wait_for_selector(".fmbseg-panel[data-title^=confidence]")
     screen.settle()
-    now = screen.pictures()
+    now = screen.images()
     titles = [panel for _, panel in now]
     assert titles[0] == "votes" and "query points" in titles and page.locator(".fmbseg-chosen:visible").count() == 1
     assert page.locator(".fmbseg-box:visible").count() == 2
@@ -273,7 +274,7 @@ def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dar
     assert page.locator(".fmbseg-panel[data-title='query points'] .fmbseg-star").count() == 8
     page.get_by_role("button", name="Find automatic masks").click()
     page.wait_for_selector(".fmbseg-panel[data-title=labelled] .fmbseg-legend li")
-    screen.pictures()
+    screen.images()
     screen.shoot("6-stage-1")
 
     errors = page.locator(
@@ -283,14 +284,14 @@ def test_words_sliders_and_points_change_the_pictures(browser, serve, place, dar
     page.close()
 
 
-def test_own_pictures_and_no_module(browser, serve, project, smoke, tmp_path):
+def test_own_images_and_no_module(browser, serve, project, tmp_path):
     """An image is uploaded; a file that is none says so; without a module one sentence says how to get one."""
-    module = steps.module_path(smoke(ExploreRun, profile="smoke"))
+    module = modules.place("smoke")
     module.rename(module.with_suffix(".away"))
     try:
         page = open_voila(browser, serve, False)
         screen = Screen(page, "voila-no-module")
-        assert set(screen.pictures()) == {
+        assert set(screen.images()) == {
             ("Image", "image"),
             ("Image", "segmentation"),
             ("Similar to the point", "aligned encoder"),
@@ -299,7 +300,7 @@ def test_own_pictures_and_no_module(browser, serve, project, smoke, tmp_path):
         screen.shoot("start")
         own = tmp_path / "own.png"
         Image.fromarray(np.random.RandomState(0).randint(0, 255, (150, 300, 3), dtype=np.uint8)).save(own)
-        start = screen.pictures()
+        start = screen.images()
         upload(page, own)
         _, changed = screen.changed(start)
         assert ("Image", "image") in changed

@@ -1,4 +1,4 @@
-"""Labelling with Ray: the same files as the serial run, failures told, models loaded once a worker."""
+"""Labelling and evaluating with Ray: the same files as the serial run, failures told."""
 
 import importlib.util
 import sys
@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fmbseg import cli, files
-from fmbseg.data import collections, label_spaces
+from fmbseg import cli
+from fmbseg.data import collections
 from fmbseg.data.samples import Sample
 from fmbseg.errors import ParameterError
-from fmbseg.models.clip import load_clip
-from fmbseg.models.sam import load_sam
-from fmbseg.params import LabelParams
-from fmbseg.runs import cache, cluster
-from fmbseg.stage1 import pseudo_labels
+from fmbseg.params import EvaluateParams
+from fmbseg.runs import cluster, evaluate, label
+from fmbseg.runs.evaluate import Method
+from fmbseg.schemas import LabelRun
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='Ray is not installed: pip install -e ".[ray]"')
 
@@ -28,7 +27,7 @@ def samples(own_home, tmp_path, monkeypatch):
     return [drawn[0], Sample("broken", Path("broken.png")), *drawn[1:]]
 
 
-def files(folder):
+def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -47,35 +46,38 @@ def start(ray, attempts=3):
 def test_two_ray_workers_make_the_same_files_as_one_process(samples, smoke, tmp_path, monkeypatch):
     import ray
 
-    space, params = label_spaces.label_space("voc20"), smoke(LabelParams)
-    _, serial = pseudo_labels.label_collection(samples, tmp_path / "serial", space, params)
+    params = smoke(LabelRun, profile="smoke", vocabulary="voc20", workers=2, reference_images=0)
+    _, serial = label.label(samples, params.model_copy(update={"workers": 1}), tmp_path / "serial")
+    found, measured = evaluate.find_benchmarks(["drawn"]), smoke(EvaluateParams, eval_limit=2)
+    whole = evaluate.measure([Method("dense_high_resolution")], found, measured)[0][0]
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it writes a token into the home folder
     monkeypatch.setenv("FMBSEG_HOME", str(tmp_path / "other"))
     start(ray)
     try:
-        store, failures = cluster.label_collection(samples, tmp_path / "ray", space, params, "cpu", 2, 0)
+        store, failures = label.label(samples, params, tmp_path / "ray", "ray")
         with pytest.raises(ParameterError, match="the Ray cluster has 3 CPUs and they want 4; give fewer workers"):
-            cluster.label_collection(samples, tmp_path / "ray", space, params, "cpu", 4, 0)
+            label.label(samples, params.model_copy(update={"workers": 4}), tmp_path / "ray", "ray")
+        monkeypatch.setattr(evaluate.parallel, "each", _no_prediction(evaluate.parallel.each, monkeypatch))
+        counted = evaluate.measure([Method("dense_high_resolution")], found, measured, workers=2, engine="ray")[0][0]
         assert ray.is_initialized()  # only what it started itself is shut down
     finally:
         ray.shutdown()
-    made = files(tmp_path / "ray")
-    assert made == files(tmp_path / "serial") and set(made) >= {"labels.json", "drawn_2.png", "drawn_2.json", "failed/broken.json"}
+    made = contents(tmp_path / "ray")
+    assert made == contents(tmp_path / "serial") and set(made) >= {"labels.json", "drawn_2.png", "drawn_2.json", "failed/broken.json"}
     assert failures == serial and len(failures) == 1 and "broken.png: cannot be read" in failures[0].reason
     kept = {path.name.split("-")[0] for path in (tmp_path / "other/cache/queries").iterdir()}
     assert kept == {sample.name for sample in samples} - {"broken"}  # the workers keep what they make where the driver does
+    assert (counted.iou, counted.images) == (whole.iou, 2)
 
 
-def test_a_worker_loads_the_models_once(samples, smoke, tmp_path):
-    space, params = label_spaces.label_space("voc20"), smoke(LabelParams)
-    pseudo_labels.LabelStore(tmp_path / "labels", space, params)
-    load_clip.cache_clear(), load_sam.cache_clear()
-    worker = cluster.Labeller(str(files.home()), str(tmp_path), str(tmp_path / "labels"), space, params, "cpu")
-    loaded = lambda: (load_clip.cache_info().misses, load_sam.cache_info().misses)  # noqa: E731
-    assert loaded() == (1, 1)
-    rows = [worker({"name": s.name, "image": str(s.image)}) for s in samples]
-    assert loaded() == (1, 1) and [row["reason"] == "" for row in rows] == [True, False, True, True]
-    assert cache.clip_of(params) is cache.clip_of(params)
+def _no_prediction(each, monkeypatch):
+    """``each``, in which nothing may be predicted: the workers of the cluster have counted it all."""
+
+    def reading(*given):
+        monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("predicted again"))
+        return each(*given)
+
+    return reading
 
 
 @pytest.mark.parametrize(("workers", "gpus", "fits"), [(2, 0, True), (5, 0, False), (2, 0.5, True), (2, 1, False)])

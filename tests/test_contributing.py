@@ -29,11 +29,6 @@ def strip(path):
     subprocess.run([Path(sysconfig.get_path("scripts"), program), *rest, *hook["args"], path], check=True)
 
 
-def test_the_hooks_are_ruff_and_nbstripout():
-    assert set(hooks()) == {"ruff-check", "ruff-format", "nbstripout"}
-    assert {shlex.split(hook["entry"])[0] for hook in hooks().values()} == {"ruff", "nbstripout"}
-
-
 def test_an_executed_notebook_is_stripped_to_what_was_committed(tmp_path):
     """As Jupyter and papermill leave it: outputs, counts, times, versions. What papermill needs stays, byte for byte."""
     path = tmp_path / "executed.ipynb"

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from fmbseg import cli, files
-from fmbseg.data import benchmarks, collections, embedded, fetch, images, label_spaces
+from fmbseg.data import benchmarks, collections, fetch, images, label_spaces, samples
 from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
 from fmbseg.runs import doctor
 from fmbseg.stage2.metrics import Confusion
@@ -14,12 +14,12 @@ VOC12, VOC10 = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
 COCO = "coco/annotations/val2017/*.png"
 
 
-def picture(path, size=(8, 10), value=90):
+def write_image(path, size=(8, 10), value=90):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((*size, 3), value, np.uint8)).save(path)
 
 
-def mask(path, row, palette=False):
+def write_mask(path, row, palette=False):
     """An 8 x 10 mask whose rows are all ``row``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made = Image.fromarray(np.tile(np.array(row, np.uint8), (8, 1)), mode="P" if palette else "L")
@@ -28,7 +28,7 @@ def mask(path, row, palette=False):
     made.save(path)
 
 
-def split(path, stems):
+def write_split(path, stems):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{stem}\n" for stem in stems))
 
@@ -42,18 +42,18 @@ def root(tmp_path):
         (VOC10, "SegmentationContext", "SegmentationClassContext", [0, 1, 59, 255]),
     ):
         for stem in ("b_1", "a_1", "not_in_split"):
-            picture(root / base / "JPEGImages" / f"{stem}.jpg")
+            write_image(root / base / "JPEGImages" / f"{stem}.jpg")
         for stem in ("b_1", "a_1"):
-            mask(root / base / masks / f"{stem}.png", ids + [0] * 6, palette=True)
-        split(root / base / "ImageSets" / kind / "val.txt", ["b_1", "a_1"])
-    picture(root / "coco/images/val2017/000000000139.jpg")
-    mask(root / "coco/annotations/val2017/000000000139.png", [0, 10, 12, 11, 89, 91, 181, 255, 25, 43])
-    picture(root / "cityscapes/leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
-    mask(root / "cityscapes/gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", [7, 8, 33, 31, 0, 9, 29, 30, 3, 255])
-    picture(root / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg")
-    mask(root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png", [0, 1, 2, 150, 0, 0, 0, 0, 0, 0])
-    picture(root / "camvid/images/0016E5_07959.jpg")
-    mask(root / "camvid/masks/0016E5_07959.png", [0, 1, 2, 255] + [0] * 6)
+            write_mask(root / base / masks / f"{stem}.png", ids + [0] * 6, palette=True)
+        write_split(root / base / "ImageSets" / kind / "val.txt", ["b_1", "a_1"])
+    write_image(root / "coco/images/val2017/000000000139.jpg")
+    write_mask(root / "coco/annotations/val2017/000000000139.png", [0, 10, 12, 11, 89, 91, 181, 255, 25, 43])
+    write_image(root / "cityscapes/leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
+    write_mask(root / "cityscapes/gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", [7, 8, 33, 31, 0, 9, 29, 30, 3, 255])
+    write_image(root / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg")
+    write_mask(root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png", [0, 1, 2, 150, 0, 0, 0, 0, 0, 0])
+    write_image(root / "camvid/images/0016E5_07959.jpg")
+    write_mask(root / "camvid/masks/0016E5_07959.png", [0, 1, 2, 255] + [0] * 6)
     (root / "camvid/classes.txt").write_text("pavement\ntree\nbicyclist\n")
     return root
 
@@ -91,7 +91,7 @@ def test_official_layouts(name, row, root):
 
 
 @pytest.mark.parametrize("name", ["voc21", "context59"])
-def test_the_split_says_which_pictures_and_in_which_order(name, root):
+def test_the_split_says_which_images_and_in_which_order(name, root):
     assert [s.name for s in benchmarks.load_benchmark(name, str(root)).samples] == ["b_1", "a_1"]
 
 
@@ -116,7 +116,7 @@ def test_every_class_has_a_raw_id_and_no_other_id_is_read(name, ids, pattern, la
     raw.flat[: last + 1] = np.arange(last + 1)
     Image.fromarray(raw).save(mask_file)
     sample = benchmarks.load_benchmark(name, str(root)).samples[0]
-    picture(sample.image, (8, 32))
+    write_image(sample.image, (8, 32))
     truth = sample.truth()
     found, counts = np.unique(truth[truth != 255], return_counts=True)
     assert found.tolist() == list(range(ids)) and truth[7, 31] == 255
@@ -127,7 +127,7 @@ def test_every_class_has_a_raw_id_and_no_other_id_is_read(name, ids, pattern, la
     Image.fromarray(raw).save(mask_file)
     with pytest.raises(DataError) as caught:
         sample.truth()
-    assert f"{mask_file}: holds id {last + 1}, which the data set has not; its ids are 0 to {last}, and 255" == str(caught.value)
+    assert f"{mask_file}: holds id {last + 1}, which this data set does not define; its ids are 0 to {last}, and 255" == str(caught.value)
 
 
 def test_camvid_refuses_a_word_that_is_no_class_of_it(root):
@@ -175,8 +175,8 @@ def test_unknown_benchmark_names_the_known_ones():
 def folder(tmp_path):
     folder = tmp_path / "mine"
     for stem in ("b", "a"):
-        picture(folder / "images" / f"{stem}.jpg")
-        mask(folder / "masks" / f"{stem}.png", [0, 1, 2, 255, 0, 0, 0, 0, 0, 0])
+        write_image(folder / "images" / f"{stem}.jpg")
+        write_mask(folder / "masks" / f"{stem}.png", [0, 1, 2, 255, 0, 0, 0, 0, 0, 0])
     (folder / "classes.txt").write_text("cat\nsofa\n\nrug \n")
     return folder
 
@@ -211,7 +211,7 @@ def test_mask_of_another_size_is_one_sentence(folder):
     assert str(caught.value) == f"{folder / 'masks/a.png'}: the mask is 6 x 5 pixels and its image 10 x 8; both must be of one size"
 
 
-def test_mask_of_a_picture_turned_by_its_exif_stands_upright(folder):
+def test_mask_of_a_image_turned_by_its_exif_stands_upright(folder):
     sideways = Image.new("RGB", (8, 10))
     sideways.getexif()[0x0112] = 6
     sideways.save(folder / "images/a.jpg", exif=sideways.getexif())
@@ -220,18 +220,18 @@ def test_mask_of_a_picture_turned_by_its_exif_stands_upright(folder):
 
 
 def test_id_that_is_no_line_of_the_classes_is_refused(folder):
-    mask(folder / "masks/a.png", [3] + [0] * 9)
-    with pytest.raises(DataError, match="holds id 3, which the data set has not; its ids are 0 to 2, and 255"):
+    write_mask(folder / "masks/a.png", [3] + [0] * 9)
+    with pytest.raises(DataError, match="holds id 3, which this data set does not define; its ids are 0 to 2, and 255"):
         benchmarks.load_benchmark(f"folder:{folder}").samples[0].truth()
 
 
-def test_pictures_of_one_name_are_refused(folder):
-    picture(folder / "images/a.png")
+def test_images_of_one_name_are_refused(folder):
+    write_image(folder / "images/a.png")
     assert "several images are named a" in refusal(DataError, f"folder:{folder}")
 
 
 def test_colour_mask_is_refused(folder):
-    picture(folder / "masks/a.png")
+    write_image(folder / "masks/a.png")
     with pytest.raises(ImageError, match="8-bit index"):
         benchmarks.load_benchmark(f"folder:{folder}").samples[0].truth()
 
@@ -240,7 +240,7 @@ def test_colour_mask_is_refused(folder):
 
 
 @pytest.mark.parametrize("name, count, classes", [("coco_object80", 30, 80), ("coco_object81", 30, 81), ("coco_panoptic133", 20, 133)])
-def test_embedded_truth_has_the_size_of_its_picture(name, count, classes):
+def test_embedded_truth_has_the_size_of_its_image(name, count, classes):
     dataset = benchmarks.load_benchmark(f"embedded_{name}")
     assert len(dataset.samples) == len({s.name for s in dataset.samples}) == count and len(dataset.space) == classes
     seen = set()
@@ -271,16 +271,18 @@ def test_crowds_are_ignored_and_small_outlines_lie_on_top():
     square = [[0, 0, 8, 0, 8, 8, 0, 8]]
     small = [[2, 2, 4, 2, 4, 4, 2, 4]]
     crowd = {"size": [8, 10], "counts": [64, 16]}  # the last two columns
-    truth = embedded.read_instances((8, 10), ((2, small, 4, 0), (1, square, 64, 0), (1, crowd, 16, 1)), 0)
+    truth = samples.read_instances(
+        (8, 10), (samples.Outline(2, small, 4), samples.Outline(1, square, 64), samples.Outline(1, crowd, 16, crowd=True)), 0
+    )
     assert truth[0].tolist() == [1] * 8 + [255] * 2 and truth[3, 3] == 2 and truth[6, 3] == 1
 
 
-def test_missing_photographs_name_the_command(own_home):
+def test_missing_images_name_the_command(own_home):
     with pytest.raises(FmbsegError, match="run: fmbseg fetch coco_panoptic_20"):
         benchmarks.load_benchmark("embedded_coco_panoptic133")
 
 
-def test_drawn_pictures_are_the_same_every_time(own_home):
+def test_drawn_images_are_the_same_every_time(own_home):
     first = benchmarks.load_benchmark("drawn")
     hashes = [files.file_sha256(s.image) for s in first.samples]
     for sample in first.samples:
@@ -294,12 +296,12 @@ def test_drawn_pictures_are_the_same_every_time(own_home):
 
 @pytest.fixture
 def fresh():
-    collections._evaluation_pictures.cache_clear()
+    collections._evaluation_images.cache_clear()
     yield
-    collections._evaluation_pictures.cache_clear()
+    collections._evaluation_images.cache_clear()
 
 
-def test_pool_holds_no_evaluation_picture(fresh):
+def test_pool_holds_no_evaluation_image(fresh):
     pool = collections.load_collection("embedded_pool")
     assert len(pool) == len({s.name for s in pool}) == 255 and all("/" not in s.name for s in pool)
     evaluated = [s.image for name in collections.EMBEDDED for s in benchmarks.load_benchmark(name).samples]
@@ -307,12 +309,12 @@ def test_pool_holds_no_evaluation_picture(fresh):
     assert not {files.file_sha256(s.image) for s in pool} & {files.file_sha256(p) for p in evaluated}
 
 
-def test_evaluation_pictures_are_left_out_of_a_folder(fresh, sample, tmp_path):
+def test_evaluation_images_are_left_out_of_a_folder(fresh, sample, tmp_path):
     folder = tmp_path / "images"
-    picture(folder / "deep" / "mine.jpg", value=1)
-    picture(folder / "deep" / "own.jpg", value=2)
-    picture(folder / "other" / "own.jpg", value=3)
-    picture(folder / f"{sample.image.stem}.png", value=4)  # its file name
+    write_image(folder / "deep" / "mine.jpg", value=1)
+    write_image(folder / "deep" / "own.jpg", value=2)
+    write_image(folder / "other" / "own.jpg", value=3)
+    write_image(folder / f"{sample.image.stem}.png", value=4)  # its file name
     shutil.copy(sample.image, folder / "renamed.jpg")  # its bytes
     found = collections.load_collection(str(folder))
     assert [s.name for s in found] == ["deep__mine", "deep__own", "other__own"] and all(s.truth is None for s in found)
@@ -322,24 +324,24 @@ def test_evaluation_pictures_are_left_out_of_a_folder(fresh, sample, tmp_path):
         collections.load_collection(str(folder))
 
 
-def test_pictures_of_the_data_root_are_left_out(fresh, root, tmp_path):
+def test_images_of_the_data_root_are_left_out(fresh, root, tmp_path):
     shutil.copy(next((root / "ADEChallengeData2016/images").rglob("*.jpg")), tmp_path / "renamed.jpg")
-    picture(tmp_path / "images" / "mine.jpg", value=33)
+    write_image(tmp_path / "images" / "mine.jpg", value=33)
     shutil.move(tmp_path / "renamed.jpg", tmp_path / "images" / "renamed.jpg")
-    picture(tmp_path / "images" / "ADE_val_00000001.jpg", value=34)
+    write_image(tmp_path / "images" / "ADE_val_00000001.jpg", value=34)
     assert [s.name for s in collections.load_collection(str(tmp_path / "images"), str(root))] == ["mine"]
     assert len(collections.load_collection(str(tmp_path / "images"))) == 3
 
 
 def test_voc_images_are_those_that_nothing_evaluates_on(fresh, root):
-    picture(root / "VOCdevkit/VOC2012/JPEGImages/mine.jpg", value=9)  # the others have the evaluated images' bytes
+    write_image(root / "VOCdevkit/VOC2012/JPEGImages/mine.jpg", value=9)  # the others have the evaluated images' bytes
     assert [s.name for s in collections.load_collection("voc_images", str(root))] == ["mine"]
     with pytest.raises(DataError, match="voc_images: not under .*JPEGImages; it comes as VOCtrainval"):
         collections.load_collection("voc_images", str(root / "none"))
 
 
 def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
-    picture(root / "coco/images/train2017/000000000009.jpg", value=7)
+    write_image(root / "coco/images/train2017/000000000009.jpg", value=7)
     assert [s.name for s in collections.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
     shutil.rmtree(root / "coco/images/train2017")
     with pytest.raises(DataError, match="coco_stuff_train: not under .*; it comes as train2017.zip"):
@@ -383,7 +385,7 @@ def test_the_doctor_command_takes_the_folder(option, root, capsys):
 
 def test_doctor_without_a_data_root_names_every_source():
     report = doctor.report()
-    assert all(layout.bring in report for layout in {*benchmarks.LAYOUTS.values(), benchmarks.TRAIN})
+    assert all(layout.source in report for layout in (*benchmarks.LAYOUTS.values(), benchmarks.TRAIN))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "embedded_pol"])
@@ -393,8 +395,8 @@ def test_missing_folder_is_one_sentence(name):
 
 
 def test_names_stay_unique_where_only_the_suffix_differs(fresh, tmp_path):
-    picture(tmp_path / "images/a.jpg", value=1)
-    picture(tmp_path / "images/a.png", value=2)
+    write_image(tmp_path / "images/a.jpg", value=1)
+    write_image(tmp_path / "images/a.png", value=2)
     found = collections.load_collection(str(tmp_path / "images"))
     assert len({s.name for s in found}) == len(found) == 2
 

@@ -9,26 +9,21 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from torch import nn
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, Dataset, SequentialSampler
 
 from fmbseg import files
-from fmbseg.data import benchmarks
-from fmbseg.data.images import IGNORED
 from fmbseg.errors import ParameterError
-from fmbseg.models import texts as texts_of
-from fmbseg.models.clip import load_clip
-from fmbseg.params import AlignParams, LabelParams
-from fmbseg.runs import steps
-from fmbseg.schemas import TrainRun
-from fmbseg.stage1.pseudo_labels import LabelStore, PseudoLabel
-from fmbseg.stage2 import alignment, distributed, losses, training
+from fmbseg.params import AlignParams, ModuleParams
+from fmbseg.runs import modules, parallel, train
+from fmbseg.stage2 import distributed, losses, training
+from fmbseg.stage2.alignment import Alignment
 
 LOSSES = ("tsupcon", "prototype", "supcon")
 FOUR = torch.tensor([0, 1, -1, 2, 0, -1]), torch.tensor([1, -1, -1, -1, -1, 1])  # labels of the two processes' patches
 NONE = torch.tensor([0, 1, -1, 2, 0, -1]), torch.full((6,), -1)
 
 
-def toy():
+def small():
     """A linear module, the two processes' patches and the texts, in double precision."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(5, 4, dtype=torch.float64)
@@ -49,7 +44,7 @@ def embed(module, x):
 
 def of_toy(name, labels, across):
     """(gradient, loss, patches) as a process of the group has them after DDP's mean."""
-    module, x, texts = toy()
+    module, x, texts = small()
     network, rank = distributed.parallel(module), distributed.rank()
     loss, value, count = distributed.batch_loss(loss_of(name), embed(network, x[rank]), labels[rank], texts, across)
     if count:
@@ -57,16 +52,29 @@ def of_toy(name, labels, across):
     return module.weight.grad, value, count
 
 
-def arguments(home, smoke, **values):
-    """What ``training.train`` takes, of the drawn images: the truth as pseudo labels, two of them unlabelled."""
-    drawn = benchmarks.load_benchmark("drawn")
-    store = LabelStore(home / "labels", drawn.space, smoke(LabelParams))
-    for i, sample in enumerate(drawn.samples):
-        labels = sample.truth()
-        labels[: len(labels) if i in (1, 4) else 10] = IGNORED
-        store.write(sample, PseudoLabel(labels, [], [], []))
-    texts = texts_of.class_texts(load_clip(smoke(LabelParams).clip), drawn.space)
-    return list(drawn.samples), store, texts, smoke(AlignParams, epochs=2, temperature=0.2, learning_rate=0.2, **values), 3
+class Images(Dataset):
+    """Six images of 3 x 4 patches, two of them unlabelled."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.patches = torch.randn(6, 8, 3, 4, generator=generator)
+        self.labels = torch.randint(-1, 3, (6, 3, 4), generator=generator)
+        self.labels[[1, 4]] = -1
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        labels = self.labels[index or 0]
+        return self.patches[index or 0], torch.full_like(labels, -1) if index is None else labels
+
+
+def arguments(**values):
+    """What ``training.train`` takes."""
+    torch.manual_seed(0)
+    texts, initial = nn.functional.normalize(torch.randn(3, 5), dim=1), Alignment(8, 5, ModuleParams(module="mlp"))
+    values = {"module": "mlp", "epochs": 2, "temperature": 0.2, "learning_rate": 0.2} | values
+    return Images(), (0, 1, 2), texts, initial, AlignParams(**values), 3
 
 
 def run_process(rank, rendezvous, out, trainings):
@@ -74,35 +82,31 @@ def run_process(rank, rendezvous, out, trainings):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     made = {(n, a, k): of_toy(n, labels, a) for n in LOSSES for a in (True, False) for k, labels in enumerate((FOUR, NONE))}
     made["nothing labelled"] = of_toy("tsupcon", (NONE[1], NONE[1]), True)
-    made["share"] = distributed.share("abcde")
+    made["share"] = parallel.split_by_rank("abcde")
     for name, given in trainings.items():
         result = training.train(*given)
-        alignment.save(out / f"{name}-{rank}", result.alignment, {})
+        modules.save(out / f"{name}-{rank}", result.alignment, {})
         made[name] = result.steps
     torch.save(made, out / f"made-{rank}")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def both(smoke, tmp_path_factory):
+def both(tmp_path_factory):
     """What the two processes computed, what one computes alone, and the folder with the modules."""
-    home = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMBSEG_HOME", str(home))
-        trainings = {f"five-{n}": arguments(home, smoke, loss=n) for n in LOSSES}
-        trainings |= {"again": trainings["five-tsupcon"], "one": arguments(home, smoke, images_per_batch=1)}
-        trainings["device"] = arguments(home, smoke, negatives="device")
-        training.prepare(*(trainings["one"][i] for i in (0, 3)))
-        torch.multiprocessing.spawn(run_process, (home / "rendezvous", home, trainings), nprocs=2)
-        alone = {name: training.train(*given) for name, given in trainings.items()}
-    return [torch.load(home / f"made-{rank}") for rank in (0, 1)], alone, home
+    folder = tmp_path_factory.mktemp("two")
+    trainings = {f"five-{n}": arguments(loss=n) for n in LOSSES}
+    trainings |= {"again": trainings["five-tsupcon"], "one": arguments(images_per_batch=1), "device": arguments(negatives="device")}
+    torch.multiprocessing.spawn(run_process, (folder / "rendezvous", folder, trainings), nprocs=2)
+    alone = {name: training.train(*given) for name, given in trainings.items()}
+    return [torch.load(folder / f"made-{rank}") for rank in (0, 1)], alone, folder
 
 
 @pytest.mark.parametrize("labels", (0, 1))
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient_are_those_of_one_process(name, labels, both):
     """Different numbers of labelled patches a process, none in one of them."""
-    module, x, texts = toy()
+    module, x, texts = small()
     y = torch.cat((FOUR, NONE)[labels])
     loss = loss_of(name)(embed(module, x.flatten(0, 1))[y >= 0], y[y >= 0], texts)
     loss.backward()
@@ -115,7 +119,7 @@ def test_loss_and_gradient_are_those_of_one_process(name, labels, both):
 @pytest.mark.parametrize("labels", (0, 1))
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_exchange_it_is_the_mean_of_the_processes_losses(name, labels, both):
-    module, x, texts = toy()
+    module, x, texts = small()
     parts = [(part, y) for part, y in zip(x, (FOUR, NONE)[labels]) if (y >= 0).any()]
     loss = sum(loss_of(name)(embed(module, part)[y >= 0], y[y >= 0], texts) for part, y in parts) / len(parts)
     loss.backward()
@@ -136,7 +140,7 @@ def test_training_in_two_processes_is_training_in_one(name, both):
     made, alone, home = both
     expected = alone[name]
     for rank in (0, 1):
-        found, _ = alignment.load(home / f"{name}-{rank}")
+        found, _ = modules.load(home / f"{name}-{rank}")
         for key, value in expected.alignment.state_dict().items():
             torch.testing.assert_close(found.state_dict()[key], value, rtol=1e-5, atol=1e-6)
         assert len(made[rank][name]) == len(expected.steps) > 2
@@ -152,13 +156,13 @@ def test_the_same_seed_gives_the_same_file_in_every_process(both):
 
 def test_own_negatives_give_another_module(both):
     made, alone, home = both
-    assert alignment.load(home / "device-0")[0].module.project.weight.equal(alignment.load(home / "device-1")[0].module.project.weight)
+    assert modules.load(home / "device-0")[0].module.project.weight.equal(modules.load(home / "device-1")[0].module.project.weight)
     assert made[0]["device"][0]["loss"] != pytest.approx(alone["device"].steps[0]["loss"], abs=1e-4)
     assert alone["device"].steps == alone["five-tsupcon"].steps  # it means nothing to one process
 
 
 def test_items_are_shared_out(both):
-    assert [made["share"] for made in both[0]] == [["a", "c", "e"], ["b", "d"]] and distributed.share("abc") == ["a", "b", "c"]
+    assert [made["share"] for made in both[0]] == [["a", "c", "e"], ["b", "d"]] and parallel.split_by_rank("abc") == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("processes", (1, 2, 3, 4))
@@ -168,10 +172,10 @@ def test_the_parts_of_a_batch_in_order_are_the_batch(processes, monkeypatch):
     parts = []
     for rank in range(processes):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts.append(list(distributed.Share(batches)))
+        parts.append(list(distributed.RankBatchSampler(batches)))
     for batch, *of_ranks in zip(batches, *parts, strict=True):
         assert [i for part in of_ranks for i in part if i is not None] == batch and len({len(p) for p in of_ranks}) == 1
-    assert len(distributed.Share(batches)) == 3
+    assert len(distributed.RankBatchSampler(batches)) == 3
 
 
 @pytest.mark.parametrize(
@@ -180,24 +184,23 @@ def test_the_parts_of_a_batch_in_order_are_the_batch(processes, monkeypatch):
 def test_devices_of_several_processes(device, part, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "9")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ParameterError, match=part), distributed.group(device):
+    with pytest.raises(ParameterError, match=part), parallel.group(device):
         pass
 
 
 def test_one_process_is_no_group():
-    with distributed.group("cuda:1") as device:
+    with parallel.group("cuda:1") as device:
         assert device == "cuda:1" and not dist.is_initialized() and distributed.size() == 1
     module = nn.Linear(2, 2)
     assert distributed.parallel(module) is module
 
 
-def test_another_process_than_the_first_writes_nothing(smoke, own_home, tmp_path, monkeypatch):
-    samples, store, *rest = arguments(tmp_path, smoke)
-    result = training.train(samples, store, *rest)
-    monkeypatch.setattr(training, "train", lambda *_: result)
+def test_another_process_than_the_first_writes_nothing(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("FMBSEG_HOME", str(toy.home))
+    monkeypatch.setattr(training, "train", lambda *_: toy.result)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    params = smoke(TrainRun, results_dir=str(tmp_path / "results"))
-    assert steps.train(samples, store, params, tmp_path / "module.safetensors") is result
+    params = toy.params.model_copy(update={"results_dir": str(tmp_path / "results")})
+    assert train.train(toy.samples, toy.store, params, tmp_path / "module.safetensors") is toy.result
     assert not (tmp_path / "module.safetensors").exists() and not (tmp_path / "results").exists()
 
 

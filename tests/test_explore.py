@@ -8,16 +8,18 @@ import torch
 from conftest import EMBEDDED
 from PIL import Image
 
+from fmbseg import files
 from fmbseg.data import fetch, images
 from fmbseg.data.images import IGNORED
 from fmbseg.errors import ImageError, ParameterError
 from fmbseg.models import texts as texts_of
 from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams, make
-from fmbseg.runs import cache, steps
+from fmbseg.runs import cache, modules
 from fmbseg.schemas import ExploreRun
 from fmbseg.stage1 import detection, query_sam
-from fmbseg.stage2 import alignment, segmenter
+from fmbseg.stage2 import segmenter
+from fmbseg.stage2.alignment import Alignment
 from fmbseg.viz import explore
 from fmbseg.viz.explore import ALIGNED, CLIP
 from fmbseg.viz.figures import colour_masks
@@ -37,7 +39,7 @@ def params():
 def home(tmp_path_factory):
     """The fetched weights and an untrained module, in a home of its own."""
     fetch.require("mobile_sam")
-    real, home = fetch.storage.home(), tmp_path_factory.mktemp("home")
+    real, home = files.home(), tmp_path_factory.mktemp("home")
     (home / "weights").symlink_to(real / "weights")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMBSEG_HOME", str(home))
@@ -48,14 +50,14 @@ def home(tmp_path_factory):
 def module(home, params):
     torch.manual_seed(0)
     described = {"key": "untrained", "encoder": ENCODER, "clip": params.clip, "crop_input": params.crop_input, "templates": "one"}
-    made = alignment.Alignment(load_encoder(ENCODER).width, 384, ModuleParams(module="linear"))
-    return alignment.save(steps.module_path(params), made, described)
+    made = Alignment(load_encoder(ENCODER).width, 384, ModuleParams(module="linear"))
+    return modules.save(modules.place(params.profile), made, described)
 
 
 @pytest.fixture(scope="module")
-def explorer(module, params, photograph):
+def explorer(module, params, real_image):
     made = explore.Explorer(params)
-    made.set_image(photograph)
+    made.set_image(real_image)
     return made
 
 
@@ -64,8 +66,8 @@ def space():
     return segmenter.words_space("bird, person, sky")
 
 
-def test_both_models_answer_and_a_large_picture_is_scaled_down(explorer, space, photograph):
-    assert max(photograph.shape) > 320 and max(explorer.image.shape) == 320 and explorer.missing == ""
+def test_both_models_answer_and_a_large_image_is_scaled_down(explorer, space, real_image):
+    assert max(real_image.shape) > 320 and max(explorer.image.shape) == 320 and explorer.missing == ""
     maps = explorer.similarity(space)
     assert list(maps) == [CLIP, ALIGNED]
     for one in maps.values():
@@ -75,7 +77,7 @@ def test_both_models_answer_and_a_large_picture_is_scaled_down(explorer, space, 
     assert torch.allclose(maps[CLIP], expected, atol=1e-5)
 
 
-def test_the_picture_goes_through_the_models_once_a_resolution(explorer, space, monkeypatch):
+def test_the_image_goes_through_the_models_once_a_resolution(explorer, space, monkeypatch):
     explorer.similarity(space)
     seen = explorer.seen()
     calls = []
@@ -95,14 +97,14 @@ def test_the_picture_goes_through_the_models_once_a_resolution(explorer, space, 
     assert explorer.seen() is seen
 
 
-def test_what_was_asked_last_is_kept(explorer, space, photograph, params):
+def test_what_was_asked_last_is_kept(explorer, space, real_image, params):
     maps, near = explorer.similarity(space), explorer.similar_to(0.2, 0.3)
     assert explorer.similarity(segmenter.words_space("bird, person, sky")) is maps and explorer.similar_to(0.2, 0.3) is near
     assert explorer.similarity(segmenter.words_space("bird, sky")) is not maps and explorer.similar_to(0.2, 0.4) is not near
     other = explore.Explorer(params)
-    other.set_image(photograph)
+    other.set_image(real_image)
     first = other.similarity(space)
-    other.set_image(photograph[:, ::-1].copy())
+    other.set_image(real_image[:, ::-1].copy())
     assert not torch.equal(other.similarity(space)[CLIP], first[CLIP])
 
 
@@ -147,7 +149,7 @@ def test_threshold_is_a_share_of_the_way_from_lowest_to_highest():
     assert explore.segmentation(maps, (1, 4), 1).tolist() == [[IGNORED, IGNORED, IGNORED, 0]]
 
 
-def test_heat_mixes_colour_and_picture_over_the_threshold_only():
+def test_heat_mixes_colour_and_image_over_the_threshold_only():
     image = np.full((1, 4, 3), 100, dtype=np.uint8)
     one = torch.tensor([[0.0, 0.5, 0.8, 2.0]])
     shown = explore.heat(image, one, (0, 1), 0.5, 1, TABLE)[0, :, 0]
@@ -172,22 +174,22 @@ def test_stage_1_of_any_words(explorer, space):
     assert (painted[query.chosen] == [230, 159, 0]).all() and (painted[~query.chosen] == explorer.image[~query.chosen]).all()
 
 
-def test_crops_vote_on_the_scale_that_stage_1_votes_on(module, params, space, photograph, tmp_path, monkeypatch):
-    for name, one in (("a", photograph), ("b", photograph[:, ::-1])):
+def test_crops_vote_on_the_scale_that_stage_1_votes_on(module, params, space, real_image, tmp_path, monkeypatch):
+    for name, one in (("a", real_image), ("b", real_image[:, ::-1])):
         Image.fromarray(one).save(tmp_path / f"{name}.png")
     params = params.model_copy(update={"collection": str(tmp_path), "reference_images": 2})
     made = explore.Explorer(params)  # makes what votes need, so that the first image does not wait for it
-    made.set_image(photograph)
+    made.set_image(real_image)
     assert len(cache.vote_content(params)) == 2
     scale = detection.Scale(torch.tensor([9.0, 9.0, -9.0]), torch.ones(3))
-    monkeypatch.setattr(cache, "vote_scale", lambda texts, p, device: scale if p is params and texts.names == space.names else None)
+    monkeypatch.setattr(cache, "vote_scale", lambda texts, p: scale if p is params and texts.names == space.names else None)
     assert set(made.winners(space)) == {"sky"} and [d.name for d in made.detected(space)] == ["sky"]
 
 
-def test_automatic_masks_once_a_picture_and_labels_for_any_words(explorer, space, monkeypatch):
+def test_automatic_masks_once_an_image_and_labels_for_any_words(explorer, space, monkeypatch):
     assert not explorer.has_masks
     masks = explorer.masks()
-    monkeypatch.setattr(explore.stage1_masks, "automatic_masks", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr(explore.label_masks, "automatic_masks", lambda *_: pytest.fail("again"))
     assert masks and explorer.masks() is masks and explorer.has_masks
     labelled = explorer.labelled(space)
     assert len(labelled) == len(masks) and {one.detected.name for one in labelled} <= {d.name for d in explorer.detected(space)}
@@ -196,29 +198,29 @@ def test_automatic_masks_once_a_picture_and_labels_for_any_words(explorer, space
     assert (shown[~covered] == explorer.image[~covered]).all() and (shown[covered] != explorer.image[covered]).any()
 
 
-def test_a_new_picture_forgets_the_last_one(module, params, photograph, monkeypatch):
-    monkeypatch.setattr(explore.stage1_masks, "automatic_masks", lambda *_: [])
+def test_a_new_image_forgets_the_last_one(module, params, real_image, monkeypatch):
+    monkeypatch.setattr(explore.label_masks, "automatic_masks", lambda *_: [])
     made = explore.Explorer(params)
     with pytest.raises(ParameterError, match="no image yet"):
         made.seen()
-    made.set_image(photograph)
+    made.set_image(real_image)
     first = made.seen()
     assert made.masks() == [] and made.has_masks and made.is_outlined
-    made.set_image(photograph[:, ::-1].copy())
+    made.set_image(real_image[:, ::-1].copy())
     assert not made.is_seen and not made.has_masks and not made.is_outlined and made.seen().features.map.shape == first.features.map.shape
     with pytest.raises(ImageError):
-        made.set_image(photograph[..., 0])
+        made.set_image(real_image[..., 0])
 
 
-def test_without_a_module_one_sentence_and_only_clip(home, params, photograph, space, monkeypatch, tmp_path):
+def test_without_a_module_one_sentence_and_only_clip(home, params, real_image, space, monkeypatch, tmp_path):
     for text, message in ((None, "fmbseg train --profile embedded"), (b"no module", "damaged")):
         path = tmp_path / "alignment.safetensors"
         if text:
             path.write_bytes(text)
-        monkeypatch.setattr(steps, "module_path", lambda _: tmp_path / "alignment.safetensors")
+        monkeypatch.setattr(modules, "place", lambda *_, path=path: path)
         made = explore.Explorer(params)
         assert message in made.missing and made.segmenter is None
-        made.set_image(photograph)
+        made.set_image(real_image)
         assert list(made.similarity(space)) == list(made.similar_to(0.5, 0.5)) == [CLIP]
 
 
@@ -244,7 +246,7 @@ def test_the_widget_shows_every_word_by_both_models(widget):
     widget.background.value = ""
 
 
-def test_bad_words_are_one_sentence_and_the_pictures_stay(widget):
+def test_bad_words_are_one_sentence_and_the_images_stay(widget):
     widget.words.value = "bird, sky"
     before = widget.panels.sections
     for words, background, sentence in (
@@ -274,9 +276,9 @@ def uploaded(name, content):
     return {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": now}
 
 
-def test_upload(widget, photograph, tmp_path):
+def test_upload(widget, real_image, tmp_path):
     for width in (200, 150):  # another image of the same name takes the first one's place
-        Image.fromarray(photograph[:100, :width]).save(tmp_path / "own.png")
+        Image.fromarray(real_image[:100, :width]).save(tmp_path / "own.png")
         widget.upload.value = (uploaded("own.png", (tmp_path / "own.png").read_bytes()),)
         assert widget.picture.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, width, 3)
         widget.upload.value = ()
@@ -298,7 +300,7 @@ def test_stage_1_tab(widget, sample):
         assert [title for _, title in shown(widget.stage)][-2:] == ["automatic masks", "labelled"] and widget.find.disabled
     finally:
         widget.tabs.selected_index = 0
-    assert images.SUFFIXES[0] in widget.upload.accept and cache.sam_of(widget.params) is not None
+    assert images.SUFFIXES[0] in widget.upload.accept
 
 
 def test_no_class_with_enough_crops_is_said_and_nothing_else_is_shown(module, sample):

@@ -8,8 +8,7 @@ import torch
 
 from fmbseg import files
 from fmbseg.data import collections, label_spaces
-from fmbseg.models import clip, encoders, sam
-from fmbseg.runs import cache, steps
+from fmbseg.runs import cache, evaluate, label, train
 from fmbseg.schemas import EvaluateRun, TrainRun
 
 MODELS = {"clip": "random:ViT-L-14-quickgelu", "sam": "random:sam_vith", "encoder": "random:dinov2_vitl14"}
@@ -22,7 +21,7 @@ def few_models():
     """No model of another test beside these, and none of these beside the next test's."""
 
     def empty():
-        for load in (clip.load_clip, sam.load_sam, encoders.load_encoder, cache._texts):
+        for load in (cache._clip, cache._sam, cache._encoder, cache._texts, evaluate._dense, evaluate._aligned_at):
             load.cache_clear()
         gc.collect()
 
@@ -32,27 +31,28 @@ def few_models():
 
 
 @pytest.mark.minutes
-def test_one_picture_through_every_step(few_models, smoke, own_home, tmp_path):
-    values = MODELS | SMALL | {"results_dir": str(tmp_path), "vocabulary": "voc20", "profile": "smoke"}
+def test_one_image_through_every_step(few_models, smoke, own_home, tmp_path):
+    values = MODELS | SMALL | {"results_dir": str(tmp_path), "vocabulary": "voc20", "profile": "smoke", "reference_images": 0}
     p = smoke(TrainRun, **values)
-    model = sam.load_sam(p.sam).model  # its images are 1024 px, which ViT-H needs minutes for: here 224
+    models = cache.Models.of(p)
+    model = models.sam.model  # its images are 1024 px, which ViT-H needs minutes for: here 224
     model.image_encoder.pos_embed = torch.nn.Parameter(model.image_encoder.pos_embed[:, :14, :14].detach(), requires_grad=False)
     model.image_encoder.img_size = 224
     model.prompt_encoder.image_embedding_size, model.prompt_encoder.input_image_size = (14, 14), (224, 224)
-    sam.load_sam(p.sam)._predictor.transform.target_length = 224
+    models.sam._predictor.transform.target_length = 224
 
     (sample,) = collections.load_collection("drawn")[:1]
-    features = cache.clip_features(sample.image, p)
+    features = cache.clip_features(sample.image, models, p)
     assert features.map.shape == (768, 16, 20) and features.tokens.shape == (2, 768)  # 224 x 280 px, patches of 14
-    found = cache.queries(sample.image, label_spaces.vocabulary("voc20"), p)
+    found = cache.queries(sample.image, label_spaces.vocabulary("voc20"), models, p)
     assert found and found[0].masks.shape == (3, 128, 160)
-    store = steps.make_labels([sample], p)
+    store, _ = label.label([sample], p)
     assert store.read(sample).shape == (128, 160)
-    result = steps.train([sample], store, p, tmp_path / "module.safetensors")
+    result = train.train([sample], store, p, tmp_path / "module.safetensors")
     assert math.isfinite(result.steps[0]["loss"]) and result.alignment.mean.shape == (1024,)
     q = smoke(EvaluateRun, **values)
-    frame = steps.evaluate(steps.benchmarks(q), q, tmp_path / "module.safetensors")
+    frame = evaluate.evaluate(evaluate.find_benchmarks(q.benchmarks), q, tmp_path / "module.safetensors")
     assert set(frame["method"]) == {"dense", "stage1", "fmbseg"} and (frame["images"] == 1).all() and frame["failed"].sum() == 0
     for record in (tmp_path / "smoke" / "records").iterdir():
         used = files.read_json(record)["weights"]
-        assert used["clip"] == MODELS["clip"] and used.get("sam") == (MODELS["sam"] if "stage" in record.name else None)
+        assert used["clip"] == MODELS["clip"] and ("sam" in used) == ("dense" not in record.name)

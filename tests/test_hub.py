@@ -1,6 +1,7 @@
 """What the hubs hold, checked without them: names, shapes and sizes of the full architectures, and small random models in the
 hub's cache layout, loaded through the code that users run."""
 
+import dataclasses
 import json
 import re
 
@@ -42,7 +43,7 @@ def test_encoders_have_their_published_size(name, millions):
     assert round(count / 1e6, 1) == millions
     if not name.startswith("siglip2"):  # whose files hold the text tower too
         assert fetch.find(name).megabytes == pytest.approx(4 * count / 1e6, rel=0.01)
-    assert fetch.find(name).reference == VITS[name].repository and set(VITS) <= set(encoder_module.ENCODER_NAMES)
+    assert set(VITS) <= set(encoder_module.ENCODER_NAMES)
 
 
 @pytest.mark.parametrize("name, parameters", [("ViT-L-14-quickgelu", 427_616_513), ("ViT-B-16-quickgelu", 149_620_737)])
@@ -87,8 +88,6 @@ def hub(tmp_path, monkeypatch):
     for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE"):
         if hasattr(transformers_hub, name):
             monkeypatch.setattr(transformers_hub, name, str(tmp_path / "hub"))
-    for load in (clip_module.load_clip, encoder_module.load_encoder, sam_module.load_sam):
-        load.cache_clear()
 
     def put(repository, files):
         folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
@@ -105,9 +104,7 @@ def hub(tmp_path, monkeypatch):
             (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
         return snapshot
 
-    yield put
-    for load in (clip_module.load_clip, encoder_module.load_encoder, sam_module.load_sam):
-        load.cache_clear()
+    return put
 
 
 def random_state(shapes):
@@ -223,7 +220,7 @@ def test_gated_mlp_is_split_in_the_hubs_order(hub):
         )
 
 
-def test_patches_lie_where_they_were_in_the_picture(hub):
+def test_patches_lie_where_they_were_in_the_image(hub):
     """The class and register tokens are left off: a bright corner is told by the patch of that corner."""
     for name in ("dinov2_vitb14_reg", "dinov3_vits16", "siglip2_vitb16"):
         config, shapes = CASES[name]
@@ -252,6 +249,18 @@ def test_gated_weights_say_that_the_licence_comes_first(hub):
     assert "HF_TOKEN" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name, wanted", [("clip_vitb16", "open_clip_model.safetensors"), ("dinov2_vits14", "config.json")])
+def test_only_what_is_loaded_is_fetched_and_a_repository_without_it_is_refused(name, wanted, hub, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns: asked.append((repository, allow_patterns)))
+    with pytest.raises(WeightsError, match=f"{name}: {fetch.find(name).repository} lacks {wanted}"):
+        fetch.fetch(fetch.find(name))
+    ((repository, patterns),) = asked
+    assert repository == fetch.find(name).repository and wanted in patterns and not any("*" in p or p.endswith(".bin") for p in patterns)
+
+
 TINY_CLIP = {
     "embed_dim": 24,
     "quick_gelu": True,
@@ -265,7 +274,8 @@ TINY_CLIP = {
     [("clip_vitl14", "timm/vit_large_patch14_clip_224.openai"), ("clip_vitb16", "timm/vit_base_patch16_clip_224.openai")],
 )
 def test_clip_from_the_hubs_cache(name, repository, hub, monkeypatch):
-    architecture = fetch.find(name).reference.split()[0]
+    architecture, tag = fetch.find(name).open_clip.split()
+    assert open_clip.get_pretrained_cfg(architecture, tag)["hf_hub"] == f"{repository}/" == f"{fetch.find(name).repository}/"
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, architecture, TINY_CLIP)
     torch.manual_seed(3)
     made = open_clip.create_model(architecture, pretrained=None)
@@ -286,12 +296,11 @@ def test_clip_from_the_hubs_cache(name, repository, hub, monkeypatch):
 def test_sam_from_its_download(own_home, tmp_path, monkeypatch):
     """The checkpoint as it is published, a pickled state dict at a URL: fetched, checked, converted, loaded."""
     monkeypatch.setitem(sam_model_registry, "vit_b", sam_module.build_tiny_sam)
-    sam_module.load_sam.cache_clear()
     made = sam_module.build_tiny_sam()
     torch.save(made.state_dict(), tmp_path / "sam_vit_b_01ec64.pth")
     row = fetch.find("sam_vitb")
-    changed = type(row)(**row.__dict__ | {"reference": (tmp_path / "sam_vit_b_01ec64.pth").as_uri()})
-    changed = type(row)(**changed.__dict__ | {"sha256": files.file_sha256(tmp_path / "sam_vit_b_01ec64.pth")})
+    path = tmp_path / "sam_vit_b_01ec64.pth"
+    changed = dataclasses.replace(row, url=path.as_uri(), sha256=files.file_sha256(path))
     monkeypatch.setattr(fetch, "TABLE", tuple(changed if w.name == "sam_vitb" else w for w in fetch.TABLE))
     fetch.fetch(fetch.find("sam_vitb"))
     sam = sam_module.load_sam("sam_vitb")
@@ -300,4 +309,3 @@ def test_sam_from_its_download(own_home, tmp_path, monkeypatch):
     sam.set_image(pixels(64)[0].numpy())
     assert sam.predict(np.array([[10, 20]]))[0].shape == (3, 64, 64)
     assert re.fullmatch(r"sam_vitb@[0-9a-f]{16}", sam.key)
-    sam_module.load_sam.cache_clear()

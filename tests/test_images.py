@@ -13,8 +13,8 @@ COLOUR = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 60)], axis=2)
 
 
 def saved(path, array, mode=None, **options):
-    picture = Image.fromarray(array)
-    (picture.convert(mode) if mode else picture).save(path, **options)
+    opened = Image.fromarray(array)
+    (opened.convert(mode) if mode else opened).save(path, **options)
     return path
 
 
@@ -49,17 +49,17 @@ def test_one_bit_is_black_and_white(tmp_path):
 
 
 def test_palette_is_read_as_colours(tmp_path):
-    picture = Image.fromarray((RAMP > 127).astype(np.uint8), mode="P")
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.save(tmp_path / "a.png")
+    opened = Image.fromarray((RAMP > 127).astype(np.uint8), mode="P")
+    opened.putpalette([10, 20, 30, 200, 100, 50])
+    opened.save(tmp_path / "a.png")
     image = images.read_image(tmp_path / "a.png")
     assert image[0, 0].tolist() == [10, 20, 30] and image[0, -1].tolist() == [200, 100, 50]
 
 
 def test_transparent_palette_entry_is_white(tmp_path):
-    picture = Image.fromarray((RAMP > 127).astype(np.uint8), mode="P")
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.save(tmp_path / "a.png", transparency=0)
+    opened = Image.fromarray((RAMP > 127).astype(np.uint8), mode="P")
+    opened.putpalette([10, 20, 30, 200, 100, 50])
+    opened.save(tmp_path / "a.png", transparency=0)
     image = images.read_image(tmp_path / "a.png")
     assert image[0, 0].tolist() == [255, 255, 255] and image[0, -1].tolist() == [200, 100, 50]
 
@@ -89,11 +89,11 @@ def test_16_bits_are_scaled_and_not_clipped(tmp_path, suffix):
     assert (half == 127).all()
 
 
-def test_dark_16_bit_picture_stays_dark(tmp_path):
+def test_dark_16_bit_image_stays_dark(tmp_path):
     assert images.read_image(saved(tmp_path / "a.png", np.full((9, 9), 200, np.uint16))).max() <= 1
 
 
-def test_float_picture_keeps_its_order(tmp_path):
+def test_float_image_keeps_its_order(tmp_path):
     image = images.read_image(saved(tmp_path / "a.tif", RAMP.astype(np.float32) / 255))
     assert image.max() == 255 and (np.diff(image[0, :, 0].astype(int)) > 0).all()
 
@@ -115,7 +115,7 @@ def test_truncated_file_is_refused(tmp_path, suffix, share):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image\n", b"\xff\xd8\xff\xe0"])
-def test_file_that_is_no_picture_is_refused(tmp_path, content):
+def test_file_that_is_no_image_is_refused(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     assert "cannot be read as an image" in refusal(path)
@@ -127,18 +127,18 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (7, 30), (30, 7), (1, 500), (8, 161), (161, 8)])
-def test_tiny_and_extreme_pictures_are_refused(tmp_path, height, width):
+def test_tiny_and_extreme_images_are_refused(tmp_path, height, width):
     path = saved(tmp_path / "a.png", np.zeros((height, width, 3), np.uint8))
     assert f"{width} x {height} pixels" in refusal(path)
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (8, 160), (160, 8)])
-def test_smallest_and_thinnest_pictures_accepted(tmp_path, height, width):
+def test_smallest_and_thinnest_images_accepted(tmp_path, height, width):
     assert images.read_image(saved(tmp_path / "a.png", np.zeros((height, width, 3), np.uint8))).shape == (height, width, 3)
 
 
 @pytest.mark.parametrize("given", [None, "a.jpg", np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3))])
-def test_array_that_is_no_rgb_picture_is_refused(given):
+def test_array_that_is_no_rgb_image_is_refused(given):
     with pytest.raises(ImageError, match="^image: got .*read_image$"):
         images.check_image(given)
 
@@ -146,10 +146,10 @@ def test_array_that_is_no_rgb_picture_is_refused(given):
 @pytest.mark.parametrize("mode", ["L", "P"])
 def test_mask_keeps_its_indices(tmp_path, mode):
     indices = RANDOM.integers(0, 256, (9, 13), dtype=np.uint8)
-    picture = Image.fromarray(indices, mode=mode)
+    opened = Image.fromarray(indices, mode=mode)
     if mode == "P":
-        picture.putpalette(RANDOM.integers(0, 256, 768).tolist())
-    picture.save(tmp_path / "m.png")
+        opened.putpalette(RANDOM.integers(0, 256, 768).tolist())
+    opened.save(tmp_path / "m.png")
     mask = images.read_mask(tmp_path / "m.png", (9, 13))
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, indices)
@@ -168,7 +168,7 @@ def test_mask_of_another_size_or_mode_is_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.png", images.read_mask)
 
 
-def test_find_images_lists_pictures_below_sorted(tmp_path):
+def test_find_images_lists_images_below_sorted(tmp_path):
     for name in ("b.JPG", "a/c.png", "notes.txt", "a/d.webp", "e.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -176,13 +176,13 @@ def test_find_images_lists_pictures_below_sorted(tmp_path):
     assert images.find_images(tmp_path) == [tmp_path / "a/c.png", tmp_path / "a/d.webp", tmp_path / "b.JPG"]
 
 
-def test_folder_without_pictures_is_refused(tmp_path):
+def test_folder_without_images_is_refused(tmp_path):
     assert "no such folder" in refusal(tmp_path / "none", images.find_images)
     (tmp_path / "notes.txt").touch()
     assert "holds no image" in refusal(tmp_path, images.find_images)
 
 
-def test_hidden_files_are_no_pictures(tmp_path):
+def test_hidden_files_are_no_images(tmp_path):
     for name in ("a.png", ".b.png.x1.part.png", "._a.png"):
         (tmp_path / name).touch()
     assert images.find_images(tmp_path) == [tmp_path / "a.png"]

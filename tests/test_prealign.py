@@ -48,7 +48,10 @@ def test_closed_form_is_the_least_squares_solution(images, ridge):
 
 
 def test_equations_do_not_depend_on_how_images_are_divided(images):
-    whole = torch.cat([patches.flatten(1) for patches, _ in images], dim=1)[:, None], torch.cat([t.flatten(1) for _, t in images], dim=1)[:, None]
+    whole = (
+        torch.cat([patches.flatten(1) for patches, _ in images], dim=1)[:, None],
+        torch.cat([t.flatten(1) for _, t in images], dim=1)[:, None],
+    )
     one, many = summed([whole]), summed(images)
     assert torch.allclose(one.gram, many.gram) and torch.allclose(one.cross, many.cross) and one.count == many.count == 5 * SIDE**2
 

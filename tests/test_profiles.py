@@ -5,33 +5,46 @@ from conftest import ROOT
 
 from fmbseg import profiles
 from fmbseg.data import benchmarks, fetch, label_spaces
-from fmbseg.runs import tables
-from fmbseg.schemas import NOTEBOOKS
+from fmbseg.runs import records, tables
+from fmbseg.schemas import STEPS
 
 BIG = ("paper", "base")
 
 
 @pytest.mark.parametrize("profile", BIG)
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_every_notebook_has_its_parameters(notebook, profile):
-    made = profiles.load(notebook, profile)
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_has_its_parameters(step, profile):
+    made = profiles.load(step, profile)
     assert made.profile == profile and made.device == "cuda" and made.data_root == "data"
 
 
 @pytest.mark.parametrize("profile", sorted(p.name for p in (ROOT / "params").iterdir()))
 def test_fine_tuning_has_a_target(profile):
     """Or a profile's run would stop before its tables are written."""
-    made = profiles.load("11_fine_tune", profile)
+    made = profiles.load("fine_tune", profile)
     assert made.target_collection and label_spaces.vocabulary(made.target_vocabulary)
 
 
+def test_profiles_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Outside a clone those of the installation; results lie under the working folder then."""
+    monkeypatch.chdir(tmp_path)
+    assert profiles.params_folder() == ROOT / "params" and profiles.published_folder() == ROOT / "results" / "published"
+    made = profiles.load("segment", "embedded")
+    assert records.results_folder(made) == tmp_path / "results" / "embedded"
+    (tmp_path / "clone" / "notebooks" / "deep").mkdir(parents=True)
+    (tmp_path / "clone" / "params" / "embedded").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "clone" / "notebooks" / "deep")
+    assert profiles.params_folder() == tmp_path / "clone" / "params" and profiles.published_folder() == ROOT / "results" / "published"
+    assert records.results_folder(made) == tmp_path / "clone" / "results" / "embedded"
+
+
 def test_paper_is_the_papers():
-    p = profiles.load("05_evaluate", "paper")
+    p = profiles.load("evaluate", "paper")
     assert (p.clip, p.sam, p.encoder, p.precision) == ("clip_vitl14", "sam_vith", "dinov2_vitl14", "fp32")
     assert (p.collection, p.limit, p.vocabulary, p.templates) == ("coco_stuff_train", None, "coco_stuff171", "one")
     assert set(p.benchmarks) == set(benchmarks.LAYOUTS) - {"camvid11"} and p.eval_limit is None
     assert (p.segment_short_side, p.segment_long_limit, p.window, p.window_stride) == (448, 2048, 448, 224)
-    t = profiles.load("04_train_alignment", "paper")
+    t = profiles.load("train", "paper")
     assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")
     assert (p.min_votes, p.reference_images) == (1, 0)
     assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)  # Eq. 1 as written
@@ -39,8 +52,8 @@ def test_paper_is_the_papers():
 
 @pytest.mark.parametrize("profile", BIG)
 def test_training_and_evaluation_agree_on_everything_they_share(profile):
-    """Or the pseudo labels and the module of one notebook would not be found by the next."""
-    sets = [profiles.load(n, profile).model_dump() for n in ("03_stage_1_2_label_masks", "04_train_alignment", "05_evaluate")]
+    """Or the pseudo labels and the module of one step would not be found by the next."""
+    sets = [profiles.load(step, profile).model_dump() for step in ("label", "train", "evaluate")]
     for name in sets[0].keys() & sets[1].keys() - {"examples"}:
         assert sets[0][name] == sets[1][name], name
     for name in sets[1].keys() & sets[2].keys() - {"examples"}:
@@ -49,7 +62,7 @@ def test_training_and_evaluation_agree_on_everything_they_share(profile):
 
 @pytest.mark.parametrize("profile", BIG)
 def test_fetch_brings_every_model_that_is_named(profile):
-    p = profiles.load("05_evaluate", profile)
+    p = profiles.load("evaluate", profile)
     assert {w.name for w in fetch.TABLE if profile in w.profiles} == {p.clip, p.sam, p.encoder}
     total = sum(fetch.find(name).megabytes for name in (p.clip, p.sam, p.encoder)) / 1000
     text = (ROOT / "params" / profile / "shared.yaml").read_text()

@@ -11,8 +11,9 @@ from fmbseg import cli, profiles
 from fmbseg.data import benchmarks
 from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams
-from fmbseg.schemas import NOTEBOOKS
-from fmbseg.stage2 import alignment
+from fmbseg.runs import modules
+from fmbseg.schemas import NOTEBOOKS, STEPS
+from fmbseg.stage2.alignment import Alignment
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -36,12 +37,12 @@ def test_the_command_line_takes_it(page, words):
     options = cli._parser().parse_args(list(words))
     assert callable(options.function)
     settings = dict(pair.split("=", 1) for pair in getattr(options, "set", None) or ())
-    known = {name for schema in NOTEBOOKS.values() for name in schema.model_fields}
+    known = {name for step in STEPS.values() for name in step.schema.model_fields}
     assert set(settings) <= known
     for notebook in getattr(options, "notebooks", None) or ():
         assert notebook in NOTEBOOKS
     if hasattr(options, "profile"):
-        profiles.load("05_evaluate", options.profile)
+        profiles.load("evaluate", options.profile)
 
 
 def test_enough_commands_were_found():
@@ -70,7 +71,7 @@ def test_the_readmes_python_runs(own_home, tmp_path, monkeypatch, smoke):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     described = {"key": "toy", "encoder": "random:efficientnet_lite2", "clip": "random:ViT-S-32", "crop_input": None, "templates": "one"}
     width = load_encoder(described["encoder"]).width
-    alignment.save(alignment.place(), alignment.Alignment(width, 384, ModuleParams(module="linear")), described)
+    modules.save(modules.place(), Alignment(width, 384, ModuleParams(module="linear")), described)
     Image.open(benchmarks.load_benchmark("drawn").samples[0].image).convert("RGB").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     names = {}

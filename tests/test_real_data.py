@@ -18,10 +18,10 @@ def dataset(request, data_root):
     return benchmarks.load_benchmark(request.param, data_root)
 
 
-def test_real_truth_has_the_size_of_its_picture_and_ids_of_its_classes(dataset):
+def test_real_truth_has_the_size_of_its_image_and_ids_of_its_classes(dataset):
     assert len({s.name for s in dataset.samples}) == len(dataset.samples) <= benchmarks.LAYOUTS[dataset.name].images
     seen = set()
-    for sample in parallel.spread(dataset.samples, 40):
+    for sample in parallel.evenly_spaced(dataset.samples, 40):
         truth = sample.truth()
         assert truth.shape == images.read_image(sample.image).shape[:2] and truth.dtype == np.uint8
         seen |= set(np.unique(truth).tolist())
@@ -31,11 +31,11 @@ def test_real_truth_has_the_size_of_its_picture_and_ids_of_its_classes(dataset):
     assert seen <= {*range(len(dataset.space)), 255} and len(seen) > 5
 
 
-def test_with_and_without_background_are_the_same_pictures_and_things(data_root):
+def test_with_and_without_background_are_the_same_images_and_things(data_root):
     for with_one, without in (("voc21", "voc20"), ("context60", "context59"), ("coco_object81", "coco_object80")):
         if benchmarks.LAYOUTS[with_one].missing(Path(data_root)):
             continue
-        for a, b in zip(*(parallel.spread(benchmarks.load_benchmark(n, data_root).samples, 10) for n in (with_one, without))):
+        for a, b in zip(*(parallel.evenly_spaced(benchmarks.load_benchmark(n, data_root).samples, 10) for n in (with_one, without))):
             truth = a.truth().astype(int)
             assert a.image == b.image
             np.testing.assert_array_equal(b.truth(), np.where((truth == 0) | (truth == 255), 255, truth - 1))
@@ -55,5 +55,5 @@ def test_folder_data_sets(name, data_root):
         pytest.skip(f"{name} is not here")
     dataset = benchmarks.load_benchmark(f"folder:{name}", data_root)
     assert dataset.space.background == (name == "coco_object") and len(dataset.samples) > 20
-    seen = {int(k) for s in parallel.spread(dataset.samples, 30) for k in np.unique(s.truth())}
+    seen = {int(k) for s in parallel.evenly_spaced(dataset.samples, 30) for k in np.unique(s.truth())}
     assert seen <= {*range(len(dataset.space)), 255}

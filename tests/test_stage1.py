@@ -1,32 +1,22 @@
-import dataclasses
-import json
-import signal
-import subprocess
-import sys
-from collections import Counter
+"""Stage 1 of one image, in memory: features, detection, Stage 1.1, Stage 1.2, combination."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from fmbseg import files
-from fmbseg.data import benchmarks, collections, images, label_spaces
+from fmbseg.data import images, label_spaces
 from fmbseg.data.images import IGNORED
-from fmbseg.data.samples import Sample
-from fmbseg.errors import DataError, ParameterError
+from fmbseg.errors import ParameterError
 from fmbseg.models import texts as texts_of
 from fmbseg.models.clip import load_clip
 from fmbseg.models.sam import AutomaticMask, load_sam
 from fmbseg.models.texts import ClassTexts
-from fmbseg.params import CombineParams, DetectParams, LabelParams
-from fmbseg.runs import cache
+from fmbseg.params import CombineParams, DetectParams
 from fmbseg.stage1 import detection, features, label_masks, pseudo_labels, query_sam
 from fmbseg.stage1.detection import Detected
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.label_masks import LabelledMask
-from fmbseg.stage1.pseudo_labels import LabelStore, PseudoLabel
 from fmbseg.stage1.query_sam import QueryMask
 from fmbseg.stage1.windows import Window
 
@@ -37,8 +27,8 @@ def clip(label_params):
 
 
 @pytest.fixture(scope="module")
-def extracted(photograph, clip, label_params):
-    return features.extract(photograph, clip, label_params)
+def extracted(real_image, clip, label_params):
+    return features.extract(real_image, clip, label_params)
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +59,7 @@ def block(size, top, left, height, width):
 # ---------------------------------------------------------------- features
 
 
-def test_features_of_a_photograph_have_one_shape(photograph, extracted):
-    height, width = images.target_size(*photograph.shape[:2], 448, 2048, 32)
-    assert extracted.size == photograph.shape[:2]
-    assert extracted.map.shape == (384, height // 32, width // 32) and extracted.tokens.shape == (len(extracted.crops), 384)
-    assert len(extracted.crops) > 4 and all((c.height, c.width) == (8, 8) for c in extracted.crops)
-    assert torch.isfinite(extracted.map).all() and extracted.map.flatten(1).std(dim=1).min() > 0
-
-
-def test_positions_and_crops_lie_inside_the_picture(extracted):
+def test_positions_and_crops_lie_inside_the_image(extracted):
     height, width = extracted.size
     h, w = extracted.map.shape[1:]
     assert extracted.centre(0, 0) == pytest.approx((width / w / 2, height / h / 2))
@@ -88,9 +70,9 @@ def test_positions_and_crops_lie_inside_the_picture(extracted):
     assert boxes[0][2:] == pytest.approx((8 * width / w, 8 * height / h))
 
 
-def test_stitched_map_is_the_mean_of_the_crops(photograph, clip, label_params, extracted):
+def test_stitched_map_is_the_mean_of_the_crops(real_image, clip, label_params, extracted):
     h, w = extracted.map.shape[1:]
-    scaled = images.resize(photograph, (h * 32, w * 32))
+    scaled = images.resize(real_image, (h * 32, w * 32))
     total, count = torch.zeros(384, h, w), torch.zeros(h, w)
     corners = [(c.top, c.left) for c in extracted.crops]
     out = clip.encode_crops(torch.from_numpy(np.stack([scaled[32 * y : 32 * y + 256, 32 * x : 32 * x + 256] for y, x in corners])))
@@ -102,8 +84,8 @@ def test_stitched_map_is_the_mean_of_the_crops(photograph, clip, label_params, e
     torch.testing.assert_close(extracted.map, total / count, atol=1e-3, rtol=1e-3)
 
 
-def test_one_crop_equals_the_direct_encoding(photograph, clip, label_params):
-    square = photograph[:300, :300]
+def test_one_crop_equals_the_direct_encoding(real_image, clip, label_params):
+    square = real_image[:300, :300]
     params = label_params.model_copy(update={"short_side": 256})
     made = features.extract(square, clip, params)
     out = clip.encode_crops(torch.from_numpy(images.resize(square, (256, 256)))[None])
@@ -113,15 +95,15 @@ def test_one_crop_equals_the_direct_encoding(photograph, clip, label_params):
 
 
 @pytest.mark.parametrize("sizes", [{"crop_size": 250}, {"crop_stride": 100}, {"crop_size": 256, "crop_stride": 288}])
-def test_crops_that_are_no_whole_positions_are_refused(photograph, clip, label_params, sizes):
+def test_crops_that_are_no_whole_positions_are_refused(real_image, clip, label_params, sizes):
     assert features.crop_grid(clip, label_params) == (32, 8, 4)
     with pytest.raises(ParameterError, match="crop|stride"):
-        features.extract(photograph, clip, label_params.model_copy(update=sizes))
+        features.extract(real_image, clip, label_params.model_copy(update=sizes))
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_long_thin_picture_holds_whole_crops(photograph, clip, label_params, turned):
-    strip = np.ascontiguousarray(photograph[:80, :400].swapaxes(0, 1) if turned else photograph[:80, :400])
+def test_long_thin_image_holds_whole_crops(real_image, clip, label_params, turned):
+    strip = np.ascontiguousarray(real_image[:80, :400].swapaxes(0, 1) if turned else real_image[:80, :400])
     made = features.extract(strip, clip, label_params.model_copy(update={"long_limit": 512}))
     long = max(made.map.shape[1:])
     assert made.map.shape[1:] == ((long, 8) if turned else (8, long)) and 36 <= long <= 44 and made.size == strip.shape[:2]
@@ -179,47 +161,6 @@ def test_a_word_that_hardly_varies_wins_votes_on_its_own_scale():
     assert detection.winners(constant, two, detection.Scale.of(constant.tokens, two)) == [0]  # no spread at all: no error
 
 
-def test_votes_are_on_the_scale_of_the_collection(label_params, tmp_path):
-    """Real images: whichever of them are labelled, and by their bytes; one that cannot be read counts for nothing."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    pool = collections.load_collection("embedded_coco")[:3]
-    for sample in pool:
-        (folder / sample.image.name).write_bytes(sample.image.read_bytes())
-    params = label_params.model_copy(update={"collection": str(folder), "reference_images": 2, "limit": 1})
-    space = label_spaces.vocabulary(params.vocabulary)
-    texts = cache.texts_of(space, params)
-    names = sorted(path.name for path in folder.iterdir())
-
-    def tokens(*which):
-        return torch.cat([cache.clip_features(folder / names[i], params).tokens for i in which])
-
-    scale = cache.vote_scale(texts, params)
-    torch.testing.assert_close(scale.spread, (F.normalize(tokens(0, 1), dim=-1) @ texts.features.T).std(dim=0, correction=0))
-    found = [q.detected for q in cache.queries(folder / names[2], space, params)]
-    assert found == detection.detect(cache.clip_features(folder / names[2], params), texts, params, scale)
-    assert cache.vote_scale(texts, label_params) is None and cache.vote_content(label_params) == []
-
-    before = pseudo_labels.content(params)
-    few = params.model_copy(update={"reference_images": 4})
-    assert cache.vote_scale(texts, few) is None and cache.vote_content(few) == []
-    (folder / names[1]).write_bytes(b"damaged")
-    assert pseudo_labels.content(params) == before  # one step, one scale ...
-    cache.prepare_votes(params)  # ... and the next looks anew
-    assert pseudo_labels.content(params) != before
-    torch.testing.assert_close(cache.vote_scale(texts, params).mean, detection.Scale.of(tokens(0), texts).mean)
-    (folder / names[0]).write_bytes(b"damaged")
-    with pytest.raises(DataError, match="reference_images: none of 2 can be read; give other images"):
-        cache.prepare_votes(params)
-
-
-def test_given_labels_do_not_vote(label_params, sample):
-    params = label_params.model_copy(update={"collection": "no such folder", "reference_images": 2})
-    space = label_spaces.vocabulary(params.vocabulary)
-    (query,) = cache.queries(sample.image, space, params, given=(3,))
-    assert query.detected == Detected(3, space.names[3], 0)
-
-
 def test_given_labels_replace_detection():
     assert detection.given([2, 0], unit_texts(3)) == [Detected(2, "c", 0), Detected(0, "a", 0)]
 
@@ -243,42 +184,42 @@ def test_class_similarity_is_the_cosine_at_each_position():
     assert made[:, 0, 0].tolist() == [1, 0, 0] and made[:, 1, 2].tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0])
 
 
-def test_query_masks_choose_the_most_confident(photograph, extracted, texts, sam, label_params):
+def test_query_masks_choose_the_most_confident(real_image, extracted, texts, sam, label_params):
     wanted = detection.given(list(range(0, 20, 3)), texts)
-    found = query_sam.query_masks(photograph, extracted, wanted, texts, sam, label_params)
+    found = query_sam.query_masks(real_image, extracted, wanted, texts, sam, label_params)
     assert [q.detected for q in found] == wanted
     for query in found:
         masks, scores = sam.predict(query.points)
-        assert query.points.shape == (5, 2) and query.masks.shape == (3, *photograph.shape[:2])
+        assert query.points.shape == (5, 2) and query.masks.shape == (3, *real_image.shape[:2])
         np.testing.assert_array_equal(query.scores, scores)
         np.testing.assert_array_equal(query.chosen, masks[list(scores).index(max(scores))])
-    assert len({int(q.scores.argmax()) for q in found}) > 1
+    assert len({int(q.scores.argmax()) for q in found}) > 1  # or the first would do
     similarity = query_sam.class_similarity(extracted, texts)[wanted[1].index]
     np.testing.assert_array_equal(found[1].points, query_sam.query_points(similarity, extracted, 5))
 
 
-def test_separate_points_join_their_masks(photograph, extracted, texts, sam, label_params):
+def test_separate_points_join_their_masks(real_image, extracted, texts, sam, label_params):
     params = label_params.model_copy(update={"separate_points": True, "points": 3})
-    (found,) = query_sam.query_masks(photograph, extracted, detection.given([6], texts), texts, sam, params)
-    union = np.zeros(photograph.shape[:2], dtype=bool)
+    (found,) = query_sam.query_masks(real_image, extracted, detection.given([6], texts), texts, sam, params)
+    union = np.zeros(real_image.shape[:2], dtype=bool)
     for point in found.points:
         masks, scores = sam.predict(point[None])
         union |= masks[scores.argmax()]
     np.testing.assert_array_equal(found.chosen, union)
-    assert query_sam.query_masks(photograph, extracted, [], texts, sam, params) == []
+    assert query_sam.query_masks(real_image, extracted, [], texts, sam, params) == []
 
 
 # ---------------------------------------------------------------- Stage 1.2
 
 
-def test_automatic_masks_drop_the_small_ones(photograph, sam, label_params):
-    size = photograph.shape[0] * photograph.shape[1]
+def test_automatic_masks_drop_the_small_ones(real_image, sam, label_params):
+    size = real_image.shape[0] * real_image.shape[1]
     loose = label_params.model_copy(update={"min_area": 0.0, "predicted_iou": 0.5, "stability": 0.5})
-    everything = label_masks.automatic_masks(photograph, sam, loose)
+    everything = label_masks.automatic_masks(real_image, sam, loose)
     areas = sorted(int(m.mask.sum()) for m in everything)
-    assert len(areas) > 2 and everything[0].mask.shape == photograph.shape[:2]
+    assert len(areas) > 2 and everything[0].mask.shape == real_image.shape[:2]
     limit = areas[len(areas) // 2]
-    kept = label_masks.automatic_masks(photograph, sam, loose.model_copy(update={"min_area": limit / size}))
+    kept = label_masks.automatic_masks(real_image, sam, loose.model_copy(update={"min_area": limit / size}))
     assert sorted(m.area for m in kept) == [a for a in areas if a >= limit] != areas
     assert min(m.predicted_iou for m in everything) >= 0.5
 
@@ -294,6 +235,18 @@ def test_mean_feature_weighs_a_position_by_its_share():
     maps[0, 0, 0], maps[1, 0, 1] = 1, 1
     made = label_masks.mean_features([block((4, 8), 0, 0, 4, 6)], hand_made((4, 8), maps))  # all of the left, half of the right
     torch.testing.assert_close(made, F.normalize(torch.tensor([[1.0, 0.5]]), dim=1))
+
+
+def test_mean_feature_is_of_the_features_as_they_are_not_of_unit_vectors():
+    """The mean of (3, 0) and (0, 1) points to (3, 1); unit vectors would point to (1, 1), and to another class."""
+    maps = torch.zeros(2, 1, 2)
+    maps[0, 0, 0], maps[1, 0, 1] = 3, 1
+    whole = np.ones((4, 8), dtype=bool)
+    made = label_masks.mean_features([whole], hand_made((4, 8), maps))
+    torch.testing.assert_close(made, torch.tensor([[3.0, 1.0]]) / 10**0.5)
+    texts = ClassTexts(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.arange(2), ("a", "b"))
+    (found,) = label_masks.label_masks([whole], hand_made((4, 8), maps), detection.given([0, 1], texts), texts)
+    assert found.detected.name == "a" and found.similarity == pytest.approx(3 / 10**0.5)
 
 
 def test_masks_take_the_nearest_detected_class():
@@ -360,193 +313,3 @@ def test_assemble_labels_both_stages(drop):
     assert made.labels[0].tolist() == [1, 1, 1, 1] + ([255, 255] if drop else [1, 1])
     assert [m.nearest for m in made.automatic_masks] == ([True] if drop else [True, False])
     assert made.detected == [query.detected] and made.query_masks[0].similarity == pytest.approx(1)
-
-
-@pytest.mark.parametrize("grid, size", [((3, 4), (12, 16)), ((3, 5), (11, 13)), ((7, 2), (5, 9)), ((1, 1), (6, 7)), ((4, 4), (10, 31))])
-@pytest.mark.parametrize("least", [0.0, 0.3, 0.5, 1.0])
-def test_patch_labels_by_brute_force(grid, size, least):
-    labels = np.random.default_rng(1).choice([0, 1, 2, 254, IGNORED], size, p=[0.2, 0.2, 0.15, 0.05, 0.4]).astype(np.uint8)
-    labels[: size[0] // 2, : size[1] // 2] = IGNORED
-    expected = []
-    for i in range(grid[0]):
-        for j in range(grid[1]):
-            inside = [
-                int(labels[y, x])
-                for y in range(size[0])
-                for x in range(size[1])
-                if (y * grid[0] // size[0], x * grid[1] // size[1]) == (i, j)
-            ]
-            counts = Counter(k for k in inside if k != IGNORED)
-            enough = counts and sum(counts.values()) >= least * len(inside)
-            expected.append(min(counts, key=lambda k: (-counts[k], k)) if enough else -1)
-    made = pseudo_labels.patch_labels(labels, grid, least)
-    assert made.dtype == torch.int64 and made.tolist() == np.array(expected).reshape(grid).tolist()
-
-
-def test_patch_label_ties_and_the_least_share():
-    labels = np.array([[2, 1], [1, 2]], dtype=np.uint8)
-    assert pseudo_labels.patch_labels(labels, (1, 1), 0.5).item() == 1
-    half = np.array([[3, 255], [255, 3]], dtype=np.uint8)
-    assert pseudo_labels.patch_labels(half, (1, 1), 0.5).item() == 3 and pseudo_labels.patch_labels(half, (1, 1), 0.51).item() == -1
-
-
-# ---------------------------------------------------------------- the store
-
-
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "image.png"
-    Image.fromarray(np.full((9, 12, 3), 90, np.uint8)).save(path)
-    return Sample("one__picture", path)
-
-
-def test_store_writes_a_palette_png_and_its_record(tmp_path, picture, smoke):
-    space = label_spaces.own_words(["cat", "dog"])
-    store = LabelStore(tmp_path / "labels", space, smoke(LabelParams))
-    labels = np.full((9, 12), IGNORED, np.uint8)
-    labels[:3], labels[3:6, :4] = 0, 1
-    assert not store.has(picture)
-    with pytest.raises(DataError, match="one__picture: has no pseudo label in .*fmbseg label"):
-        store.read(picture)
-    store.write(picture, PseudoLabel(labels, [], [], []))
-    assert store.has(picture)
-    np.testing.assert_array_equal(store.read(picture), labels)
-    png = Image.open(store.path(picture))
-    assert png.mode == "P" and set(np.unique(np.array(png))) == {0, 1, 255}
-    colours = np.array(png.convert("RGB"))
-    assert colours[0, 0].tolist() == space.palette[0].tolist() and colours[8, 11].tolist() == [255, 255, 255]
-    record = files.read_json(tmp_path / "labels" / "one__picture.json")
-    assert record["classes"] == ["cat", "dog"] and record["coverage"] == pytest.approx(48 / 108)
-    Image.fromarray(np.full((9, 12, 3), 91, np.uint8)).save(picture.image)
-    assert not store.has(picture)
-
-
-def test_a_map_without_its_record_is_not_taken(tmp_path, picture, smoke):
-    store = LabelStore(tmp_path / "labels", label_spaces.own_words(["cat"]), smoke(LabelParams))
-    store.write(picture, PseudoLabel(np.zeros((9, 12), np.uint8), [], [], []))
-    (tmp_path / "labels" / "one__picture.json").unlink()
-    assert not store.has(picture)
-
-
-def test_store_refuses_other_words_and_parameters(tmp_path, smoke):
-    space, folder = label_spaces.own_words(["cat", "dog"]), tmp_path / "labels"
-    LabelStore(folder, space, smoke(LabelParams))
-    LabelStore(folder, space, smoke(LabelParams, points_per_batch=7, limit=3))
-    for words, values in ((["cat", "cow"], {}), (["cat"], {}), (["cat", "dog"], {"min_votes": 1}), (["cat", "dog"], {"overlap": "agree"})):
-        with pytest.raises(DataError, match="made with other words or parameters; give another folder"):
-            LabelStore(folder, label_spaces.own_words(words), smoke(LabelParams, **values))
-    prompted = dataclasses.replace(space, prompts=(("cat", "kitten"), ("dog",)))
-    with pytest.raises(DataError, match="other words"):
-        LabelStore(folder, prompted, smoke(LabelParams))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of the drawn images, and the samples in it."""
-    folder = tmp_path_factory.mktemp("images")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMBSEG_HOME", str(folder / ".home"))
-        for sample in benchmarks.load_benchmark("drawn").samples[:5]:
-            (folder / sample.image.name).write_bytes(sample.image.read_bytes())
-    return [Sample(path.stem, path) for path in sorted(folder.glob("*.png"))]
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(pictures, smoke, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMBSEG_HOME", str(folder / "home"))
-        space = label_spaces.label_space("voc20")
-        store, failures = pseudo_labels.label_collection(pictures, folder / "labels", space, smoke(LabelParams))
-    assert not failures and all(store.has(s) for s in pictures)
-    assert any(len(np.unique(store.read(s))) > 1 for s in pictures)
-    return files(folder / "labels")
-
-
-def test_a_broken_picture_stops_no_other(pictures, smoke, own_home, tmp_path, uninterrupted):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(pictures[0].image.read_bytes()[:100])
-    mixed = [pictures[0], Sample("broken", broken), pictures[1]]
-    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", label_spaces.label_space("voc20"), smoke(LabelParams))
-    assert len(failures) == 1 and "broken.png: cannot be read as an image" in failures[0].reason
-    assert [store.has(s) for s in mixed] == [True, False, True]
-    made = files(tmp_path / "labels")
-    assert made["drawn_1.png"] == uninterrupted["drawn_1.png"] and [name for name in made if name.startswith("failed/")] == [
-        "failed/broken.json"
-    ]
-    assert files.read_json(store.failed / "broken.json") == {"image": str(broken), "reason": failures[0].reason}
-
-
-def test_a_failure_is_forgotten_when_a_later_run_succeeds(pictures, smoke, own_home, tmp_path):
-    broken, space, params = tmp_path / "broken.png", label_spaces.label_space("voc20"), smoke(LabelParams)
-    broken.write_bytes(b"no image")
-    store, failures = pseudo_labels.label_collection([Sample("broken", broken)], tmp_path / "labels", space, params)
-    assert len(failures) == 1 and (store.failed / "broken.json").is_file()
-    broken.write_bytes(pictures[0].image.read_bytes())
-    store, failures = pseudo_labels.label_collection([Sample("broken", broken)], tmp_path / "labels", space, params)
-    assert not failures and store.has(Sample("broken", broken)) and not list(store.failed.iterdir())
-
-
-def test_memory_that_ran_out_is_one_pictures_failure(pictures, smoke, own_home, tmp_path, monkeypatch):
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("out of\nmemory")
-
-    monkeypatch.setattr(pseudo_labels, "label_picture", exhausted)
-    store, failures = pseudo_labels.label_collection(
-        pictures[:2], tmp_path / "labels", label_spaces.label_space("voc20"), smoke(LabelParams)
-    )
-    assert [f.reason for f in failures] == ["out of memory"] * 2 and len(list(store.failed.iterdir())) == 2
-
-
-def test_a_picture_that_is_gone_stops_no_other(pictures, smoke, own_home, tmp_path):
-    mixed = [Sample("gone", tmp_path / "gone.png"), pictures[0]]
-    store, failures = pseudo_labels.label_collection(mixed, tmp_path / "labels", label_spaces.label_space("voc20"), smoke(LabelParams))
-    assert len(failures) == 1 and "gone.png" in failures[0].reason and store.has(pictures[0])
-
-
-KILLED = """
-import os, signal, sys, json
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from fmbseg import files
-from fmbseg.data import label_spaces
-from fmbseg.stage1 import pseudo_labels
-from fmbseg.data.samples import Sample
-from fmbseg.params import LabelParams, make
-folder, values, paths = sys.argv[1], json.loads(sys.argv[2]), [Path(p) for p in sys.argv[3:]]
-write = files.write_json
-def killing(path, value):
-    if Path(path).name == "drawn_2.json":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, value)
-files.write_json = killing
-pseudo_labels.label_collection([Sample(p.stem, p) for p in paths], folder, label_spaces.label_space("voc20"), make(LabelParams, values))
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_files(pictures, smoke, own_home, tmp_path, uninterrupted):
-    params, folder = smoke(LabelParams), tmp_path / "labels"
-    command = [sys.executable, "-c", KILLED, str(folder), json.dumps(params.model_dump()), *(str(s.image) for s in pictures)]
-    assert subprocess.run(command, capture_output=True, timeout=200).returncode == -signal.SIGKILL
-    half = files(folder)
-    assert "drawn_1.json" in half and "drawn_2.png" in half and "drawn_2.json" not in half and "drawn_3.png" not in half
-    store, failures = pseudo_labels.label_collection(pictures, folder, label_spaces.label_space("voc20"), params)
-    assert not failures and files(folder) == uninterrupted
-
-
-def test_two_workers_make_the_same_files(pictures, smoke, own_home, tmp_path, uninterrupted):
-    space = label_spaces.label_space("voc20")
-    _, failures = pseudo_labels.label_collection(pictures, tmp_path / "labels", space, smoke(LabelParams), workers=2)
-    assert not failures and files(tmp_path / "labels") == uninterrupted
-
-
-def test_what_is_labelled_is_not_labelled_again(pictures, smoke, own_home, tmp_path, monkeypatch):
-    space, params = label_spaces.label_space("voc20"), smoke(LabelParams)
-    pseudo_labels.label_collection(pictures[:1], tmp_path / "labels", space, params)
-    monkeypatch.setattr(pseudo_labels, "label_picture", lambda *_: pytest.fail("labelled again"))
-    pseudo_labels.label_collection(pictures[:1], tmp_path / "labels", space, params)

@@ -63,7 +63,7 @@ def test_torchvision_operators_run():
 
 
 FRESH = """
-import fmbseg, torch
+import fmbseg.models, torch
 import torchvision, open_clip, segment_anything, timm
 print(torchvision.ops.nms(torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]]), torch.tensor([0.1, 0.2]), 0.5).tolist())
 """

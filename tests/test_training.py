@@ -1,354 +1,339 @@
+"""Training: in memory, step by step as a hand does it; and over a collection, with what is kept and what is made anew."""
+
+import dataclasses
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from fmbseg import files
-from fmbseg.data import benchmarks, collections, images, label_spaces
 from fmbseg.data.images import IGNORED
-from fmbseg.errors import DataError, ParameterError
-from fmbseg.models import texts as texts_of
-from fmbseg.models.clip import load_clip
+from fmbseg.errors import DataError
 from fmbseg.models.encoders import load_encoder
-from fmbseg.params import AlignParams, EvaluateParams, LabelParams, ModuleParams, SegmentParams
-from fmbseg.runs import cache, evaluate
-from fmbseg.stage1.pseudo_labels import LabelStore, PseudoLabel
-from fmbseg.stage2 import alignment, segmenter, training
-from fmbseg.stage2.metrics import Confusion
-from fmbseg.stage2.segmenter import DenseClip, Segmenter, words_space
+from fmbseg.params import AlignParams, ModuleParams
+from fmbseg.runs import cache, modules, train
+from fmbseg.runs.cache import Models
+from fmbseg.runs.label import LabelStore
+from fmbseg.stage1.pseudo_labels import PseudoLabel
+from fmbseg.stage2 import losses, training
+from fmbseg.stage2.alignment import Alignment
+from fmbseg.stage2.patches import patch_labels
 
-WORDS = "sky, grass, sun, house"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """One FMBSEG_HOME for this file: encoder patches of the drawn images are made once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMBSEG_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+# ---------------------------------------------------------------- labels of patches
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    return benchmarks.load_benchmark("drawn")
+@pytest.mark.parametrize("grid, size", [((3, 4), (12, 16)), ((3, 5), (11, 13)), ((7, 2), (5, 9)), ((1, 1), (6, 7)), ((4, 4), (10, 31))])
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.5, 1.0])
+def test_patch_labels_by_brute_force(grid, size, least):
+    labels = np.random.default_rng(1).choice([0, 1, 2, 254, IGNORED], size, p=[0.2, 0.2, 0.15, 0.05, 0.4]).astype(np.uint8)
+    labels[: size[0] // 2, : size[1] // 2] = IGNORED
+    expected = []
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            inside = [
+                int(labels[y, x])
+                for y in range(size[0])
+                for x in range(size[1])
+                if (y * grid[0] // size[0], x * grid[1] // size[1]) == (i, j)
+            ]
+            counts = Counter(k for k in inside if k != IGNORED)
+            enough = counts and sum(counts.values()) >= least * len(inside)
+            expected.append(min(counts, key=lambda k: (-counts[k], k)) if enough else -1)
+    made = patch_labels(labels, grid, least)
+    assert made.dtype == torch.int64 and made.tolist() == np.array(expected).reshape(grid).tolist()
 
 
-@pytest.fixture(scope="module")
-def store(drawn, smoke, tmp_path_factory):
-    """The drawn images' truth as pseudo labels, their upper edge unlabelled."""
-    made = LabelStore(tmp_path_factory.mktemp("labels"), drawn.space, smoke(LabelParams))
-    for sample in drawn.samples:
-        labels = sample.truth()
-        labels[:10] = IGNORED
-        made.write(sample, PseudoLabel(labels, [], [], []))
-    return made
+# ---------------------------------------------------------------- in memory
+
+WIDTH, OUT, CLASSES = 6, 5, (2, 7, 9)
 
 
-@pytest.fixture(scope="module")
-def clip(smoke):
-    return load_clip(smoke(LabelParams).clip)
+def collection(images=7, empty=(1, 4), seed=0):
+    """Patches and labels of small images, some without any label."""
+    generator = torch.Generator().manual_seed(seed)
+    data = []
+    for i in range(images):
+        labels = torch.tensor([*CLASSES, -1])[torch.randint(4, (3, 4), generator=generator)]
+        data.append((torch.randn(WIDTH, 3, 4, generator=generator), torch.full_like(labels, -1) if i in empty else labels))
+    return data, F.normalize(torch.randn(3, OUT, generator=generator), dim=1)
 
 
-@pytest.fixture(scope="module")
-def texts(drawn, clip):
-    return texts_of.class_texts(clip, drawn.space)
+def fresh(module="linear", seed=0):
+    torch.manual_seed(seed)
+    return Alignment(WIDTH, OUT, ModuleParams(module=module))
 
 
-@pytest.fixture(scope="module")
-def trained(drawn, store, texts, smoke):
-    """Trained on the truth until it fits, and its parameters."""
-    params = smoke(AlignParams, epochs=40, learning_rate=0.05, temperature=0.1)
-    return training.train(list(drawn.samples), store, texts, params), params
+def cosine(rate, step, total):
+    return rate * (1 + np.cos(np.pi * step / total)) / 2
 
 
-@pytest.fixture(scope="module")
-def module(trained, smoke, tmp_path_factory):
-    result, params = trained
-    described = {"key": "toy", "encoder": params.encoder, "clip": smoke(LabelParams).clip, "crop_input": None, "templates": "one"}
-    return alignment.save(tmp_path_factory.mktemp("module") / "alignment.safetensors", result.alignment, described)
+def hand_sgd(p, state, rate, params):
+    gradient = p.grad + params.weight_decay * p
+    state["velocity"] = gradient if "velocity" not in state else params.momentum * state["velocity"] + gradient
+    return p - rate * state["velocity"]
 
 
-def saved(result, path):
-    return alignment.save(path, result.alignment, {}).read_bytes()
+def hand_adamw(p, state, rate, params):
+    n = state["n"] = state.get("n", 0) + 1
+    state["mean"] = 0.9 * state.get("mean", 0) + 0.1 * p.grad
+    state["square"] = 0.999 * state.get("square", 0) + 0.001 * p.grad**2
+    step = (state["mean"] / (1 - 0.9**n)) / ((state["square"] / (1 - 0.999**n)).sqrt() + 1e-8)
+    return p - rate * params.weight_decay * p - rate * step
 
 
-# ---------------------------------------------------------------- training
+@pytest.mark.parametrize("by_hand, optimiser", [(hand_sgd, "sgd"), (hand_adamw, "adamw")])
+@pytest.mark.parametrize("images_per_batch", [1, 3])
+def test_training_is_the_steps_of_a_hand(by_hand, optimiser, images_per_batch):
+    """Momentum, weight decay and the cosine over ALL batches, also those without a labelled patch, which are no step."""
+    data, texts = collection()
+    values = {"learning_rate": 0.3, "momentum": 0.8, "weight_decay": 0.05, "epochs": 3, "temperature": 0.4, "module": "linear"}
+    params = AlignParams(optimiser=optimiser, images_per_batch=images_per_batch, **values)
+    initial, rows = fresh(), []
+    made = training.train(data, CLASSES, texts, initial, params, seed=5, on_step=rows.append)
+
+    module, states, number, expected = fresh(), {}, 0, []
+    loader = training.batches(data, images_per_batch, seed=5)
+    total = 3 * len(loader)
+    for _ in range(3):
+        for patches, labels in loader:
+            z = module(patches).permute(0, 2, 3, 1).reshape(-1, OUT)
+            y = torch.tensor([CLASSES.index(k) if k >= 0 else -1 for k in labels.flatten().tolist()])
+            if (y >= 0).any():
+                loss = losses.tsupcon(z[y >= 0], y[y >= 0], texts, 0.4)
+                module.zero_grad()
+                loss.backward()
+                rate = cosine(0.3, number, total)
+                expected.append((rate, loss.item(), int((y >= 0).sum())))
+                with torch.no_grad():
+                    for name, p in module.named_parameters():
+                        p.copy_(by_hand(p, states.setdefault(name, {}), rate, params))
+            number += 1
+    assert number == total == len(rows) and (images_per_batch > 1 or rows.count(None) == 6)
+    assert [r for r in rows if r] == made.steps and [s["step"] for s in made.steps] == list(range(len(expected)))
+    for step, (rate, loss, count) in zip(made.steps, expected, strict=True):
+        assert step["learning_rate"] == pytest.approx(rate, abs=1e-9) and step["loss"] == pytest.approx(loss, rel=1e-4)
+        assert step["patches"] == count
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(made.alignment.get_parameter(name), p, atol=1e-5, rtol=1e-4)
+    assert made.classes == CLASSES and torch.equal(initial.module.project.weight, fresh().module.project.weight)
 
 
-def test_the_same_seed_gives_the_same_file(drawn, store, texts, smoke, tmp_path):
-    samples, params = list(drawn.samples), smoke(AlignParams, epochs=2, images_per_batch=2)
-    torch.rand(3)
-    first = saved(training.train(samples, store, texts, params, seed=1), tmp_path / "a")
-    assert saved(training.train(samples, store, texts, params, seed=1), tmp_path / "b") == first
-    assert saved(training.train(samples, store, texts, params, seed=2), tmp_path / "c") != first
-
-
-def test_the_loss_falls_and_the_rate_ends_at_zero(trained):
-    steps = trained[0].steps
-    losses, rates = ([step[name] for step in steps] for name in ("loss", "learning_rate"))
-    assert len(steps) == 40 * 2 and [s["step"] for s in steps] == list(range(80)) and steps[-1]["epoch"] == 39
-    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
-    np.testing.assert_allclose(rates, [0.05 * (1 + np.cos(np.pi * i / 80)) / 2 for i in range(80)], atol=1e-9)
-    assert trained[0].classes == (0, 1, 2, 3) and steps[0]["patches"] > 100
-
-
-def test_a_trained_module_segments_what_it_was_trained_on(drawn, module):
-    segmenter, counts = Segmenter.load(module, params=SegmentParams(segment_short_side=128, window=256, window_stride=128)), Confusion(4)
-    for sample in drawn.samples:
-        counts.add(sample.truth(), segmenter.segment(images.read_image(sample.image), WORDS).labels)
-    assert counts.miou() > 50  # one class everywhere: about 12
-
-
-def test_standardisation_is_that_of_the_patches(drawn, trained):
-    result, params = trained
-    patches = torch.cat([cache.encoder_patches(s.image, params).float().flatten(1) for s in drawn.samples], dim=1)
-    torch.testing.assert_close(result.alignment.mean, patches.mean(dim=1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(result.alignment.std, patches.std(dim=1).clamp(min=1e-3), atol=1e-4, rtol=1e-4)
+def test_the_rate_ends_at_zero_after_batches_without_a_label():
+    data, texts = collection(images=6, empty=(0, 2, 3))
+    params = AlignParams(learning_rate=0.2, epochs=4, images_per_batch=1, module="linear")
+    rows = []
+    training.train(data, CLASSES, texts, fresh(), params, on_step=rows.append)
+    rates = [(i, row["learning_rate"]) for i, row in enumerate(rows) if row]
+    assert len(rows) == 24 and len(rates) == 12
+    np.testing.assert_allclose([rate for _, rate in rates], [cosine(0.2, i, 24) for i, _ in rates], atol=1e-9)
 
 
 @pytest.mark.parametrize("module", ["linear", "mlp", "transformer"])
 @pytest.mark.parametrize("loss", ["tsupcon", "prototype", "supcon"])
-def test_every_loss_and_module_trains(module, loss, drawn, store, texts, smoke):
-    params = smoke(AlignParams, module=module, loss=loss, images_per_batch=3)
-    result = training.train(list(drawn.samples), store, texts, params)
-    assert len(result.steps) == 2 and all(np.isfinite(s["loss"]) for s in result.steps)
-    torch.manual_seed(0)
-    fresh = alignment.Alignment(result.alignment.width, result.alignment.out, ModuleParams(module=module))
-    assert all(torch.isfinite(p).all() for p in result.alignment.parameters())
-    assert not torch.equal(result.alignment.module.project.weight, fresh.module.project.weight)
+def test_every_loss_and_module_is_the_one_that_is_set(module, loss):
+    """The first step's loss is the named one of the fresh module's patches, with its temperature; and the loss falls."""
+    data, texts = collection()
+    params = AlignParams(module=module, loss=loss, temperature=0.3, epochs=20, images_per_batch=7, learning_rate=0.05)
+    made = training.train(data, CLASSES, texts, fresh(module), params)
+    patches, labels = next(iter(training.batches(data, 7, seed=0)))
+    with torch.no_grad():
+        z = fresh(module)(patches).permute(0, 2, 3, 1).reshape(-1, OUT)
+    y = training.rows_of(CLASSES)[labels.flatten()]
+    expected = getattr(losses, loss)(z[y >= 0], y[y >= 0], texts, 0.3)
+    assert made.steps[0]["loss"] == pytest.approx(expected.item(), rel=1e-4) and made.steps[-1]["loss"] < expected
 
 
-def test_adamw_trains_too(drawn, store, texts, smoke):
-    params = smoke(AlignParams, optimiser="adamw", learning_rate=1e-3, epochs=6, temperature=0.1)
-    losses = [s["loss"] for s in training.train(list(drawn.samples), store, texts, params).steps]
-    assert losses[-1] < losses[0]
+def test_the_weights_of_the_two_means_are_used():
+    z, labels, texts = F.normalize(torch.randn(8, OUT), dim=1), torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]), collection()[1]
+    params = AlignParams(text_weight=0.7, image_weight=0.2, temperature=0.5)
+    expected = losses.tsupcon(z, labels, texts, 0.5, 0.7, 0.2)
+    torch.testing.assert_close(training.loss_function(params)(z, labels, texts), expected)
+    assert not torch.isclose(training.loss_function(AlignParams(temperature=0.5))(z, labels, texts), expected)
+
+
+def test_the_same_seed_gives_the_same_module_and_another_seed_another():
+    data, texts = collection()
+    params = AlignParams(module="mlp", epochs=2, images_per_batch=2, patch_share=0.5)
+    weights = [training.train(data, CLASSES, texts, fresh("mlp"), params, seed).alignment.module.project.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_only_a_share_of_the_labelled_patches_enters_the_loss():
+    data, texts = collection(images=60, empty=())
+    labelled = sum(int((labels >= 0).sum()) for _, labels in data)
+    made = training.train(data, CLASSES, texts, fresh(), AlignParams(module="linear", epochs=1, images_per_batch=60, patch_share=0.25))
+    assert made.steps[0]["patches"] == pytest.approx(labelled / 4, rel=0.2)
 
 
 @pytest.mark.parametrize("loss", ["tsupcon", "prototype", "supcon"])
-def test_unlabelled_patches_do_not_enter_the_loss(loss, drawn, texts, smoke, tmp_path, monkeypatch):
+def test_unlabelled_patches_do_not_enter_the_loss(loss):
     """With a module that sees each patch by itself, other features of unlabelled patches change nothing."""
-    params = smoke(AlignParams, module="linear", loss=loss, epochs=2)
-    store = LabelStore(tmp_path / "labels", drawn.space, smoke(LabelParams))
-    samples = list(drawn.samples[:3])
-    for sample in samples:
-        labels = sample.truth()
-        labels[:, : labels.shape[1] // 2] = IGNORED
-        store.write(sample, PseudoLabel(labels, [], [], []))
-    monkeypatch.setattr(training, "standardise", lambda *_: None)
-    plain = saved(training.train(samples, store, texts, params), tmp_path / "a")
-    original = cache.encoder_patches
+    data, texts = collection()
+    params = AlignParams(module="linear", loss=loss, epochs=2)
 
-    def changed(columns):
-        def patches(*arguments):
-            made = original(*arguments).clone()
-            made[:, :, columns] += 3
-            return made
+    def weight(changed):
+        moved = [(torch.where((labels < 0) if changed == "unlabelled" else (labels >= 0), x + 3, x), labels) for x, labels in data]
+        return training.train(data if not changed else moved, CLASSES, texts, fresh(), params).alignment.module.project.weight
 
-        return patches
-
-    monkeypatch.setattr(cache, "encoder_patches", changed(slice(0, 4)))  # the unlabelled half of 8 x 8
-    assert saved(training.train(samples, store, texts, params), tmp_path / "b") == plain
-    monkeypatch.setattr(cache, "encoder_patches", changed(slice(4, 8)))
-    assert saved(training.train(samples, store, texts, params), tmp_path / "c") != plain
+    plain = weight("")
+    assert torch.equal(weight("unlabelled"), plain) and not torch.allclose(weight("labelled"), plain)
 
 
-def test_labels_of_the_pictures_are_those_of_their_patches(drawn, store, smoke):
-    data = training.PatchDataset(list(drawn.samples), store, smoke(AlignParams), "cpu")
+def test_a_fresh_module_standardises_by_its_patches():
+    patches = [3 * torch.randn(WIDTH, 3, 4) + torch.arange(WIDTH)[:, None, None] for _ in range(5)]
+    patches[0][5], together = 7.0, None
+    for one in patches:
+        one[5] = 7.0  # a channel that does not vary
+    made = training.new_module((p.half() for p in patches), WIDTH, OUT, AlignParams(module="linear"))
+    together = torch.cat([p.half().float().flatten(1) for p in patches], dim=1)
+    torch.testing.assert_close(made.mean, together.mean(dim=1))
+    torch.testing.assert_close(made.std, together.std(dim=1).clamp(min=1e-3))
+    assert made.std[5] == torch.tensor(1e-3) and made.params == ModuleParams(module="linear")
+
+
+# ---------------------------------------------------------------- over a collection
+
+
+@pytest.fixture
+def home(toy, monkeypatch):
+    """The home in which the toy module was trained: encoder patches of the drawn images are there."""
+    monkeypatch.setenv("FMBSEG_HOME", str(toy.home))
+    return toy.home
+
+
+@pytest.fixture
+def quick(toy):
+    return toy.params.model_copy(update={"epochs": 1, "module": "linear"})
+
+
+@pytest.fixture
+def own_store(toy, tmp_path, home):
+    """Labels that a test may change."""
+    store = LabelStore(tmp_path / "labels", toy.drawn.space, toy.params)
+    for sample in toy.samples:
+        store.write(sample, PseudoLabel(sample.truth(), [], [], []))
+    return store
+
+
+def test_patches_and_labels_of_a_collection(toy, home):
+    data = train.PatchDataset(toy.samples, toy.store, toy.params)
     patches, labels = data[2]
-    assert patches.shape[1:] == labels.shape == (8, 8) and labels[0].tolist() == [-1] * 8
-    assert labels[1, 0] == 0 and (labels[7] == 1).all() and (labels == 3).sum() == 3  # a row of 10 unlabelled of 16 stays out
-    assert training.labelled_classes(data) == (0, 1, 2, 3)
+    assert torch.equal(patches, cache.encoder_patches(toy.samples[2].image, Models.of(toy.params), toy.params))
+    assert labels.tolist() == patch_labels(toy.store.read(toy.samples[2]), (8, 8), toy.params.min_labelled).tolist()
+    assert labels[0].tolist() == [-1] * 8 and (labels[7] == 1).all() and len(data) == 6 and data.classes() == (0, 1, 2, 3)
+    assert data[None][0].shape == patches.shape and (data[None][1] == -1).all()
 
 
-def test_nothing_labelled_is_refused(drawn, texts, smoke, tmp_path):
-    store, samples = LabelStore(tmp_path / "labels", drawn.space, smoke(LabelParams)), list(drawn.samples[:2])
-    for sample in samples:
-        store.write(sample, PseudoLabel(np.full_like(sample.truth(), IGNORED), [], [], []))
-    with pytest.raises(DataError, match="no patch is labelled; lower min_votes"):
-        training.train(samples, store, texts, smoke(AlignParams))
+def test_a_collection_is_trained_until_it_fits_on_standardised_patches(toy, home):
+    made = toy.result
+    assert np.mean([s["loss"] for s in made.steps[-4:]]) < np.mean([s["loss"] for s in made.steps[:4]]) - 0.3
+    assert len(made.steps) == 40 * 2 and made.classes == (0, 1, 2, 3)
+    patches = [cache.encoder_patches(s.image, Models.of(toy.params), toy.params).float().flatten(1) for s in toy.samples]
+    torch.testing.assert_close(made.alignment.mean, torch.cat(patches, dim=1).mean(dim=1), atol=1e-4, rtol=1e-4)
 
 
-def test_no_labelled_patch_is_refused(drawn, texts, smoke, tmp_path):
-    """Labelled pixels, yet no labelled patch."""
-    store, samples = LabelStore(tmp_path / "labels", drawn.space, smoke(LabelParams)), list(drawn.samples[:2])
+def test_the_same_seed_gives_the_same_file_whatever_was_drawn_before(toy, quick, home, tmp_path):
+    made = []
+    for i, seed in enumerate((1, 1, 2)):
+        torch.rand(i + 3)  # the seed is the run's, not the process's
+        train.fit(toy.samples, toy.store, quick.model_copy(update={"seed": seed}), tmp_path / f"{i}.safetensors")
+        made.append(modules.load(tmp_path / f"{i}.safetensors")[0].state_dict())
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+    assert not torch.equal(made[0]["module.project.weight"], made[2]["module.project.weight"])
+    torch.manual_seed(1)  # and the fresh weights are those of the seed
+    expected = Alignment(toy.result.alignment.width, toy.result.alignment.out, ModuleParams(module="linear"))
+    slow = quick.model_copy(update={"seed": 1, "learning_rate": 1e-12})
+    begun = train.fit(toy.samples, toy.store, slow, tmp_path / "slow.safetensors").alignment
+    torch.testing.assert_close(begun.module.project.weight, expected.module.project.weight)
+
+
+def test_a_module_is_read_where_nothing_changed_and_trained_anew_where_anything_did(toy, quick, own_store, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "module.safetensors"
+    first = train.fit(toy.samples, own_store, quick, path)
+    whole, trained = path.read_bytes(), []
+    original = training.train
+    monkeypatch.setattr(training, "train", lambda *given: trained.append(1) or original(*given))
+
+    def fit(samples=toy.samples, initial=None, **changed):
+        trained.clear()
+        made = train.fit(samples, own_store, quick.model_copy(update=changed), path, initial)
+        again, path_now = bool(trained), path.read_bytes()
+        path.write_bytes(whole)
+        return again, made, path_now
+
+    again, read, _ = fit()
+    assert not again and "trained before" in capsys.readouterr().out and read.steps == first.steps and read.classes == first.classes
+    for changed in ({"learning_rate": 0.1}, {"seed": 9}, {"patch_share": 0.5}, {"temperature": 0.5}, {"templates": "seven"}):
+        assert fit(**changed)[0], changed
+    assert fit(samples=toy.samples[:4])[0] and fit(initial=toy.path)[0]
+    assert not fit(limit=3, window=64, crop_batch=1, residual=True)[0]  # they have no part in the training
+
+    for damaged in (b"", whole[: len(whole) // 2], b"no module at all"):
+        path.write_bytes(damaged)
+        again, made, now = fit()
+        assert again and modules.load(path)[0].module.project.weight.equal(first.alignment.module.project.weight), damaged[:9]
+    files.write_tensors(path, {"a": torch.ones(2)})  # a foreign file
+    assert fit()[0]
+
+    map_of = own_store.path(toy.samples[0])  # corrected by hand
+    labels = np.array(Image.open(map_of))
+    corrected = Image.fromarray(np.where(labels == 0, 1, labels).astype(np.uint8), mode="P")
+    corrected.putpalette(Image.open(map_of).getpalette())
+    corrected.save(map_of)
+    again, made, _ = fit()
+    assert again and not torch.equal(made.alignment.module.project.weight, first.alignment.module.project.weight)
+
+
+def test_a_module_says_what_made_it_and_its_record_what_did_the_work(toy, quick, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that was not used
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    path = tmp_path / "module.safetensors"
+    train.train(toy.samples, toy.store, quick, path)
+    described, record = modules.load(path)[1], files.read_json(tmp_path / "module.json")
+    wanted = {"loss", "temperature", "learning_rate", "epochs", "image_size", "precision", "vocabulary", "seed", "module"}
+    assert wanted <= described["parameters"].keys() and described["parameters"]["epochs"] == 1
+    assert described["weights"] == {"clip": quick.clip, "sam": quick.sam, "encoder": load_encoder(quick.encoder).key}
+    assert described["classes"] == ["sky", "grass", "sun", "house"] and described["images"] == record["images"] == 6
+    assert "CPU" in record["hardware"] and record["weights"]["module"] == files.file_sha256(path)
+    assert len(described["curve"]["loss"]) == record["protocol"]["steps"] == 2
+    assert train.module_path(quick) == home / "modules/smoke/alignment.safetensors"
+
+
+def test_an_anchored_module_depends_on_the_dense_map(toy, quick, home, tmp_path):
+    """CLIP's features, and so their parameters, are an input of the training where the anchor has a weight."""
+    made = []
+    for residual in (False, True):
+        params = quick.model_copy(update={"dense_weight": 0.5, "residual": residual})
+        made.append(train.fit(toy.samples, toy.store, params, tmp_path / "m.safetensors").alignment.module.project.weight)
+    assert not torch.equal(*made)
+
+
+@pytest.mark.parametrize("pixels", [0, 1])
+def test_nothing_labelled_is_refused(toy, quick, home, tmp_path, pixels):
+    """Neither with no labelled pixel nor with too few for one patch; and no label map at all is another sentence."""
+    store, samples = LabelStore(tmp_path / "labels", toy.drawn.space, toy.params), toy.samples[:2]
+    with pytest.raises(DataError, match="no image has a pseudo label"):
+        train.fit(samples, store, quick, tmp_path / "m.safetensors")
     for sample in samples:
         labels = np.full_like(sample.truth(), IGNORED)
-        labels[5, 5] = 1
+        labels[5, 5 : 5 + pixels] = 1
         store.write(sample, PseudoLabel(labels, [], [], []))
-    with pytest.raises(DataError, match="labelled"):
-        training.train(samples, store, texts, smoke(AlignParams))
+    with pytest.raises(DataError, match="no patch is labelled"):
+        train.fit(samples, store, quick, tmp_path / "m.safetensors")
 
 
-# ---------------------------------------------------------------- Segmenter
+def test_an_image_that_cannot_be_encoded_is_left_out(toy, quick, own_store, tmp_path, monkeypatch):
+    broken = dataclasses.replace(toy.samples[0], name="broken", image=tmp_path / "broken.png")
+    broken.image.write_bytes(b"no image")
+    own_store.write(broken, PseudoLabel(toy.samples[0].truth(), [], [], []))
+    train.fit([broken, *toy.samples], own_store, quick, tmp_path / "m.safetensors")
+    assert modules.load(tmp_path / "m.safetensors")[1]["images"] == 6
 
 
-@pytest.fixture(scope="module")
-def segmenter(module):
-    return Segmenter.load(module, params=SegmentParams(segment_short_side=128, window=128, window_stride=64))
-
-
-def test_label_map_has_the_size_of_the_picture(segmenter):
-    generator = np.random.default_rng(0)
-    for size in ((90, 133), (300, 61), (8, 8)):
-        result = segmenter.segment(generator.integers(0, 255, (*size, 3), np.uint8), WORDS)
-        assert result.labels.shape == size and result.labels.dtype == np.uint8 and result.labels.max() < 4
-        assert result.space.names == ("sky", "grass", "sun", "house") and result.similarity.shape[0] == 4
-        assert min(result.similarity.shape[1:]) == 128 and result.similarity.abs().max() <= 1.001
-
-
-@pytest.mark.parametrize("classes", ["", " , ", [], ["cat", " cat "], "cat, dog, cat", ["cat", 3]])
-def test_empty_and_repeated_classes_are_refused(classes, segmenter):
-    with pytest.raises(ParameterError) as caught:
-        segmenter.segment(np.zeros((32, 32, 3), np.uint8), classes)
-    assert "\n" not in str(caught.value) and "classes: " in str(caught.value)
-
-
-def test_background_words_are_class_0(segmenter, drawn):
-    image = images.read_image(drawn.samples[0].image)
-    apart, result = segmenter.segment(image, WORDS).labels, segmenter.segment(image, "sun, house", background="sky, grass")
-    assert result.space.names == ("background", "sun", "house") and result.space.background
-    assert (result.labels == np.array([0, 0, 1, 2], np.uint8)[apart]).mean() > 0.97  # the best word is chosen before interpolation
-    assert len(np.unique(result.labels)) > 1 and (result.labels == 0).mean() > 0.5 and result.space.palette[0].tolist() == [0, 0, 0]
-    with pytest.raises(ParameterError, match="background: also among the classes: sun"):
-        words_space("sun, house", ["sky", "sun"])
-
-
-def test_description_counts_the_pixels(segmenter, drawn):
-    result = segmenter.segment(images.read_image(drawn.samples[1].image), WORDS)
-    told = segmenter.describe(result)
-    assert (told["height"], told["width"]) == result.labels.shape
-    assert {c["name"]: c["pixels"] for c in told["classes"]} == {
-        result.space.names[k]: int((result.labels == k).sum()) for k in np.unique(result.labels)
-    }
-
-
-def test_label_map_is_interpolation_then_argmax():
-    similarity = torch.randn(7, 6, 9, generator=torch.Generator().manual_seed(0))
-    expected = F.interpolate(similarity[None], (37, 50), mode="bilinear", align_corners=False)[0].argmax(dim=0)
-    np.testing.assert_array_equal(segmenter.label_map(similarity, (37, 50)), expected.numpy())
-    assert (segmenter.label_map(torch.zeros(5, 3, 3), (9, 9)) == 0).all()
-
-
-def test_similarity_of_one_window_is_the_direct_one(drawn, module):
-    image = images.read_image(drawn.samples[0].image)  # 128 x 160
-    segmenter = Segmenter.load(module, params=SegmentParams(segment_short_side=128, window=160, window_stride=160))
-    embedded, texts = segmenter.embed(image), segmenter.texts(words_space(WORDS))
-    aligned, described = alignment.load(module)
-    with torch.inference_mode():
-        z = aligned(load_encoder(described["encoder"]).encode(torch.from_numpy(image)[None]))
-        expected = torch.einsum("kd,bdhw->bkhw", texts.features, z)
-        expected = F.interpolate(expected, (128, 160), mode="bilinear", align_corners=False)[0]
-    assert len(embedded.windows) == 1
-    torch.testing.assert_close(segmenter.similarity(embedded, texts), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_overlapping_windows_are_averaged(drawn, segmenter):
-    image, texts = images.read_image(drawn.samples[0].image), segmenter.texts(words_space(WORDS))
-    embedded = segmenter.embed(image)
-    assert [(w.top, w.left, w.height, w.width) for w in embedded.windows] == [(0, 0, 128, 128), (0, 32, 128, 128)]
-    left, right = (
-        F.interpolate(torch.einsum("kd,dhw->khw", texts.features, z)[None], (128, 128), mode="bilinear", align_corners=False)[0]
-        for z in embedded.maps
-    )
-    made = segmenter.similarity(embedded, texts)
-    torch.testing.assert_close(made[..., :32], left[..., :32], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(made[..., 128:], right[..., 96:], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(made[..., 32:128], (left[..., 32:] + right[..., :96]) / 2, atol=1e-5, rtol=1e-5)
-
-
-def test_dense_clip_is_the_normalised_map(clip, drawn):
-    image = images.resize(images.read_image(drawn.samples[0].image), (100, 100))
-    made = DenseClip(clip).embed(torch.from_numpy(image)[None])
-    direct = clip.encode_crops(torch.from_numpy(images.resize(image, (224, 224)))[None]).maps
-    torch.testing.assert_close(made, F.normalize(direct, dim=1))
-
-
-def test_a_file_that_is_no_module_is_refused(tmp_path):
-    files.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
-    with pytest.raises(DataError, match="not an alignment module"):
-        Segmenter.load(tmp_path / "x.safetensors")
-    with pytest.raises(DataError, match="no trained module there; run notebook 04 or: fmbseg train"):
-        Segmenter.load(tmp_path / "none.safetensors")
-
-
-def test_the_module_that_is_loaded_by_default_is_the_embedded_profiles(module, own_home):
-    with pytest.raises(DataError, match=r"modules/embedded/alignment\.safetensors: no trained module there"):
-        Segmenter.load()
-    alignment.place().parent.mkdir(parents=True)
-    alignment.place().write_bytes(module.read_bytes())
-    assert Segmenter.load().embedder.key == Segmenter.load(module).embedder.key
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-@pytest.mark.parametrize("method", evaluate.METHODS)
-def test_evaluation_is_the_direct_computation_and_is_kept(method, drawn, module, smoke, monkeypatch):
-    params = smoke(EvaluateParams, eval_limit=3)
-    (record,) = evaluate.evaluate(method, [drawn], params, str(module))
-    counts, confusion = Confusion(4), np.zeros((4, 5), dtype=int)
-    for sample in (drawn.samples[0], drawn.samples[2], drawn.samples[4]):
-        (prediction,) = evaluate.predict(method, [(sample, drawn.space)], params, str(module), "cpu")
-        assert prediction.shape == sample.truth().shape and prediction.dtype == np.uint8
-        counts.add(sample.truth(), prediction)
-        for t, p in zip(sample.truth().ravel(), prediction.ravel()):
-            confusion[t, min(p, 4)] += 1
-    ious = [confusion[k, k] / (confusion[k].sum() + confusion[:, k].sum() - confusion[k, k]) for k in range(4)]
-    assert record.miou == pytest.approx(counts.miou(), abs=1e-3) == pytest.approx(100 * np.mean(ious), abs=1e-3)
-    assert record.iou["house"] == pytest.approx(100 * ious[3], abs=1e-3) and (record.images, record.failed) == (3, 0)
-    assert record.notes == ["random weights: the number means nothing"] and record.dataset == "drawn"
-    monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("predicted again"))
-    (again,) = evaluate.evaluate(method, [drawn], params, str(module))
-    assert (again.miou, again.iou, again.images) == (record.miou, record.iou, 3)
-
-
-def test_shared_pictures_go_through_the_model_once(drawn, smoke, own_home, monkeypatch):
-    other = collections.Dataset(
-        "other", label_spaces.own_words(["tree", "sea", "moon", "barn"], "other"), drawn.samples[:2], "the same images"
-    )
-    seen, predict = [], evaluate.predict
-    monkeypatch.setattr(
-        evaluate,
-        "predict",
-        lambda method, columns, *rest: seen.append((columns[0][0].name, len(columns))) or predict(method, columns, *rest),
-    )
-    records = evaluate.evaluate("dense_high_resolution", [drawn, other], smoke(EvaluateParams))
-    assert [(r.dataset, r.images) for r in records] == [("drawn", 6), ("other", 2)]
-    assert sorted(seen) == [(f"drawn_{i}", 2 if i < 2 else 1) for i in range(6)]
-    assert set(records[1].iou) == {"tree", "sea", "moon", "barn"}
-
-
-def test_another_module_is_evaluated_anew(drawn, module, trained, smoke, tmp_path, monkeypatch):
-    params = smoke(EvaluateParams, eval_limit=1)
-    evaluate.evaluate("fmbseg", [drawn], params, str(module))
-    described = alignment.load(module)[1] | {"key": "another"}
-    other = alignment.save(tmp_path / "other.safetensors", trained[0].alignment, described)
-    seen, predict = [], evaluate.predict
-    monkeypatch.setattr(evaluate, "predict", lambda *arguments: seen.append(1) or predict(*arguments))
-    evaluate.evaluate("fmbseg", [drawn], params, str(other))
-    assert seen == [1]
-
-
-def test_a_failing_picture_is_counted(drawn, smoke, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"not an image")
-    broken = collections.Sample("broken", tmp_path / "broken.png", drawn.samples[0].truth)
-    mixed = collections.Dataset("drawn", drawn.space, (drawn.samples[0], broken), "")
-    (record,) = evaluate.evaluate("dense_high_resolution", [mixed], smoke(EvaluateParams))
-    assert (record.images, record.failed) == (1, 1)
-
-
-def test_unknown_method_and_missing_module_are_refused(drawn, smoke, tmp_path):
-    with pytest.raises(ParameterError, match="method 'magic': unknown; known are dense"):
-        evaluate.evaluate("magic", [drawn], smoke(EvaluateParams))
-    with pytest.raises(DataError, match="no trained module there; run notebook 04 or: fmbseg train"):
-        evaluate.evaluate("fmbseg", [drawn], smoke(EvaluateParams), str(tmp_path / "none.safetensors"))
-
-
-def test_stage1_as_a_prediction_folds_the_background_words(drawn, smoke, monkeypatch):
-    """Words 0 and 1 are background's: what they label, and what nothing labels, is class 0."""
-    space = words_space("sun, house", "sky, grass")
-    labels = np.array([[0, 1, 2, 3, 255]], dtype=np.uint8)
-    monkeypatch.setattr(evaluate.pseudo_labels, "label_picture", lambda *_: PseudoLabel(labels, [], [], []))
-    params = smoke(EvaluateParams)
-    assert evaluate.predict("stage1", [(drawn.samples[0], space)], params, "", "cpu")[0].tolist() == [[0, 0, 1, 2, 0]]
-    assert evaluate.predict("stage1", [(drawn.samples[0], drawn.space)], params, "", "cpu")[0].tolist() == [[0, 1, 2, 3, 255]]
+def test_encoders_are_listed_with_what_brings_them():
+    made = train.encoders()
+    assert {"efficientnet_lite2", "mobile_sam", "dinov2_vitl14"} <= set(made.index)
+    assert made.loc["dinov2_vitl14", "command"] in ("", "fmbseg fetch dinov2_vitl14")

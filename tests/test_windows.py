@@ -34,9 +34,9 @@ def test_small_side_gets_one_window_of_its_length():
 @pytest.mark.parametrize("height, width, size, stride", SIZES)
 def test_stitching_gives_back_what_was_cut(height, width, size, stride):
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    picture = torch.stack([rows, columns, torch.full_like(rows, 7)]).float()
+    ramp = torch.stack([rows, columns, torch.full_like(rows, 7)]).float()
     places = windows(height, width, size, stride)
-    assert torch.equal(stitch(((w, w.of(picture)) for w in places), height, width), picture)
+    assert torch.equal(stitch(((w, w.of(ramp)) for w in places), height, width), ramp)
 
 
 def test_overlaps_are_averaged():
@@ -48,14 +48,6 @@ def test_windows_that_do_not_cover_are_refused():
     for tiles in ([(Window(0, 0, 2, 2), torch.ones(1, 2, 2))], []):
         with pytest.raises(ValueError, match="do not cover"):
             stitch(tiles, 2, 3)
-
-
-def test_scaled_window_covers_the_same_part():
-    window = Window(1, 2, 3, 4)
-    assert window.scaled(5) == Window(5, 10, 15, 20)
-    small = torch.rand(2, 6, 8)
-    large = small.repeat_interleave(5, 1).repeat_interleave(5, 2)
-    assert torch.equal(window.scaled(5).of(large)[:, ::5, ::5], window.of(small))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

@@ -1,4 +1,4 @@
-"""Worker processes: kept from call to call, replaced when one is lost, and gone when their parent is."""
+"""One loop over many items: worker processes that are kept, replaced when one is lost, and gone when their parent is."""
 
 import os
 import signal
@@ -6,15 +6,27 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from fmbseg.errors import DataError, WorkerLost
+from fmbseg import files
+from fmbseg.errors import DataError, ParameterError, WorkerLost
 from fmbseg.runs import parallel
 
 
 def process_of(item):
     time.sleep(0.1)
-    return os.getpid(), os.environ.get("FMBSEG_TEST", "")
+    return os.getpid(), str(files.home()), os.getcwd()
+
+
+held = []
+
+
+def growing(item):
+    """A process that holds 330 MB more after every item, as with the models of other steps."""
+    held.append(np.ones(330_000_000, dtype=np.uint8))
+    time.sleep(1.1)
+    return os.getpid()
 
 
 def troubled(item):
@@ -45,14 +57,37 @@ def _fresh():
     parallel.release()
 
 
-def test_workers_are_kept_for_the_next_call_and_not_for_other_surroundings(monkeypatch):
+def test_workers_are_kept_for_the_next_call_and_not_for_other_surroundings(monkeypatch, tmp_path):
     first = workers_of()
-    assert os.getpid() not in {pid for pid, _ in first}
+    assert os.getpid() not in {pid for pid, *_ in first}
     again = workers_of()
     assert again & first and len(again | first) <= 2
-    monkeypatch.setenv("FMBSEG_TEST", "other")
+    monkeypatch.setenv("FMBSEG_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
     other = workers_of()
-    assert {value for _, value in other} == {"other"} and not {pid for pid, _ in other} & {pid for pid, _ in again | first}
+    assert {tuple(where) for _, *where in other} == {(str(tmp_path / "home"), str(tmp_path))}
+    assert not {pid for pid, *_ in other} & {pid for pid, *_ in again | first}
+
+
+def test_a_worker_that_grows_is_kept_with_its_models():
+    pids = [pid for _, pid in parallel.each(growing, range(4), "test", 2).results]
+    assert len(set(pids)) <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_are_taken_one_by_one_and_not_kept(workers):
+    taken = []
+    done = parallel.each(abs, [-3, 1, -2], "test", workers, take=lambda item, result: taken.append((item, result)))
+    assert sorted(taken) == [(-3, 3), (-2, 2), (1, 1)] and done.results == [] and done.failures == []
+
+
+def test_items_in_shards_and_evenly_spaced():
+    assert [parallel.shard("abcde", i, 2) for i in (0, 1)] == [["a", "c", "e"], ["b", "d"]]
+    for shard, count in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ParameterError, match=f"shard = {shard}, num_shards = {count}"):
+            parallel.shard([1, 2, 3], shard, count)
+    assert parallel.evenly_spaced(range(10), 4) == [0, 2, 5, 7] and parallel.evenly_spaced(range(3), 5) == [0, 1, 2]
+    assert parallel.evenly_spaced(range(3), None) == [0, 1, 2] and parallel.evenly_spaced([], 2) == []
 
 
 def test_a_failure_is_one_items_and_a_bug_stops_the_run_but_not_the_next():
@@ -73,7 +108,7 @@ def test_a_worker_lost_between_calls_is_replaced():
     lost = next(iter(workers_of()))[0]
     os.kill(lost, signal.SIGKILL)
     time.sleep(1)
-    assert lost not in {pid for pid, _ in workers_of()}
+    assert lost not in {pid for pid, *_ in workers_of()}
 
 
 def test_an_interrupt_is_the_parents_alone():
@@ -91,7 +126,7 @@ def test_a_stopped_run_begins_nothing_more(tmp_path):
 
 
 def test_released_workers_are_gone():
-    workers = [pid for pid, _ in workers_of()]
+    workers = [pid for pid, *_ in workers_of()]
     parallel.release()
     gone(workers)
     parallel.release()  # nothing there: nothing to do
@@ -100,9 +135,9 @@ def test_released_workers_are_gone():
 SCRIPT = """
 import sys
 from fmbseg.runs import parallel
-import test_jobs
+import test_parallel
 if __name__ == "__main__":
-    print(*sorted({pid for _, (pid, _) in parallel.each(test_jobs.process_of, range(6), "test", 2).results}), flush=True)
+    print(*sorted({pid for _, (pid, *_) in parallel.each(test_parallel.process_of, range(6), "test", 2).results}), flush=True)
     sys.stdin.read()
 """
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -8,7 +9,6 @@ import torch
 
 from fmbseg import files
 from fmbseg.errors import DataError
-from fmbseg.files import Store
 
 
 def names(folder):
@@ -46,7 +46,8 @@ import os, sys, torch
 from fmbseg import files
 write, path = sys.argv[1:]
 if write == "tensors":
-    files.save_file = lambda tensors, part, metadata: (open(part, "wb").write(b"half"), os._exit(9))
+    import safetensors.torch
+    safetensors.torch.save_file = lambda tensors, part, metadata: (open(part, "wb").write(b"half"), os._exit(9))
     files.write_tensors(path, {"a": torch.ones(3)})
 with files.atomic_path(path) as part:
     part.write_text("half")
@@ -75,49 +76,21 @@ def image(tmp_path):
     return path
 
 
-def test_store_names_the_picture_and_makes_once(tmp_path, image):
-    store, made = Store(tmp_path / "store", ".txt", "weights", {"crop": 224}), []
-
-    def make(path):
-        made.append(path)
-        with files.atomic_path(path) as part:
-            part.write_text("product")
-
-    first, second = store.get(image, make), store.get(image, make)
-    assert first == second == store.path(image) and made == [first]
-    assert first.name.startswith("image-") and first.suffix == ".txt" and first.parent == tmp_path / "store"
-
-
-def test_key_changes_with_content_and_picture(tmp_path, image):
-    def path(*content):
-        return Store(tmp_path, ".x", *content).path(image)
-
-    base = path("weights", {"crop": 224, "stride": 112})
-    assert base == path("weights", {"stride": 112, "crop": 224})
-    others = [path("weights", {"crop": 225, "stride": 112}), path("other", {"crop": 224, "stride": 112}), path("weights"), path()]
-    image.write_bytes(b"other bytes of an image")
-    others.append(path("weights", {"crop": 224, "stride": 112}))
-    assert len({base, *others}) == 6
-    image.write_bytes(b"bytes of an image")
-    os.utime(image, ns=(1, 1))
-    assert path("weights", {"crop": 224, "stride": 112}) == base
-
-
-def test_key_changes_with_bytes_of_the_same_length(tmp_path, image):
-    before = Store(tmp_path, ".x").path(image)
-    image.write_bytes(b"BYTES OF A PICTURE")
-    os.utime(image, ns=(2, 2))
-    assert Store(tmp_path, ".x").path(image) != before
-
-
-def test_pictures_of_one_name_do_not_collide(tmp_path, image):
+def test_hash_is_of_the_bytes_and_is_taken_again_when_they_change(tmp_path, image):
+    before = files.sha256_of(image)
+    assert before == files.file_sha256(image) == files.sha256_of(str(image)) == hashlib.sha256(b"bytes of an image").hexdigest()
     other = tmp_path / "elsewhere" / image.name
     other.parent.mkdir()
-    other.write_bytes(b"another image")
-    store = Store(tmp_path, ".x")
-    assert store.path(other) != store.path(image)
     other.write_bytes(image.read_bytes())
-    assert store.path(other) == store.path(image)
+    assert files.sha256_of(other) == before
+    image.write_bytes(b"BYTES OF AN IMAGE")  # of the same length
+    os.utime(image, ns=(2, 2))
+    assert files.sha256_of(image) == hashlib.sha256(b"BYTES OF AN IMAGE").hexdigest()
+
+
+def test_hash_of_a_file_that_is_gone_is_one_sentence(tmp_path):
+    with pytest.raises(DataError, match="none.jpg: cannot be read .*put it back or leave it out"):
+        files.sha256_of(tmp_path / "none.jpg")
 
 
 def test_digest_is_the_same_on_any_machine():
@@ -164,12 +137,13 @@ def test_damaged_json_is_refused(tmp_path, content):
         files.read_json(tmp_path / "x.json")
 
 
-def test_project_root_is_the_nearest_above(tmp_path, monkeypatch):
-    for folder in ("notebooks/deep", "params"):
-        (tmp_path / "project" / folder).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "project" / "notebooks" / "deep")
-    assert files.project_root() == tmp_path / "project"
-    monkeypatch.chdir(tmp_path)
+def test_a_clone_is_the_nearest_folder_above_that_holds_both(tmp_path, monkeypatch):
+    for folder in ("clone/notebooks/deep", "clone/params", "other/params"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "clone" / "notebooks" / "deep")
+    assert files.checkout() == files.project_root() == files.working_root() == tmp_path / "clone"
+    monkeypatch.chdir(tmp_path / "other")
+    assert files.checkout() is None and files.working_root() == tmp_path / "other"
     with pytest.raises(DataError, match="run this command inside a clone"):
         files.project_root()
 

@@ -1,4 +1,4 @@
-"""Image-text models, SAM and encoders: value path, real fetch, random architectures."""
+"""Image-text models, SAM and encoders: value path, real weights, random architectures, bfloat16."""
 
 import numpy as np
 import open_clip
@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmbseg.data import benchmarks
+from fmbseg.data import benchmarks, fetch, images
 from fmbseg.errors import ParameterError, WeightsError
 from fmbseg.models.clip import LIT, ImageText, load_clip, value_path
-from fmbseg.models.encoders import load_encoder
+from fmbseg.models.encoders import FeaturePyramid, load_encoder
+from fmbseg.models.precision import lower
 from fmbseg.models.sam import load_sam
+from fmbseg.models.texts import class_texts, templates
 
 
 def crops(count=2, side=224):
@@ -36,9 +38,7 @@ def test_value_path_of_open_clips_own_tower_is_the_last_block_written_by_hand():
     clip = load_clip("random:ViT-S-32")
     pixels = crops()
     out = clip.encode_crops(pixels)
-    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(
-        1, 3, 1, 1
-    )
+    normalised = images.normalise(pixels, clip.mean, clip.std)
     expected = hand_written_value(clip.tower, normalised)
     torch.testing.assert_close(out.maps.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.tokens, clip.model.encode_image(normalised), atol=1e-5, rtol=1e-4)
@@ -48,9 +48,7 @@ def test_plain_path_is_the_projected_patch_tokens():
     clip = load_clip("random:ViT-S-32")
     clip.tower.output_tokens = True
     pixels = crops()
-    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(
-        1, 3, 1, 1
-    )
+    normalised = images.normalise(pixels, clip.mean, clip.std)
     _, tokens = clip.tower(normalised)
     clip.tower.output_tokens = False
     out = clip.encode_crops(pixels, path="plain").maps
@@ -65,11 +63,37 @@ def test_value_path_with_residual_adds_the_input_and_the_mlp():
     torch.testing.assert_close(value_path(block, x, residual=True), middle + block.mlp(block.ln_2(middle)))
 
 
-def test_value_path_equals_full_attention_when_there_is_one_token():
-    """With one token attention has one place to look, so the value path is the attention itself."""
-    block = load_clip("random:ViT-S-32").blocks[-1]
-    x = torch.randn(3, 1, block.attn.embed_dim)
+def tiny_vit(**vision):
+    """A small ViT of open_clip's own, all of its numbers at random."""
+    torch.manual_seed(0)
+    vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64} | vision
+    model = open_clip.model.CLIP(48, vision, {"layers": 1, "width": 32, "heads": 2})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    open_clip.model.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": (64, 64)})
+    return ImageText(model, None, "tiny")
+
+
+@pytest.mark.parametrize("vision", [{}, {"ls_init_value": 0.3}], ids=["plain", "layer scale"])
+def test_value_path_with_residual_is_the_whole_block_when_there_is_one_token(vision):
+    """With one token attention has one place to look: with LayerScale too, input, scales and MLP are the block's own."""
+    block = tiny_vit(**vision).blocks[-1]
+    x = torch.randn(3, 1, 64)
     torch.testing.assert_close(value_path(block, x, residual=True), block(x), atol=1e-5, rtol=1e-4)
+
+
+def test_layer_scale_is_in_the_residual_path_of_a_whole_tower():
+    clip = tiny_vit(ls_init_value=0.3)
+    caught = []
+    clip.blocks[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    made = clip.encode_crops(crops(2, 64), residual=True).maps
+    x, block = caught[0], clip.blocks[-1]
+    width = x.shape[-1]
+    value = F.linear(block.ln_1(x), block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :])
+    x = x + block.ls_1.gamma * block.attn.out_proj(value)
+    x = x + block.ls_2.gamma * block.mlp(block.ln_2(x))
+    expected = (clip.tower.ln_post(x) @ clip.tower.proj)[:, 1:]
+    torch.testing.assert_close(made.flatten(2).transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_timm_trunk_takes_the_value_path_too():
@@ -91,9 +115,9 @@ def test_timm_trunk_takes_the_value_path_too():
     torch.testing.assert_close(out.maps.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_stand_in_maps_average_to_its_own_image_features(photograph):
+def test_stand_in_maps_average_to_its_own_image_features(real_image):
     clip = load_clip(LIT)
-    pixels = torch.from_numpy(photograph[:256, :256].copy())[None]
+    pixels = torch.from_numpy(real_image[:256, :256].copy())[None]
     out = clip.encode_crops(pixels)
     assert out.maps.shape == (1, 384, 8, 8)
     torch.testing.assert_close(out.maps.mean(dim=(2, 3)), out.tokens, atol=1e-4, rtol=1e-3)
@@ -108,11 +132,8 @@ def test_stand_in_knows_a_cat_from_a_bus():
     assert texts[0] @ texts[1] > texts[0] @ texts[2] + 0.2
 
 
-def test_stand_in_finds_what_is_in_real_photographs():
+def test_stand_in_finds_what_is_in_real_images():
     """Image-level truth of the embedded images: the best of the 80 names is one of the image's in most of them."""
-    from fmbseg.data import images
-    from fmbseg.models.texts import class_texts
-
     clip, found = load_clip(LIT), benchmarks.load_benchmark("embedded_coco_object80")
     texts = class_texts(clip, found.space)
     hits = 0
@@ -124,9 +145,7 @@ def test_stand_in_finds_what_is_in_real_photographs():
     assert hits >= 15  # of 30; chance is about 1
 
 
-def test_sam_outlines_the_cup_in_a_real_photograph():
-    from fmbseg.data import images
-
+def test_sam_outlines_the_cup_in_a_real_image():
     found = benchmarks.load_benchmark("embedded_coco_object80")
     (one,) = [s for s in found.samples if s.name == "000000311303"]
     cup = one.truth() == found.space.names.index("cup")
@@ -138,29 +157,28 @@ def test_sam_outlines_the_cup_in_a_real_photograph():
     assert max((m & cup).sum() / (m | cup).sum() for m in masks) > 0.85
 
 
-def test_sam_sees_a_picture_once_and_the_kept_embedding_gives_the_same_masks(photograph, tmp_path, monkeypatch):
+def test_sam_sees_an_image_once_and_a_kept_embedding_gives_the_same_masks(real_image, monkeypatch):
     sam = load_sam("random:tiny_sam")
     calls = []
     forward = sam.model.image_encoder.forward
     monkeypatch.setattr(sam.model.image_encoder, "forward", lambda x: calls.append(1) or forward(x))
-    sam.set_image(photograph, tmp_path / "e.safetensors")
-    first = sam.predict(np.array([[50, 60]]))
-    sam.automatic_masks(photograph, 2, 2, 0.0, 0.0, 0.7)
+    sam.set_image(real_image)
+    kept, first = sam.embedding.clone(), sam.predict(np.array([[50, 60]]))
+    sam.automatic_masks(real_image, 2, 2, 0.0, 0.0, 0.7)
     assert len(calls) == 1
-    sam.set_image(photograph[::-1].copy())
-    sam.set_image(photograph, tmp_path / "e.safetensors")
+    sam.set_image(real_image[::-1].copy())
+    sam.set_image(real_image, kept)
     again = sam.predict(np.array([[50, 60]]))
     assert len(calls) == 2
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
 
 
-@pytest.mark.parametrize("name, width", [("efficientnet_lite2", 520), ("mobile_sam", 480), ("efficientnet_lite2+mobile_sam", 1000)])
-def test_embedded_encoders(name, width, photograph):
-    encoder = load_encoder(name)
-    pixels = torch.from_numpy(photograph[:224, :256].copy())[None]
-    patches = encoder.encode(pixels)
-    assert encoder.width == width and patches.shape == (1, width, 14, 16) and torch.isfinite(patches).all()
+def test_encoders_joined_are_their_patches_side_by_side(real_image):
+    pixels = torch.from_numpy(real_image[:224, :256].copy())[None]
+    first, second, both = (load_encoder(n).encode(pixels) for n in ("efficientnet_lite2", "mobile_sam", "efficientnet_lite2+mobile_sam"))
+    assert first.shape == (1, 520, 14, 16) and second.shape == (1, 480, 14, 16)
+    torch.testing.assert_close(both, torch.cat([first, second], dim=1))
 
 
 @pytest.mark.parametrize("name, width", [("dinov2_vits14", 384), ("dinov2_vitb14", 768)])
@@ -198,8 +216,55 @@ def test_hub_weights_that_are_not_here_name_the_command(monkeypatch):
 
 def test_encoder_key_covers_the_stages_it_reads():
     """Kept patches are found by this key: the same weights read at other stages are another encoder."""
-    from fmbseg.models.encoders import FeaturePyramid
-
     network = load_encoder("random:efficientnet_lite2").network
     one, other = (FeaturePyramid("name", network, stages, 16, (0.5,) * 3, (0.5,) * 3) for stages in ([3], [4]))
     assert one.key != other.key
+
+
+def test_template_sets():
+    assert [len(templates(name)) for name in ("one", "plain", "seven", "eighty")] == [1, 1, 7, 80]
+    with pytest.raises(ParameterError, match="templates = 'nine': unknown"):
+        templates("nine")
+
+
+# ---------------------------------------------------------------- bfloat16
+
+
+@pytest.mark.parametrize("name", ["random:ViT-S-32", LIT])
+def test_clip_in_bf16_is_close_and_another_key(name):
+    full, low = (load_clip(name, "cpu", None, precision) for precision in ("fp32", "bf16"))
+    made, lowered = (clip.encode_crops(crops()) for clip in (full, low))
+    for one, other in ((made.maps, lowered.maps), (made.tokens, lowered.tokens)):
+        assert other.dtype == torch.float32 and not torch.equal(one, other)
+        assert F.cosine_similarity(one.flatten(1), other.flatten(1)).min() > 0.99
+    assert low.key == f"{full.key} bf16"
+
+
+def test_encoder_in_bf16_is_close_and_another_key(real_image):
+    full, low = (load_encoder("efficientnet_lite2", "cpu", precision) for precision in ("fp32", "bf16"))
+    pixels = torch.from_numpy(real_image[:224, :256].copy())[None]
+    one, other = full.encode(pixels), low.encode(pixels)
+    assert other.dtype == torch.float32 and not torch.equal(one, other) and low.key == f"{full.key} bf16"
+    assert F.cosine_similarity(one, other, dim=1).min() > 0.98
+
+
+def test_sam_in_bf16_outlines_the_same_thing(real_image):
+    masks = {}
+    for precision in ("fp32", "bf16"):
+        sam = load_sam("mobile_sam", "cpu", precision)
+        sam.set_image(real_image)
+        found, scores = sam.predict(np.array([[real_image.shape[1] / 2, real_image.shape[0] / 2]]))
+        masks[sam.key] = found[scores.argmax()]
+    (_, one), (key, other) = masks.items()
+    assert key.endswith(" bf16") and (one & other).sum() / (one | other).sum() > 0.9
+
+
+def test_lower_gives_back_float32_and_leaves_fp32_alone():
+    layer = torch.nn.Linear(64, 64)
+    forward = layer.forward
+    lower(layer, "cpu", "fp32")
+    assert layer.forward == forward
+    x = torch.randn(3, 64)
+    full = layer(x)
+    lower(layer, "cpu", "bf16")
+    assert layer(x).dtype == torch.float32 and not torch.equal(layer(x), full) and (layer(x) - full).abs().max() < 0.05

@@ -1,19 +1,13 @@
 """Ablations, stages and fine-tuning on the drawn images with random weights: what is compared, not how well."""
 
-import json
-
-import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
 
-from fmbseg.data import benchmarks, label_spaces
-from fmbseg.errors import DataError, ParameterError
-from fmbseg.params import EvaluateParams, LabelParams
-from fmbseg.runs import ablations, evaluate, records, steps
+from fmbseg.errors import ParameterError
+from fmbseg.runs import ablations, label, modules, records, train
+from fmbseg.runs.evaluate import find_benchmarks
 from fmbseg.schemas import ArchitectureRun, CompareRun, FineTuneRun, StagesRun
-from fmbseg.stage1 import pseudo_labels
-from fmbseg.stage2 import alignment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +21,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(smoke, place):
-    common = {"profile": "smoke", "results_dir": str(place), "eval_limit": 2, "module": "linear"}
+    common = {"profile": "smoke", "results_dir": str(place), "eval_limit": 2, "module": "linear", "reference_images": 0}
     return lambda schema, **values: smoke(schema, **(common | values))
 
 
@@ -36,8 +30,8 @@ def ablation(make):
     """Two variants with two seeds each: (parameters, runs, images, store, benchmarks, frame)."""
     variants = {"warm": {"temperature": 1.0}, "cold": {"temperature": 0.05}}
     params = make(CompareRun, variants=variants, baseline="warm", seeds=[0, 3], learning_rate=0.5, epochs=2)
-    samples = steps.collection(params)
-    store, found = steps.make_labels(samples, params), steps.benchmarks(params)
+    samples = label.collection(params)
+    store, found = label.label(samples, params)[0], find_benchmarks(params.benchmarks)
     runs = ablations.plan(params, "loss")
     return params, runs, samples, store, found, ablations.compare(runs, "loss", samples, store, found)
 
@@ -49,13 +43,13 @@ def test_a_plan_is_every_variant_with_every_seed(make):
         (name, name, seed) for name in ("linear", "mlp", "transformer") for seed in (1, 2)
     ]
     assert len({r.path for r in runs}) == 6
-    (one, two) = ablations.encoder_runs(params, ["a", "b+c"])
+    one, two = ablations.encoder_runs(params, ["a", "b+c"])
     assert (one.params.encoder, two.params.encoder, two.params.seed) == ("a", "b+c", 1) and one.path != two.path
 
 
 def test_variants_are_checked_before_anything_runs(make):
     for values, message in (
-        ({"variants": {"a": {"modul": "mlp"}}, "baseline": "a"}, "variant 'a' sets 'modul'; a variant may set encoder"),
+        ({"variants": {"a": {"modul": "mlp"}}, "baseline": "a"}, "variant 'a' sets 'modul'; a variant may set "),
         ({"variants": {"a": {"epochs": 3}}, "baseline": "a"}, "variant 'a' sets 'epochs'"),
         ({"variants": {"a": {"module": "cnn"}}, "baseline": "a"}, "variant 'a': module = 'cnn'"),
         ({"variants": {"a": {}}, "baseline": "b"}, "baseline = 'b' is none of the variants a"),
@@ -76,36 +70,14 @@ def test_every_run_is_recorded_with_its_own_parameters(ablation, place):
 
 def test_same_seed_same_number_another_seed_another(ablation):
     params, runs, samples, store, found, frame = ablation
-    before = {run.path: run.path.read_bytes() for run in runs}
     for run in runs:
         run.path.unlink()
     again = ablations.compare(runs, "loss", samples, store, found)
     columns = ["method", "param.seed", "miou"]
     assert again[columns].equals(frame[columns])
     assert frame[frame["method"] == "cold"]["miou"].nunique() == 2
-    tensors = [alignment.load(run.path)[0].module.project.weight for run in runs]
+    tensors = [modules.load(run.path)[0].module.project.weight for run in runs]
     assert not tensors[0].equal(tensors[1])
-    assert {run.path for run in runs} == set(before)
-
-
-def test_a_run_made_before_is_read(ablation, monkeypatch, capsys):
-    _, runs, samples, store, _, _ = ablation
-    monkeypatch.setattr(steps.training, "train", lambda *_: pytest.fail("trained again"))
-    result = steps.fit(samples, store, runs[0].params, runs[0].path)
-    assert "trained before" in capsys.readouterr().out
-    assert len(result.steps) == 4 and set(result.steps[0]) == {"step", "epoch", "loss", "learning_rate", "patches"}
-    assert result.classes and result.alignment.params.module == "linear"
-
-
-def test_what_changes_the_training_is_trained_anew(ablation):
-    _, runs, samples, store, _, _ = ablation
-    run = runs[0]
-    key = alignment.load(run.path)[1]["key"]
-    for changed in ({"learning_rate": 0.1}, {"seed": 9}, {"patch_share": 0.5}, {"temperature": 0.5}):
-        steps.fit(samples, store, run.params.model_copy(update=changed), run.path.with_name("other.safetensors"))
-        assert alignment.load(run.path.with_name("other.safetensors"))[1]["key"] != key, changed
-    steps.fit(samples[:4], store, run.params, run.path.with_name("other.safetensors"))
-    assert alignment.load(run.path.with_name("other.safetensors"))[1]["key"] != key
 
 
 def test_curves_hold_every_step(ablation):
@@ -126,7 +98,7 @@ def test_summary_and_pairs_by_hand():
 
 def test_stages_with_and_without_labels_and_fmbseg_on_each(make):
     params = make(StagesRun)
-    frame = ablations.stages(steps.collection(params), steps.benchmarks(params), params)
+    frame = ablations.stages(label.collection(params), find_benchmarks(params.benchmarks), params)
     plain = {"stage1.1", "stage1.2", "stage1"}
     assert set(frame["method"]) == plain | {f"{m}+labels" for m in plain} | {f"fmbseg on {m}" for m in plain}
     table = ablations.stages_table(frame)
@@ -136,36 +108,6 @@ def test_stages_with_and_without_labels_and_fmbseg_on_each(make):
     by_method = frame.set_index("method")["miou"]
     assert table.loc[("drawn", "given", "1.2"), ("the pseudo labels", "miou")] == by_method["stage1.2+labels"]
     assert table.loc[("drawn", "detected", "1.1 + 1.2"), ("FMbSeg trained on them", "miou")] == by_method["fmbseg on stage1"]
-
-
-def test_given_labels_take_the_place_of_detection(make, monkeypatch):
-    """The classes of the truth, less the background, reach Stage 1; without "+labels" nothing does."""
-    drawn = benchmarks.load_benchmark("drawn")
-    seen = []
-    empty = pseudo_labels.PseudoLabel(np.full((128, 160), 255, np.uint8), [], [], [])
-    monkeypatch.setattr(evaluate.pseudo_labels, "label_picture", lambda *arguments: seen.append(arguments[-1]) or empty)
-    for method in ("stage1.1", "stage1.1+labels"):
-        evaluate.predict(method, [(drawn.samples[0], drawn.space)], make(EvaluateParams), "", "cpu")
-    assert seen == [None, (0, 1, 2, 3)]
-
-
-def test_image_level_names_of_the_photographs(make, tmp_path):
-    samples = steps.collection(make(CompareRun, variants={"a": {}}, baseline="a"))
-    file = tmp_path / "names.json"
-    file.write_text(json.dumps({s.image.stem: ["cat", "dragon"] for s in samples}))
-    params = make(LabelParams, image_level_names=str(file))
-    space = label_spaces.vocabulary("voc21")
-    assert pseudo_labels.given_labels(samples[0], space, params) == (space.names.index("cat"),)
-    label = pseudo_labels.label_picture(samples[0].image, space, params, "cpu", pseudo_labels.given_labels(samples[0], space, params))
-    assert [d.name for d in label.detected] == ["cat"]
-    with_names = pseudo_labels.LabelStore(tmp_path / "a", space, params).key
-    assert with_names != pseudo_labels.LabelStore(tmp_path / "b", space, make(LabelParams)).key
-    file.write_text("{}")
-    assert pseudo_labels.LabelStore(tmp_path / "c", space, params).key != with_names
-    with pytest.raises(DataError, match="nowhere.json: cannot be read"):
-        pseudo_labels.content(make(LabelParams, image_level_names="nowhere.json"))
-    with pytest.raises(DataError, match="has no entry in .*names.json; add its names"):
-        pseudo_labels.given_labels(samples[0], space, params)
 
 
 def test_fine_tuning_goes_on_from_the_module_and_uses_no_truth(make, place):
@@ -178,24 +120,18 @@ def test_fine_tuning_goes_on_from_the_module_and_uses_no_truth(make, place):
         fine_tune_rate=1e-9,
         weight_decay=0.0,
     )
-    samples = steps.collection(params)
-    before = steps.module_path(params)
-    steps.fit(samples, steps.make_labels(samples, params), params, before)
-    frame = ablations.fine_tune(steps.benchmarks(params), params)
+    samples = label.collection(params)
+    before = train.module_path(params)
+    train.fit(samples, label.label(samples, params)[0], params, before)
+    frame = ablations.fine_tune(find_benchmarks(params.benchmarks), params)
     assert list(frame["method"]) == ["after", "before"] and frame["miou"].nunique() == 1, "a rate of nothing changes nothing"
-    tuned, described = alignment.load(steps.module_path(params, "fine_tuned"))
-    start, _ = alignment.load(before)
+    tuned, described = modules.load(train.module_path(params, "fine_tuned"))
+    start, _ = modules.load(before)
     assert (tuned.module.project.weight - start.module.project.weight).abs().max() < 1e-6
     assert tuned.mean.equal(start.mean) and described["images"] == 3
-    ablations.fine_tune(steps.benchmarks(params), params.model_copy(update={"fine_tune_rate": 0.5}))
-    tuned, _ = alignment.load(steps.module_path(params, "fine_tuned"))
+    ablations.fine_tune(find_benchmarks(params.benchmarks), params.model_copy(update={"fine_tune_rate": 0.5}))
+    tuned, _ = modules.load(train.module_path(params, "fine_tuned"))
     assert (tuned.module.project.weight - start.module.project.weight).abs().max() > 1e-4
     with pytest.raises(ParameterError, match="target_collection and target_vocabulary: not given"):
         ablations.fine_tune([], make(FineTuneRun))
     assert set(records.load(place / "smoke/records/fine_tune")["param.learning_rate"]) == {params.learning_rate, 0.5}
-
-
-def test_encoders_are_listed_with_what_brings_them():
-    made = steps.encoders()
-    assert {"efficientnet_lite2", "mobile_sam", "dinov2_vitl14"} <= set(made.index)
-    assert made.loc["dinov2_vitl14", "command"] in ("", "fmbseg fetch dinov2_vitl14")

@@ -1,0 +1,158 @@
+"""Deployment: windows, similarities, the label map, words and background words."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmbseg import files
+from fmbseg.data import images
+from fmbseg.data.images import resize_map
+from fmbseg.errors import DataError, ParameterError
+from fmbseg.models.clip import load_clip
+from fmbseg.models.encoders import load_encoder
+from fmbseg.params import SegmentParams
+from fmbseg.runs import modules
+from fmbseg.runs.modules import Segmenter
+from fmbseg.stage2 import segmenter as of
+from fmbseg.stage2.metrics import Confusion
+from fmbseg.stage2.segmenter import DenseClip, words_space
+
+WORDS = "sky, grass, sun, house"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip("random:ViT-S-32")
+
+
+@pytest.fixture(scope="module")
+def segmenter(toy):
+    return Segmenter.load(toy.path, params=SegmentParams(segment_short_side=128, window=128, window_stride=64))
+
+
+@pytest.fixture(scope="module")
+def image(toy):
+    return images.read_image(toy.samples[0].image)  # 128 x 160
+
+
+def test_a_trained_module_segments_what_it_was_trained_on(toy):
+    made, counts = Segmenter.load(toy.path, params=SegmentParams(segment_short_side=128, window=256, window_stride=128)), Confusion(4)
+    for sample in toy.samples:
+        counts.add(sample.truth(), made.segment(images.read_image(sample.image), WORDS).labels)
+    assert counts.miou() > 50  # one class everywhere: about 12
+
+
+def test_a_label_map_is_the_argmax_of_its_similarities_at_the_images_own_size(segmenter):
+    generator = np.random.default_rng(0)
+    for size in ((90, 133), (300, 61), (8, 8)):
+        result = segmenter.segment(generator.integers(0, 255, (*size, 3), np.uint8), WORDS)
+        assert result.labels.shape == size and result.labels.dtype == np.uint8
+        assert result.space.names == ("sky", "grass", "sun", "house") and min(result.similarity.shape[1:]) == 128
+        expected = resize_map(result.similarity[None], size)[0].argmax(dim=0).numpy()
+        assert (result.labels == expected).mean() > 0.999  # but for ties in the last bit
+
+
+@pytest.mark.parametrize("classes", ["", " , ", [], ["cat", " cat "], "cat, dog, cat", ["cat", 3]])
+def test_empty_and_repeated_classes_are_refused(classes, segmenter):
+    with pytest.raises(ParameterError, match="classes: "):
+        segmenter.segment(np.zeros((32, 32, 3), np.uint8), classes)
+
+
+def test_background_words_are_class_0(segmenter, image):
+    apart, result = segmenter.segment(image, WORDS).labels, segmenter.segment(image, "sun, house", background="sky, grass")
+    assert result.space.names == ("background", "sun", "house") and result.space.background
+    assert (result.labels == np.array([0, 0, 1, 2], np.uint8)[apart]).mean() > 0.97  # the best word is chosen before interpolation
+    assert len(np.unique(result.labels)) > 1 and (result.labels == 0).mean() > 0.5 and result.space.palette[0].tolist() == [0, 0, 0]
+    with pytest.raises(ParameterError, match="background: also among the classes: sun"):
+        words_space("sun, house", ["sky", "sun"])
+
+
+def test_description_counts_the_pixels(segmenter, image):
+    result = segmenter.segment(image, WORDS)
+    told = of.describe(result)
+    assert (told["height"], told["width"]) == result.labels.shape
+    assert {c["name"]: c["pixels"] for c in told["classes"]} == {
+        result.space.names[k]: int((result.labels == k).sum()) for k in np.unique(result.labels)
+    }
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_label_map_is_interpolation_then_argmax(mode):
+    similarity = torch.randn(7, 6, 9, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(similarity[None], (37, 50), mode=mode, align_corners=False)[0].argmax(dim=0)
+    np.testing.assert_array_equal(of.label_map(similarity, (37, 50), mode), expected.numpy())
+    assert (of.label_map(torch.zeros(5, 3, 3), (9, 9)) == 0).all()
+
+
+def test_the_interpolation_that_is_set_is_used(clip, image):
+    params = {"segment_short_side": 128, "window": 128, "window_stride": 64}
+    one, other = (of.Segmenter(DenseClip(clip), clip, SegmentParams(interpolation=m, **params)) for m in ("bilinear", "bicubic"))
+    assert (one.segment(image, WORDS).similarity != other.segment(image, WORDS).similarity).any()
+
+
+def test_similarity_of_one_window_is_the_direct_one(toy, image):
+    segmenter = Segmenter.load(toy.path, params=SegmentParams(segment_short_side=128, window=160, window_stride=160))
+    embedded, texts = segmenter.embed(image), segmenter.texts(words_space(WORDS))
+    aligned, described = modules.load(toy.path)
+    with torch.inference_mode():
+        z = aligned(load_encoder(described["encoder"]).encode(torch.from_numpy(image)[None]))
+        expected = torch.einsum("kd,bdhw->bkhw", texts.features, z)
+        expected = F.interpolate(expected, (128, 160), mode="bilinear", align_corners=False)[0]
+    assert len(embedded.windows) == 1
+    torch.testing.assert_close(segmenter.similarity(embedded, texts), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_overlapping_windows_are_averaged(segmenter, image):
+    embedded, texts = segmenter.embed(image), segmenter.texts(words_space(WORDS))
+    assert [(w.top, w.left, w.height, w.width) for w in embedded.windows] == [(0, 0, 128, 128), (0, 32, 128, 128)]
+    left, right = (
+        F.interpolate(torch.einsum("kd,dhw->khw", texts.features, z)[None], (128, 128), mode="bilinear", align_corners=False)[0]
+        for z in embedded.maps
+    )
+    made = segmenter.similarity(embedded, texts)
+    torch.testing.assert_close(made[..., :32], left[..., :32], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made[..., 128:], right[..., 96:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made[..., 32:128], (left[..., 32:] + right[..., :96]) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_windows_in_batches_are_the_same_windows(clip):
+    image = np.random.RandomState(0).randint(0, 255, (128, 300, 3), dtype=np.uint8)
+    sizes = []
+
+    def embed(pixels):
+        sizes.append(len(pixels))
+        return pixels.permute(0, 3, 1, 2).float()
+
+    made = {}
+    for batch in (1, 2, 9):
+        params = SegmentParams(segment_short_side=128, window=128, window_stride=64, window_batch=batch)
+        made[batch] = of.Segmenter(DenseClip(clip), clip, params).through_windows(image, embed)
+    assert sizes == [1, 1, 1, 1, 2, 2, 4]
+    for batch in (2, 9):
+        assert made[batch].windows == made[1].windows
+        assert all(torch.equal(a, b) for a, b in zip(made[batch].maps, made[1].maps, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": True}, {"path": "plain"}])
+def test_dense_clip_is_the_normalised_map_of_its_path(clip, image, options):
+    square = images.resize(image, (100, 100))
+    made = DenseClip(clip, **options).embed(torch.from_numpy(square)[None])
+    direct = clip.encode_crops(torch.from_numpy(images.resize(square, (224, 224)))[None], **options).maps
+    torch.testing.assert_close(made, F.normalize(direct, dim=1))
+
+
+def test_a_file_that_is_no_module_is_refused(tmp_path):
+    files.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    with pytest.raises(DataError, match="not an alignment module"):
+        Segmenter.load(tmp_path / "x.safetensors")
+
+
+def test_the_default_is_the_embedded_profiles_own_module_else_the_one_of_the_repository(toy, own_home, image):
+    assert modules.default("embedded") == modules.SHIPPED and modules.default("smoke") == modules.place("smoke")
+    modules.place().parent.mkdir(parents=True)
+    modules.place().write_bytes(toy.path.read_bytes())
+    loaded = Segmenter.load()
+    assert loaded.embedder.key == Segmenter.load(toy.path).embedder.key
+    made = loaded.segment(str(toy.samples[0].image), WORDS)  # an image file
+    np.testing.assert_array_equal(made.labels, loaded.segment(image, WORDS).labels)
