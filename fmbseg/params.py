@@ -131,7 +131,11 @@ class CombineParams(Params):
     overlap: Literal["similarity", "query", "agree"] = Field(
         "similarity", description="ours: where both stages label a pixel: the more similar class, Stage 1.1, or only if they agree"
     )
-    drop_undetected: bool = Field(False, description="ours: drop a mask whose most similar class was not detected")
+    min_margin: Float | None = Field(
+        None,
+        description="ours: training keeps only masks whose class is nearer to them than every other class of the vocabulary by MORE than"
+        " this, on the votes' scale (standard deviations; cosine where votes are taken as they are); none: all masks",
+    )
 
 
 class PatchParams(ModelParams):
@@ -156,12 +160,10 @@ class PrealignParams(Params):
 
     prealign: bool = Field(False, description="ours: M first learns CLIP's dense map of the collection; needs no words and no SAM")
     prealign_limit: int | None = Field(None, ge=1, description="ours: how many images of the collection for it, evenly spaced; none: all")
-    prealign_ridge: Float = Field(0.1, ge=0, description="ours: penalty of the linear module's closed form, per standardised input")
+    prealign_ridge: Float = Field(0.1, ge=0, description="ours: penalty of its closed form, per standardised input of the last layer")
     prealign_norm: Float = Field(
         30.0, gt=0, description="ours: RMS length of M's output that it leaves with; large: later steps turn z less"
     )
-    prealign_epochs: Count = Field(2, description="ours: passes of the cosine regression (MLP and transformer block)")
-    prealign_rate: Float = Field(1e-3, gt=0, description="ours: its AdamW learning rate")
     dense_weight: Float = Field(0.0, ge=0, description="ours: weight of the anchor, mean 1 - cos(z, CLIP's dense map), beside the loss")
 
 

@@ -21,7 +21,7 @@ def few_models():
     """No model of another test beside these, and none of these beside the next test's."""
 
     def empty():
-        for load in (cache._clip, cache._sam, cache._encoder, cache._texts, evaluate._dense, evaluate._aligned_at):
+        for load in (cache._kept_clip, cache._kept_sam, cache._kept_encoder, cache._texts, evaluate._dense, evaluate._aligned_at):
             load.cache_clear()
         gc.collect()
 

@@ -1,6 +1,5 @@
 """Eq. 1-4 against slow transcriptions, written as the paper writes them: one loop a sum."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -23,8 +23,8 @@ held = []
 
 
 def growing(item):
-    """A process that holds 330 MB more after every item, as with the models of other steps."""
-    held.append(np.ones(330_000_000, dtype=np.uint8))
+    """A process that holds 330 MB more from its second item on, as with the models of another step."""
+    held.append(np.ones(330_000_000 if len(held) == 1 else 1, dtype=np.uint8))
     time.sleep(1.1)
     return os.getpid()
 
@@ -70,7 +70,7 @@ def test_workers_are_kept_for_the_next_call_and_not_for_other_surroundings(monke
 
 
 def test_a_worker_that_grows_is_kept_with_its_models():
-    pids = [pid for _, pid in parallel.each(growing, range(4), "test", 2).results]
+    pids = [pid for _, pid in parallel.each(growing, range(8), "test", 2).results]
     assert len(set(pids)) <= 2
 
 

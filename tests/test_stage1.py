@@ -14,7 +14,7 @@ from fmbseg.models.sam import AutomaticMask, load_sam
 from fmbseg.models.texts import ClassTexts
 from fmbseg.params import CombineParams, DetectParams
 from fmbseg.stage1 import detection, features, label_masks, pseudo_labels, query_sam
-from fmbseg.stage1.detection import Detected
+from fmbseg.stage1.detection import Detected, Scale
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.label_masks import LabelledMask
 from fmbseg.stage1.query_sam import QueryMask
@@ -255,8 +255,13 @@ def test_masks_take_the_nearest_detected_class():
     masks = [block((2, 4), 0, 0, 2, 2), block((2, 4), 0, 2, 2, 2)]
     found = [Detected(1, "b", 3), Detected(2, "c", 1)]
     left, right = label_masks.label_masks(masks, hand_made((2, 4), maps), found, unit_texts(3))
-    assert (left.detected.name, left.nearest) == ("c", False) and left.similarity == pytest.approx(2 / 21**0.5)
-    assert (right.detected.name, right.nearest) == ("b", True) and right.similarity == pytest.approx(5 / 26**0.5)
+    assert left.detected.name == "c" and left.similarity == pytest.approx(2 / 21**0.5)
+    assert right.detected.name == "b" and right.similarity == pytest.approx(5 / 26**0.5)
+    assert left.margin == pytest.approx((2 - 4) / 21**0.5) and right.margin == pytest.approx((5 - 1) / 26**0.5)  # over all classes
+    scale = Scale(torch.tensor([0.5, 0.1, 0.0]), torch.tensor([0.5, 1.0, 0.1]))
+    (scaled,) = label_masks.label_masks(masks[:1], hand_made((2, 4), maps), found, unit_texts(3), scale)
+    values = [(4 / 21**0.5 - 0.5) / 0.5, (1 / 21**0.5 - 0.1) / 1.0, 2 / 21**0.5 / 0.1]
+    assert scaled.detected.name == "c" and scaled.margin == pytest.approx(values[2] - values[0], rel=1e-5)
     np.testing.assert_array_equal(right.mask, masks[1])
     assert label_masks.label_masks([], hand_made((2, 4), maps), found, unit_texts(3)) == []
     assert label_masks.label_masks(masks, hand_made((2, 4), maps), [], unit_texts(3)) == []
@@ -268,7 +273,7 @@ SIZE = (4, 6)
 
 
 def labelled(index, similarity, *rectangle):
-    return LabelledMask(block(SIZE, *rectangle), Detected(index, "abc"[index], 1), similarity, True)
+    return LabelledMask(block(SIZE, *rectangle), Detected(index, "abc"[index], 1), similarity, 0.0)
 
 
 def test_small_masks_are_painted_last():
@@ -303,13 +308,17 @@ def test_the_more_similar_class_wins_either_way():
     assert (pseudo_labels.combine([], [], SIZE, CombineParams()) == IGNORED).all()
 
 
-@pytest.mark.parametrize("drop", [False, True])
-def test_assemble_labels_both_stages(drop):
+@pytest.mark.parametrize(
+    "least, row", [(None, [1, 1, 1, 1, 1, 1]), (0.0, [1, 1, 1, 1, 255, 255]), (0.5, [1, 1, 255, 255, 255, 255]), (1.0, [255] * 6)]
+)
+def test_assemble_labels_both_stages_and_drops_small_margins(least, row):
+    """Margins: Stage 1.1's mask 1; the left automatic one (2 - 1) / 5**0.5 = 0.447; the right one is nearer to a class not detected."""
     maps = torch.zeros(3, 1, 3)
     maps[1, 0, 0], maps[:, 0, 1], maps[:, 0, 2] = 1, torch.tensor([1.0, 2, 0]), torch.tensor([9.0, 1, 0])
     query = QueryMask(Detected(1, "b", 2), np.zeros((5, 2)), np.zeros((3, *SIZE), bool), np.zeros(3), block(SIZE, 0, 0, 4, 2))
     automatic = [AutomaticMask(block(SIZE, 0, left, 4, 2), 1.0, 1.0, (0, 0)) for left in (2, 4)]
-    made = pseudo_labels.assemble([query], automatic, hand_made(SIZE, maps), unit_texts(3), CombineParams(drop_undetected=drop))
-    assert made.labels[0].tolist() == [1, 1, 1, 1] + ([255, 255] if drop else [1, 1])
-    assert [m.nearest for m in made.automatic_masks] == ([True] if drop else [True, False])
-    assert made.detected == [query.detected] and made.query_masks[0].similarity == pytest.approx(1)
+    made = pseudo_labels.assemble([query], automatic, hand_made(SIZE, maps), unit_texts(3), CombineParams(min_margin=least))
+    assert made.labels[0].tolist() == row and made.detected == [query.detected]
+    if least is None:
+        assert [m.margin for m in made.automatic_masks] == pytest.approx([1 / 5**0.5, -8 / 82**0.5])
+        assert made.query_masks[0].similarity == pytest.approx(1)

@@ -116,7 +116,7 @@ def predict(
     """
     path, spaces = columns[0][0].image, [space for _, space in columns]
     if method.stage:
-        staged = params.model_copy(update={"stages": method.stage})
+        staged = params.model_copy(update={"stages": method.stage, "min_margin": None})  # which masks teach is no matter here
         return [_stage1(sample, space, models, staged, method.name.endswith(GIVEN)) for sample, space in columns]
     if method.name == "dense_high_resolution":
         found = cache.clip_features(path, models, params)

@@ -72,7 +72,9 @@ def label_cached(path: Path, space: LabelSpace, models: Models, params: LabelPar
     queries = cache.queries(path, space, models, params, given)
     automatic = cache.automatic_masks(path, models, params) if params.stages != "1.1" and queries else []
     found = cache.clip_features(path, models, params)
-    return pseudo_labels.assemble(queries, automatic, found, models.texts(space), params)
+    texts = models.texts(space)
+    scale = cache.vote_scale(texts, params) if params.min_margin is not None else None
+    return pseudo_labels.assemble(queries, automatic, found, texts, params, scale)
 
 
 def content(params: LabelParams) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fmbseg import files
 from fmbseg.data import collections, fetch
@@ -20,7 +20,6 @@ from fmbseg.runs.cache import Models
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage2 import distributed, training
 from fmbseg.stage2 import prealign as prealignment
-from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.patches import patch_labels
 from fmbseg.stage2.training import TrainResult
 
@@ -41,7 +40,7 @@ class PatchDataset(Dataset):
         item = (patches, torch.full_like(labels, -1) if index is None else labels)
         if not self.params.dense_weight:
             return item
-        target = dense_target(self.samples[index or 0], self.models, self.params, tuple(labels.shape))
+        target = dense_target(self.samples[index or 0].image, self.models, self.params, tuple(labels.shape))
         return *item, torch.zeros_like(target) if index is None else target
 
     def patches(self, index: int) -> torch.Tensor:
@@ -54,23 +53,9 @@ class PatchDataset(Dataset):
         return tuple(sorted(found - {-1}))
 
 
-def dense_target(sample: Sample, models: Models, params: RunParams, grid: tuple[int, int]) -> torch.Tensor:
-    """(D, h, w) unit-norm dense CLIP features of an image on the encoder's grid."""
-    return prealignment.dense_target(cache.clip_features(sample.image, models, params).map, grid)
-
-
-class DenseDataset(Dataset):
-    """(patches, dense target) of every image, for pre-alignment."""
-
-    def __init__(self, samples: Sequence[Sample], params: RunParams):
-        self.samples, self.params, self.models = samples, params, Models.of(params)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        patches = cache.encoder_patches(self.samples[index].image, self.models, self.params)
-        return patches, dense_target(self.samples[index], self.models, self.params, tuple(patches.shape[1:]))
+def dense_target(path: Path, models: Models, params: RunParams, grid: tuple[int, int]) -> torch.Tensor:
+    """(D, h, w) unit-norm dense CLIP features of an image file on the encoder's grid."""
+    return prealignment.dense_target(cache.clip_features(path, models, params).map, grid)
 
 
 def prealign(params: RunParams) -> Path:
@@ -94,34 +79,21 @@ def prealign(params: RunParams) -> Path:
             samples = [sample for sample, _ in parallel.each(both, samples, "dense map and encoder patches", params.workers).results]
             if not samples:
                 raise DataError(f"{params.collection}: no image could be encoded for pre-alignment; the reasons are told above")
-            made, curve = _prealigned(DenseDataset(samples, params), params)
-            described = _made_with(params) | {"key": key, "images": len(samples), "classes": [], "indices": [], "curve": curve}
-            modules.save(path, made, described)
+            paths = [sample.image for sample in samples]
+            width, *grid = cache.encoder_patches(paths[0], models, params).shape
+            some = parallel.evenly_spaced(paths, params.standardise_images)
+            patches = (cache.encoder_patches(one, models, params) for one in some)
+            out = len(cache.clip_features(paths[0], models, params).map)
+            fresh = training.new_module(patches, width, out, params, params.seed)
+            items = (
+                (cache.encoder_patches(one, models, params), dense_target(one, models, params, tuple(grid)))
+                for one in parallel.progress_over(paths, "pre-alignment")
+            )
+            made = prealignment.prealign(fresh, items, params)
+            described = {"key": key, "images": len(samples), "prealigned": len(samples), "classes": [], "indices": [], "curve": {}}
+            modules.save(path, made, _made_with(params) | described)
     parallel.wait()
     return path
-
-
-def _prealigned(data: DenseDataset, params: RunParams) -> tuple[Alignment, dict[str, list[float]]]:
-    """The module and the loss of every step (none for the closed form)."""
-    patches, target = data[0]
-    if params.module == "linear":
-        equations = prealignment.NormalEquations(len(patches), len(target))
-        for i in parallel.progress_over(range(len(data)), "pre-alignment"):
-            equations.add(*data[i])
-        return prealignment.closed_form(equations, params), {}
-    some = parallel.evenly_spaced(range(len(data)), params.standardise_images)
-    fresh = training.new_module((data[i][0] for i in some), len(patches), len(target), params, params.seed)
-    generator = torch.Generator().manual_seed(params.seed)
-    loader = DataLoader(data, params.images_per_batch, shuffle=True, generator=generator)
-    losses: list[float] = []
-    with parallel.progress(params.prealign_epochs * len(loader), "pre-alignment", "step") as bar:
-
-        def tell(loss: float) -> None:
-            losses.append(loss)
-            bar.update()
-
-        made = prealignment.regress(fresh, lambda: loader, params, params.device, tell)
-    return made, {"step": list(range(len(losses))), "loss": losses}
 
 
 def _dense_and_patches(sample: Sample, models: Models, params: RunParams) -> None:

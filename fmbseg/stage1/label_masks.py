@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from fmbseg.models.sam import AutomaticMask, SamSegmenter
 from fmbseg.models.texts import ClassTexts
 from fmbseg.params import MaskParams
-from fmbseg.stage1.detection import Detected
+from fmbseg.stage1.detection import Detected, Scale
 from fmbseg.stage1.features import ImageFeatures
 
 
@@ -20,13 +21,14 @@ class LabelledMask:
     """A mask with its class.
 
     mask: (height, width) bool; similarity: of its mean feature to the class, in [-1, 1];
-    nearest: whether no class of the whole vocabulary, detected or not, is nearer.
+    margin: by how much it is nearer than every other class of the whole vocabulary, detected or not; negative where one is
+    nearer. In standard deviations where votes are standardised, else a difference of cosine similarities.
     """
 
     mask: np.ndarray
     detected: Detected
     similarity: float
-    nearest: bool
+    margin: float
 
 
 def automatic_masks(image: np.ndarray, sam: SamSegmenter, params: MaskParams) -> list[AutomaticMask]:
@@ -38,21 +40,26 @@ def automatic_masks(image: np.ndarray, sam: SamSegmenter, params: MaskParams) ->
     return [mask for mask in found if mask.area >= max(smallest, 1)]
 
 
-def mean_features(masks: list[np.ndarray], features: ImageFeatures) -> torch.Tensor:
+def mean_features(masks: Sequence[np.ndarray], features: ImageFeatures) -> torch.Tensor:
     """(M, D) unit-norm mean CLIP feature inside each (height, width) mask, weighted by its share of each position."""
     shape = features.map.shape[1:]
     weights = torch.cat([F.interpolate(torch.from_numpy(mask)[None, None].float(), size=shape, mode="area") for mask in masks])
     return F.normalize(weights.flatten(1) @ features.map.flatten(1).T, dim=-1)
 
 
-def label_masks(masks: list[np.ndarray], features: ImageFeatures, detected: list[Detected], texts: ClassTexts) -> list[LabelledMask]:
-    """Give every mask the detected class whose text is nearest to its mean feature."""
+def label_masks(
+    masks: Sequence[np.ndarray], features: ImageFeatures, detected: Sequence[Detected], texts: ClassTexts, scale: Scale | None = None
+) -> list[LabelledMask]:
+    """Give every mask the detected class whose text is nearest to its mean feature. scale: of the margins (ours)."""
     if not masks or not detected:
         return []
     everything = texts.per_class(mean_features(masks, features) @ texts.features.T)
     values, which = everything[:, [d.index for d in detected]].max(dim=1)
-    nearest = values >= everything.max(dim=1).values
+    own = torch.tensor([detected[best].index for best in which.tolist()])[:, None]
+    scaled = everything if scale is None else (everything - scale.mean) / scale.spread
+    others = scaled.scatter(1, own, -torch.inf).max(dim=1).values
+    margins = scaled.gather(1, own)[:, 0] - others
     return [
-        LabelledMask(mask, detected[best], float(value), bool(is_nearest))
-        for mask, best, value, is_nearest in zip(masks, which.tolist(), values, nearest)
+        LabelledMask(mask, detected[best], value, margin)
+        for mask, best, value, margin in zip(masks, which.tolist(), values.tolist(), margins.tolist())
     ]

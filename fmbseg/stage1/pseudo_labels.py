@@ -57,17 +57,25 @@ def label_image(
     detected = detection.detect(found, texts, params, scale) if given is None else detection.given(given, texts)
     queries = query_sam.query_masks(image, found, detected, texts, sam, params)
     automatic = label_masks.automatic_masks(image, sam, params) if params.stages != "1.1" and detected else []
-    return assemble(queries, automatic, found, texts, params)
+    return assemble(queries, automatic, found, texts, params, scale)
 
 
 def assemble(
-    queries: Sequence[QueryMask], automatic: Sequence[AutomaticMask], found: ImageFeatures, texts: ClassTexts, params: CombineParams
+    queries: Sequence[QueryMask],
+    automatic: Sequence[AutomaticMask],
+    found: ImageFeatures,
+    texts: ClassTexts,
+    params: CombineParams,
+    scale: Scale | None = None,
 ) -> PseudoLabel:
-    """Label the automatic masks among the detected classes and combine the stages."""
-    query_masks = [mask for query in queries for mask in label_masks.label_masks([query.chosen], found, [query.detected], texts)]
-    labelled = label_masks.label_masks([a.mask for a in automatic], found, [q.detected for q in queries], texts)
-    if params.drop_undetected:
-        labelled = [mask for mask in labelled if mask.nearest]
+    """Label the automatic masks among the detected classes, drop masks of too small a margin, and combine the stages.
+
+    scale: of the margins, as crops vote.
+    """
+    query_masks = [m for q in queries for m in label_masks.label_masks([q.chosen], found, [q.detected], texts, scale)]
+    labelled = label_masks.label_masks([a.mask for a in automatic], found, [q.detected for q in queries], texts, scale)
+    if params.min_margin is not None:
+        query_masks, labelled = ([m for m in masks if m.margin > params.min_margin] for masks in (query_masks, labelled))
     return PseudoLabel(combine(query_masks, labelled, found.size, params), list(queries), query_masks, labelled)
 
 

@@ -17,9 +17,13 @@ class LinearAlignment(nn.Module):
         super().__init__()
         self.project = nn.Linear(width, out)
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> (B, N, hidden): what goes into the last layer."""
+        return x
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> (B, N, out), not of unit norm."""
-        return self.project(x)
+        return self.project(self.features(x))
 
 
 class MlpAlignment(LinearAlignment):
@@ -29,8 +33,8 @@ class MlpAlignment(LinearAlignment):
         super().__init__(int(width * ratio), out)
         self.hidden = nn.Linear(width, int(width * ratio))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(F.gelu(self.hidden(x)))
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.hidden(x))
 
 
 class TransformerAlignment(LinearAlignment):
@@ -42,8 +46,8 @@ class TransformerAlignment(LinearAlignment):
             width, heads, int(width * ratio), dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(self.block(x))
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
 
 
 class Alignment(nn.Module):
@@ -68,11 +72,17 @@ class Alignment(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
 
+    def features(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, width, h, w) encoder patches -> (B, h * w, hidden): what goes into M's last layer."""
+        return self.module.features(self._standardised(patches))
+
+    def _standardised(self, patches: torch.Tensor) -> torch.Tensor:
+        return (patches.flatten(2).transpose(1, 2) - self.mean) / self.std
+
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(B, width, h, w) encoder patches -> (B, out, h, w) unit-norm embeddings in the text's space."""
         batch, _, height, width = patches.shape
-        x = (patches.flatten(2).transpose(1, 2) - self.mean) / self.std
-        z = F.normalize(self.module(x), dim=-1)
+        z = F.normalize(self.module(self._standardised(patches)), dim=-1)
         return z.transpose(1, 2).reshape(batch, self.out, height, width)
 
 

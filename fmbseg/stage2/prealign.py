@@ -1,25 +1,26 @@
 """Pre-alignment (ours): before any label, M learns the image-text model's own dense map of the same images.
 
-    minimise over M   mean_i || M(x_i) - d_i ||^2 + ridge ||W||^2        (linear module: closed form)
-    minimise over M   mean_i (1 - cos(M(x_i), d_i))                      (MLP, transformer block)
+The last layer of M is fitted so that every patch comes out as the dense CLIP feature at its place:
 
-x_i is a patch of the frozen encoder and d_i the unit-norm dense CLIP feature at its place (Sec. 3.1, 3.2). It needs
-neither words nor SAM, so it can take every image of a collection where Stage 1 takes as many as time allows.
+    minimise over W, b   1/n sum_i || W (h_i - mean) / std + b - d_i ||^2 + ridge ||W||^2
+
+h_i is what goes into the last layer at patch i (the standardised patch of the linear module, the hidden layer of the
+MLP, the output of the transformer block, both as they were drawn), d_i the unit-norm dense CLIP feature (Sec. 3.1, 3.2).
+The solution is in closed form, from sums over the patches. It needs neither words nor SAM, so it can take every
+image of a collection where Stage 1 takes as many as time allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 
 from fmbseg.data.images import resize_map
-from fmbseg.params import ModuleParams, PrealignParams
+from fmbseg.params import PrealignParams
 from fmbseg.stage2.alignment import Alignment
-
-Items = Iterable[tuple[torch.Tensor, torch.Tensor]]
-"""(patches (width, h, w), dense target (D, h, w)) of one image after the other."""
 
 
 def dense_target(dense: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -32,79 +33,48 @@ class NormalEquations:
 
     def __init__(self, width: int, out: int):
         self.count = 0
-        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)  # sum of [x; 1][x; 1]^T
-        self.cross = torch.zeros(width + 1, out, dtype=torch.float64)  # sum of [x; 1] d^T
+        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)  # sum of [h; 1][h; 1]^T
+        self.cross = torch.zeros(width + 1, out, dtype=torch.float64)  # sum of [h; 1] d^T
 
-    def add(self, patches: torch.Tensor, target: torch.Tensor) -> None:
-        """patches: (width, h, w); target: (D, h, w)."""
-        x = F.pad(patches.flatten(1).T.double(), (0, 1), value=1.0)
-        self.count += len(x)
-        self.gram += (x.T @ x).to(self.gram)
-        self.cross += (x.T @ target.flatten(1).T.double()).to(self.cross)
-
-    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean, standard deviation) of each input dimension, (width,) float64 each."""
-        mean = self.gram[:-1, -1] / self.count
-        return mean, (self.gram.diagonal()[:-1] / self.count - mean**2).clamp(min=1e-6).sqrt()
+    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        """features: (n, width); targets: (n, D)."""
+        h = F.pad(features.double().cpu(), (0, 1), value=1.0)
+        self.count += len(h)
+        self.gram += h.T @ h
+        self.cross += h.T @ targets.double().cpu()
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weight (D, width), bias (D,)) for the STANDARDISED input (x - mean) / std; ridge is the penalty an input dimension.
-
-        The bias is not penalised: it is the mean target.
-        """
-        mean, std = self.moments()
-        bias = self.cross[-1] / self.count
-        covariance = (self.gram[:-1, :-1] / self.count - torch.outer(mean, mean)) / torch.outer(std, std)
-        cross = (self.cross[:-1] / self.count - torch.outer(mean, bias)) / std[:, None]
-        weight = torch.linalg.solve(covariance + ridge * torch.eye(len(mean), dtype=torch.float64), cross)
-        return weight.T, bias
+        """(weight (D, width), bias (D,)) of the minimum, for features as they were added. The bias has no penalty."""
+        gram, cross = self.gram / self.count, self.cross / self.count
+        mean, target_mean = gram[:-1, -1], cross[-1]
+        covariance = gram[:-1, :-1] - torch.outer(mean, mean)
+        std = covariance.diagonal().clamp(min=1e-12).sqrt()
+        normal = covariance / torch.outer(std, std) + ridge * torch.eye(len(mean), dtype=torch.float64)
+        weight = (torch.linalg.lstsq(normal, (cross[:-1] - torch.outer(mean, target_mean)) / std[:, None]).solution / std[:, None]).T
+        return weight, target_mean - weight @ mean
 
     def output_norm(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
-        """Root mean square length of weight (x - mean) / std + bias over all patches added."""
-        mean, std = self.moments()
-        whole = torch.cat([weight / std, (bias - (weight / std) @ mean)[:, None]], dim=1)
-        return float(((whole @ (self.gram / self.count)) * whole).sum().sqrt())
+        """Root mean square length of weight h + bias over all features added."""
+        whole = torch.cat([weight, bias[:, None]], dim=1)
+        return float(((whole @ (self.gram / self.count)) * whole).sum().clamp(min=0).sqrt())
 
 
-def closed_form(equations: NormalEquations, params: PrealignParams) -> Alignment:
-    """The linear module of the ridge solution, rescaled so that its output has the RMS length ``prealign_norm``.
+@torch.no_grad()
+def prealign(fresh: Alignment, items: Iterable[tuple[torch.Tensor, torch.Tensor]], params: PrealignParams) -> Alignment:
+    """A copy of a module whose last layer is fitted to the dense maps.
 
-    z is normalised, so the scale changes no similarity; it only decides how far a later step of training turns z.
+    items: (patches (width, h, w), dense target (D, h, w)) of one image after the other. The output is rescaled to the RMS
+    length ``prealign_norm``: z is normalised, so this changes no similarity; it decides how far a later step turns z.
     """
+    made = copy.deepcopy(fresh)
+    last = made.module.project
+    equations = NormalEquations(last.in_features, last.out_features)
+    for patches, target in items:
+        equations.add(made.features(patches[None].float())[0], target.flatten(1).T)
     weight, bias = equations.solve(params.prealign_ridge)
-    scale = params.prealign_norm / equations.output_norm(weight, bias)
-    made = Alignment(weight.shape[1], weight.shape[0], ModuleParams(module="linear"))
-    mean, std = equations.moments()
-    with torch.no_grad():
-        made.mean.copy_(mean), made.std.copy_(std)
-        made.module.project.weight.copy_(scale * weight), made.module.project.bias.copy_(scale * bias)
+    scale = params.prealign_norm / max(equations.output_norm(weight, bias), 1e-12)
+    last.weight.copy_(scale * weight), last.bias.copy_(scale * bias)
     return made.eval()
-
-
-def regress(
-    alignment: Alignment,
-    batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]],
-    params: PrealignParams,
-    device: str = "cpu",
-    on_step: Callable[[float], None] = lambda loss: None,
-) -> Alignment:
-    """Cosine regression of any module by AdamW: ``prealign_epochs`` passes, the rate falling to zero as a cosine.
-
-    batches: gives (patches (B, width, h, w), targets (B, D, h, w)), anew each epoch; on_step: called with the loss.
-    """
-    alignment = alignment.to(device).train()
-    optimiser = torch.optim.AdamW(alignment.parameters(), params.prealign_rate, weight_decay=1e-4)
-    total = params.prealign_epochs * sum(1 for _ in batches())
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
-    for _ in range(params.prealign_epochs):
-        for patches, target in batches():
-            loss = anchor(alignment(patches.float().to(device)), target.to(device))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            on_step(loss.item())
-    return alignment.cpu().eval()
 
 
 def anchor(z: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

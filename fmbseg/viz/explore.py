@@ -187,10 +187,10 @@ class Explorer:
         return self._masks
 
     def labelled(self, space: LabelSpace) -> list[LabelledMask]:
-        """The automatic masks, each with the detected class nearest to it (``drop_undetected`` as in the parameters)."""
-        found = self.detected(space)
-        labelled = label_masks.label_masks([m.mask for m in self.masks()], self.seen().features, found, self.texts(space))
-        return [one for one in labelled if one.nearest or not self.params.drop_undetected]
+        """The automatic masks, each with the detected class nearest to it (``min_margin`` as in the parameters)."""
+        found, texts, least = self.detected(space), self.texts(space), self.params.min_margin
+        labelled = label_masks.label_masks([m.mask for m in self.masks()], self.seen().features, found, texts, self._scale(space))
+        return [one for one in labelled if least is None or one.margin > least]
 
 
 def _as_text(feature: torch.Tensor) -> ClassTexts:
