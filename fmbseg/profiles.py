@@ -57,7 +57,8 @@ def step_of(notebook: str) -> str:
 def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) -> RunParams:
     """A step's parameters: schema defaults, the profile's shared.yaml, its file for this step, then overrides.
 
-    shared.yaml may hold keys of any step; a step takes those of its own schema. Raises ParameterError for an unknown step,
+    shared.yaml may hold keys of any step; a step takes those of its own schema. ``extends: PROFILE`` in it begins with
+    another profile's files. Raises ParameterError for an unknown step,
     profile, file or key and for a value that the schema does not accept.
     """
     if step not in STEPS:
@@ -72,10 +73,16 @@ def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) ->
             names = ", ".join(s.notebook for s in STEPS.values() if s.notebook)
             raise ParameterError(f"{path}: no step reads it; a profile holds shared.yaml and files named {names}")
     shared = read_yaml(folder / "shared.yaml") if (folder / "shared.yaml").is_file() else {}
+    if parent := shared.pop("extends", None):
+        if parent not in known or parent == profile:
+            raise ParameterError(f"{folder / 'shared.yaml'}: extends = {parent!r}: no such other profile; known are {', '.join(known)}")
+        shared = read_yaml(folder.parent / parent / "shared.yaml") | shared
     everywhere = {name for one in STEPS.values() for name in one.schema.model_fields}
     for key in shared.keys() - everywhere:
         raise ParameterError(f"{folder / 'shared.yaml'}: unknown parameter {key!r}; no step has it")
     own_file = folder / f"{notebook}.yaml"
+    if parent and not own_file.is_file():
+        own_file = folder.parent / parent / f"{notebook}.yaml"
     own = read_yaml(own_file) if own_file.is_file() else {}
     make(schema, own, str(own_file))
     values = {k: v for k, v in shared.items() if k in schema.model_fields} | own | {"profile": profile} | dict(overrides or {})

@@ -172,6 +172,23 @@ def test_bad_file_or_override_is_refused(project, files, overrides, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_profile_may_extend_another(project):
+    project("large", shared={"epochs": 7, "seed": 3}, own={"learning_rate": 0.5})
+    project("small", shared={"extends": "large", "epochs": 2})
+    made = profiles.load("train", "small")
+    assert (made.profile, made.epochs, made.seed, made.learning_rate) == ("small", 2, 3, 0.5)
+    project("other", shared={"extends": "large"}, own={"momentum": 0.5})
+    made = profiles.load("train", "other")
+    assert (made.epochs, made.momentum, made.learning_rate) == (7, 0.5, TrainRun().learning_rate)  # its own file in the other's place
+
+
+@pytest.mark.parametrize("parent", ["huge", "small"])
+def test_a_profile_that_extends_none_is_refused(project, parent):
+    project("small", shared={"extends": parent})
+    with pytest.raises(ParameterError, match=f"extends = '{parent}': no such other profile; known are small"):
+        profiles.load("train", "small")
+
+
 def test_key_that_is_not_text_is_refused(project):
     project("small", own="1: 2\n")
     with pytest.raises(ParameterError):

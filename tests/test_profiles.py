@@ -47,7 +47,17 @@ def test_paper_is_the_papers():
     t = profiles.load("train", "paper")
     assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")
     assert (p.min_votes, p.reference_images) == (1, 0)
-    assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)  # Eq. 1 as written
+    assert (t.prealign, t.dense_weight, t.min_margin, t.patch_share) == (False, 0.0, None, 1.0)  # nothing of ours but the loss's weights
+    assert (t.temperature, t.text_weight, t.image_weight) == (0.2, 1.0, 1.0)
+
+
+def test_paper_literal_is_the_paper_with_eq_1_as_written():
+    for step in STEPS:
+        paper, literal = (profiles.load(step, profile).model_dump() for profile in ("paper", "paper_literal"))
+        changed = {name for name in paper if paper[name] != literal[name]}
+        assert changed <= {"profile", "temperature", "text_weight", "image_weight", "learning_rate"}, step
+    t = profiles.load("train", "paper_literal")
+    assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)
 
 
 @pytest.mark.parametrize("profile", BIG)

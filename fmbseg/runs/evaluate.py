@@ -27,7 +27,7 @@ from fmbseg.data.samples import Dataset, Sample
 from fmbseg.errors import DataError, ParameterError, WeightsError
 from fmbseg.models import clip, sam
 from fmbseg.params import EvaluateParams, FeatureParams, LabelParams, RunParams, SegmentParams
-from fmbseg.runs import cache, cluster, label, modules, parallel, records
+from fmbseg.runs import cache, cluster, label, modules, parallel, records, train
 from fmbseg.runs.cache import Cache, Models
 from fmbseg.runs.records import Record
 from fmbseg.stage1.query_sam import class_similarity
@@ -293,7 +293,7 @@ def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | N
     what is returned is this shard's alone.
     """
     files_of = {
-        "prealigned": modules.place(params.profile, "prealigned"),
+        "prealigned": train.prealigned_path(params),
         "fmbseg": module or modules.default(params.profile),
         "shipped": modules.SHIPPED,
     }

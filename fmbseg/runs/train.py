@@ -63,7 +63,7 @@ def prealign(params: RunParams) -> Path:
 
     It is read where it is there already. Under torchrun only the first process makes it.
     """
-    path = module_path(params, "prealigned")
+    path = prealigned_path(params)
     if distributed.rank() == 0:
         samples = parallel.evenly_spaced(collections.load_collection(params.collection, params.data_root), params.prealign_limit)
         models = Models.of(params)
@@ -94,6 +94,11 @@ def prealign(params: RunParams) -> Path:
             modules.save(path, made, _made_with(params) | described)
     parallel.wait()
     return path
+
+
+def prealigned_path(params: RunParams) -> Path:
+    """Where the pre-aligned module of these parameters lies, one for every kind of module, encoder and seed."""
+    return module_path(params, records.file_name(f"prealigned-{params.module}-{params.encoder}-{params.seed}"))
 
 
 def _dense_and_patches(sample: Sample, models: Models, params: RunParams) -> None:
@@ -155,7 +160,9 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
 
         result = training.train(data, classes, texts[list(classes)], start, params, params.seed, params.device, tell)
     if distributed.rank() == 0:
-        modules.save(path, result.alignment, _description(key, result, data, store, params))
+        described = _description(key, result, data, store, params)
+        started = modules.load(initial)[1] if initial else {}
+        modules.save(path, result.alignment, described | {"prealigned": started.get("prealigned", 0)})
     return result
 
 
