@@ -169,7 +169,7 @@ def cost(profile: str, settings: dict) -> dict:
     module = alignment.Alignment(encoder.width, dimensions, ModuleParams(**p.part(ModuleParams))).to("meta")
     patches, batch = square // encoder.patch, p.images_per_batch
     step = count(lambda: module(empty(batch, encoder.width, patches, patches)).sum().backward())
-    n = p.patch_share * batch * patches**2  # at most: all of them labelled
+    n = batch * patches**2  # at most: all of them labelled
     products_of_patches = 3 * 2 * n * n * dimensions  # z z' forward, and twice as much backward
     with torch.no_grad():
         align = count(lambda: module(empty(1, encoder.width, window // encoder.patch, window // encoder.patch)))

@@ -46,7 +46,7 @@ def seen(p, column) -> tuple[Segmenter, list]:
     return segmenter, list(zip(windows, (s.truth() for s in samples)))
 
 
-def grow(name: str, p, data: train.PatchDataset, texts: torch.Tensor, column, kept, steps: int) -> list[dict]:
+def grow(name: str, p, data: train.PatchDataset, texts: torch.Tensor, column, kept, steps: int, share: float) -> list[dict]:
     """mIoU of one setting after every milestone."""
     segmenter, seen_images = kept
     space = evaluate.protocol_space(column, p)
@@ -60,7 +60,7 @@ def grow(name: str, p, data: train.PatchDataset, texts: torch.Tensor, column, ke
         for patches, labels in training.batches(data, p.images_per_batch, p.seed + step):
             z = module(patches.float()).permute(0, 2, 3, 1).flatten(0, 2)
             y = row_of[labels.flatten()]
-            y[torch.rand(len(y), generator=drawn) >= p.patch_share] = -1
+            y[torch.rand(len(y), generator=drawn) >= share] = -1
             if (y >= 0).any():
                 loss = loss_of(z[y >= 0], y[y >= 0], texts[list(classes)])
                 optimiser.zero_grad()
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any parameter; may be given again")
     parser.add_argument("--out", type=Path, help="file of the record (default: results/<profile>/benchmarks/loss_growth.json)")
     options = parser.parse_args()
-    plain = {"module": "linear", "prealign": False, "dense_weight": 0.0, "optimiser": "sgd", "patch_share": options.share}
+    plain = {"module": "linear", "prealign": False, "dense_weight": 0.0, "optimiser": "sgd"}
     p = profiles.load("evaluate", options.profile, plain | cli.settings(options.set))
     samples = label.collection(p)
     store, _ = label.label(samples, p)
@@ -101,11 +101,11 @@ def main() -> None:
     rows = []
     for name, values in SETTINGS.items():
         if name.startswith(options.only):
-            rows += grow(name, p.model_copy(update=values), data, texts, column, kept, options.steps)
+            rows += grow(name, p.model_copy(update=values), data, texts, column, kept, options.steps, options.share)
     frame = pd.DataFrame(rows)
     print(frame.pivot(index="setting", columns="step", values="miou").to_string())
     out = options.out or records.results_folder(p) / "benchmarks" / "loss_growth.json"
-    protocol = {"rows": rows, "settings": SETTINGS, "momentum": p.momentum, "patch_share": p.patch_share, "training_images": len(samples)}
+    protocol = {"rows": rows, "settings": SETTINGS, "momentum": p.momentum, "patch_share": options.share, "training_images": len(samples)}
     number = len(kept[1])
     record = records.Record(
         "benchmark", "loss_growth", p.model_dump(), column.name, images=number, protocol=protocol, notes=records.notes_of(p)

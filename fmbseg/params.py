@@ -176,7 +176,6 @@ class LossParams(Params):
         None, ge=0, description="weight of the mean of l_t over the classes present; none: as Eq. 1, K/(BN+K)"
     )
     image_weight: Float | None = Field(None, ge=0, description="weight of the mean of l_im over the patches; none: as Eq. 1, BN/(BN+K)")
-    patch_share: Share = Field(1.0, gt=0, description="ours: share of a batch's labelled patches, drawn at random, that enter the loss")
 
 
 class OptimiserParams(Params):

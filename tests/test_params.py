@@ -121,7 +121,6 @@ def test_part_holds_only_the_fields_of_its_step():
         "temperature": 0.5,
         "text_weight": None,
         "image_weight": None,
-        "patch_share": 1.0,
     }
 
 

@@ -47,7 +47,7 @@ def test_paper_is_the_papers():
     t = profiles.load("train", "paper")
     assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")
     assert (p.min_votes, p.reference_images) == (1, 0)
-    assert (t.prealign, t.dense_weight, t.min_margin, t.patch_share) == (False, 0.0, None, 1.0)  # nothing of ours but the loss's weights
+    assert (t.prealign, t.dense_weight, t.min_margin) == (False, 0.0, None)  # nothing of ours but the loss's weights
     assert (t.temperature, t.text_weight, t.image_weight) == (0.2, 1.0, 1.0)
 
 

@@ -156,16 +156,9 @@ def test_the_weights_of_the_two_means_are_used():
 
 def test_the_same_seed_gives_the_same_module_and_another_seed_another():
     data, texts = collection()
-    params = AlignParams(module="mlp", epochs=2, images_per_batch=2, patch_share=0.5)
+    params = AlignParams(module="mlp", epochs=2, images_per_batch=2)
     weights = [training.train(data, CLASSES, texts, fresh("mlp"), params, seed).alignment.module.project.weight for seed in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_only_a_share_of_the_labelled_patches_enters_the_loss():
-    data, texts = collection(images=60, empty=())
-    labelled = sum(int((labels >= 0).sum()) for _, labels in data)
-    made = training.train(data, CLASSES, texts, fresh(), AlignParams(module="linear", epochs=1, images_per_batch=60, patch_share=0.25))
-    assert made.steps[0]["patches"] == pytest.approx(labelled / 4, rel=0.2)
 
 
 @pytest.mark.parametrize("loss", ["tsupcon", "prototype", "supcon"])
@@ -266,7 +259,7 @@ def test_a_module_is_read_where_nothing_changed_and_trained_anew_where_anything_
 
     again, read, _ = fit()
     assert not again and "trained before" in capsys.readouterr().out and read.steps == first.steps and read.classes == first.classes
-    for changed in ({"learning_rate": 0.1}, {"seed": 9}, {"patch_share": 0.5}, {"temperature": 0.5}, {"templates": "seven"}):
+    for changed in ({"learning_rate": 0.1}, {"seed": 9}, {"weight_decay": 0.5}, {"temperature": 0.5}, {"templates": "seven"}):
         assert fit(**changed)[0], changed
     assert fit(samples=toy.samples[:4])[0] and fit(initial=toy.path)[0]
     assert not fit(limit=3, window=64, crop_batch=1, residual=True)[0]  # they have no part in the training

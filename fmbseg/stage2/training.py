@@ -100,15 +100,12 @@ def train(
     network, loss_of, optimiser = distributed.parallel(alignment), loss_function(params), optimiser_of(alignment, params)
     loader = batches(data, params.images_per_batch, seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.epochs * len(loader))
-    drawn = torch.Generator().manual_seed(seed + distributed.rank())
 
     steps: list[dict[str, float]] = []
     for epoch in range(params.epochs):
         for patches, labels, *dense in loader:
             maps = network(patches.float().to(device))
             z, y = maps.permute(0, 2, 3, 1).flatten(0, 2), row_of[labels.flatten()]
-            if params.patch_share < 1:
-                y[torch.rand(len(y), generator=drawn) >= params.patch_share] = -1
             loss, value, count = distributed.batch_loss(loss_of, z, y.to(device), texts, params.negatives == "batch")
             if params.dense_weight:
                 pull = params.dense_weight * anchor(maps, dense[0].to(device))
