@@ -218,6 +218,7 @@ def test_without_a_module_one_sentence_and_only_clip(home, params, real_image, s
         if text:
             path.write_bytes(text)
         monkeypatch.setattr(modules, "place", lambda *_, path=path: path)
+        monkeypatch.setattr(modules, "SHIPPED", tmp_path / "none")
         made = explore.Explorer(params)
         assert message in made.missing and made.segmenter is None
         made.set_image(real_image)
