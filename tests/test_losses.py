@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fmbseg.stage2 import losses
 
@@ -129,3 +131,38 @@ def test_weights_weigh_the_two_means():
     present = len(labels.unique())
     torch.testing.assert_close(losses.tsupcon(z, labels, texts, text_weight=present / 13), losses.tsupcon(z, labels, texts))
     torch.testing.assert_close(losses.tsupcon(z, labels, texts, image_weight=9 / 13), losses.tsupcon(z, labels, texts))
+
+
+class Largest(TorchDispatchMode):
+    """The most values of any one tensor that is made inside."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.values = max([self.values, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("loss", [losses.tsupcon, losses.prototype, losses.supcon])
+@pytest.mark.parametrize("temperature", [1.0, 0.005])
+def test_blocks_of_rows_give_the_whole_products_value_and_gradient(loss, temperature, monkeypatch):
+    z, labels, texts = case(101, 5, 8)
+    wanted = loss(z, labels, texts, temperature)
+    gradients = torch.autograd.grad(wanted, (z, texts))
+    monkeypatch.setattr(losses, "BLOCK", 7 * 106 + 3)  # 7 rows a block, the last one shorter
+    with Largest() as seen:
+        made = loss(z, labels, texts, temperature)
+        ours = torch.autograd.grad(made, (z, texts))
+    assert seen.values <= 8 * 106 < 101 * 101  # the patches and the texts themselves are the largest
+    torch.testing.assert_close((made, ours), (wanted, gradients), rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(losses, "BLOCK", 1)  # one row a block
+    torch.testing.assert_close(loss(z, labels, texts, temperature), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_gradient_of_a_weighted_sum_over_other_patches():
+    z, _, _ = case(23, 1, 6)
+    weights = torch.randn(23, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = torch.logsumexp((z @ z.T / 0.1).fill_diagonal_(-torch.inf), dim=1)
+    expected = torch.autograd.grad(plain @ weights, z)
+    torch.testing.assert_close(torch.autograd.grad(losses.log_sum_others(z, 0.1) @ weights, z), expected, rtol=1e-10, atol=1e-10)

@@ -7,17 +7,57 @@ Temperature 1 and no weights are the equations as written; the temperature divid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+
+BLOCK = 2**21
+"""Similarities that are in memory at once: a bound on memory, of no effect on any value but for rounding."""
 
 
 def log_sum_others(z: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """log sum_{j != i} exp(z_i.z_j) of every patch, (n,): what Eq. 3 and Eq. 4 share, and the only n x n product.
 
+    The product is made a block of rows at a time, so memory grows with n and not with n x n.
     A lone patch has no other: minus infinity.
     """
     if len(z) < 2:
         return z.new_full((len(z),), -torch.inf)
-    return torch.logsumexp((z @ z.T / temperature).fill_diagonal_(-torch.inf), dim=1)
+    return _LogSumOthers.apply(z, temperature)
+
+
+class _LogSumOthers(torch.autograd.Function):
+    """With s_ij = z_i.z_j and o_i = log sum_{j != i} exp(s_ij), the gradient of sum_i g_i o_i by z_i is
+    sum_{j != i} (g_i exp(s_ij - o_i) + g_j exp(s_ij - o_j)) z_j, for s is symmetric."""
+
+    @staticmethod
+    def forward(context, z: torch.Tensor, temperature: float) -> torch.Tensor:
+        others = z.new_empty(len(z))
+        for rows, similar in _row_blocks(z, temperature):
+            others[rows] = similar.logsumexp(dim=1)
+        context.save_for_backward(z, others)
+        context.temperature = temperature
+        return others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+        z, others = context.saved_tensors
+        gradient = torch.empty_like(z)
+        for rows, similar in _row_blocks(z, context.temperature):
+            own = (similar - others[rows, None]).exp_().mul_(g[rows, None])
+            gradient[rows] = (own + (similar - others).exp_().mul_(g)) @ z
+        return gradient / context.temperature, None
+
+
+def _row_blocks(z: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of the (n, n) similarities, minus infinity on the diagonal: (which rows, (rows, n)) a block."""
+    step = max(BLOCK // len(z), 1)
+    for start in range(0, len(z), step):
+        rows = slice(start, start + step)
+        similar = (z[rows] @ z.T).div_(temperature)
+        similar.diagonal(start).fill_(-torch.inf)
+        yield rows, similar
 
 
 def patch_text_terms(
@@ -86,13 +126,13 @@ def prototype(z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temper
 def supcon(z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Table 2's SupCon alone (Khosla et al. 2020): the texts are just more examples of their class.
 
-    Mean over all patches and texts that have a positive other than themselves.
+    Mean over all patches and texts that have a positive other than themselves of the log of the sum over all OTHER
+    examples, minus the mean similarity to its positives: what is left of its class's sum without itself.
     """
     everything = torch.cat([z, texts])
     classes = torch.cat([labels, torch.arange(len(texts), device=labels.device)])
-    similarity = everything @ everything.T / temperature
-    log_share = similarity - log_sum_others(everything, temperature)[:, None]
-    positive = (classes[:, None] == classes[None, :]).fill_diagonal_(False)
-    count = positive.sum(dim=1)
-    per_example = -(log_share * positive).sum(dim=1) / count.clamp(min=1)
-    return per_example[count > 0].mean()
+    sums = texts.index_add(0, labels, z)
+    positives = classes.bincount()[classes] - 1
+    to_positives = (everything * (sums.index_select(0, classes) - everything)).sum(dim=1) / temperature
+    per_example = log_sum_others(everything, temperature) - to_positives / positives.clamp(min=1)
+    return per_example[positives > 0].mean()

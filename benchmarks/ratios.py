@@ -1,0 +1,130 @@
+"""What fmbseg's own code costs beside the least that it could: ratios, measured side by side in one process.
+
+    python benchmarks/ratios.py                      all of them; record in results/embedded/benchmarks/ratios.json
+    python benchmarks/ratios.py loss                 one of them
+
+Both sides of a ratio take turns on one thread, and the best of the turns counts, so that other load meets both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fmbseg import profiles
+from fmbseg.runs import records
+from fmbseg.stage2 import losses
+
+from throughput import hardware  # isort: skip
+
+
+def best(turns: int, **sides: Callable[[], object]) -> dict[str, float]:
+    """Seconds of each side's best turn; they take turns, after one that is not counted."""
+    taken = {name: [] for name in sides}
+    for _ in range(turns + 1):
+        for name, work in sides.items():
+            started = time.perf_counter()
+            work()
+            taken[name].append(time.perf_counter() - started)
+    return {name: min(seconds[1:]) for name, seconds in taken.items()}
+
+
+def row(what: str, target: float, over: float, under: float) -> dict:
+    """One line of the record: seconds (or bytes) of both sides and their ratio."""
+    made = {"what": what, "ratio": round(over / under, 3), "target": target, "over": round(over, 4), "under": round(under, 4)}
+    print(f"{what}: {made['ratio']} (target {target}; {over:.4g} / {under:.4g})", flush=True)
+    return made
+
+
+# ---------------------------------------------------------------- the loss, by blocks
+
+
+def patches(n: int, width: int = 512, classes: int = 80) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z, texts = (F.normalize(torch.randn(m, width, generator=generator), dim=1) for m in (n, classes))
+    return z.requires_grad_(), torch.randint(classes, (n,), generator=generator), texts
+
+
+def plain_log_sum_others(z: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """The whole product at once, differentiated by torch."""
+    return torch.logsumexp((z @ z.T / temperature).fill_diagonal_(-torch.inf), dim=1)
+
+
+def peak_of_loss(n: int) -> None:
+    """Print the bytes by which TSupCon's forward and backward over n patches raise this process's memory at most (Linux)."""
+    losses.tsupcon(*patches(64), temperature=0.2).backward()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_memory()
+    losses.tsupcon(*patches(n), temperature=0.2).backward()
+    print(peak_memory() - before)
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process held at most."""
+    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(told["VmHWM"].split()[0])
+
+
+def loss(turns: int) -> list[dict]:
+    def step(others: Callable | None) -> Callable[[], None]:
+        z, labels, texts = patches(4096)
+
+        def work() -> None:
+            z.grad = None
+            blocks, losses.log_sum_others = losses.log_sum_others, others or losses.log_sum_others
+            losses.tsupcon(z, labels, texts, temperature=0.2).backward()
+            losses.log_sum_others = blocks
+
+        return work
+
+    taken = best(turns, blocks=step(None), plain=step(plain_log_sum_others))
+    peak = {n: int(subprocess.check_output([sys.executable, __file__, "--peak-of-loss", str(n)])) for n in (4096, 32768)}
+    return [
+        row("TSupCon, 4,096 patches, forward and backward: seconds in blocks / seconds of the plain product", 1.3, *taken.values()),
+        row("TSupCon, forward and backward: peak bytes of 32,768 patches / of 4,096 patches", 10, peak[32768], peak[4096]),
+    ]
+
+
+MEASURED = {"loss": loss}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("which", nargs="*", metavar="WHICH", help=f"of {', '.join(MEASURED)} (default: all)")
+    parser.add_argument("--turns", type=int, default=7, help="turns of each side; the best counts")
+    parser.add_argument("--out", type=Path, help="file of the record (default: results/embedded/benchmarks/ratios.json)")
+    parser.add_argument("--peak-of-loss", type=int, metavar="PATCHES", help=argparse.SUPPRESS)  # what `loss` calls, in a process of its own
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.which) - set(MEASURED))
+    if unknown:
+        parser.error(f"no such ratio: {', '.join(unknown)}; known are {', '.join(MEASURED)}")
+    torch.set_num_threads(1)
+    if options.peak_of_loss:
+        return peak_of_loss(options.peak_of_loss)
+    started, params = time.perf_counter(), profiles.load("evaluate", "embedded")
+    rows = [one for which in options.which or MEASURED for one in MEASURED[which](options.turns)]
+    record = records.Record(
+        "benchmark",
+        "ratios",
+        params.model_dump(),
+        params.collection,
+        images=0,
+        seconds=round(time.perf_counter() - started, 1),
+        hardware=hardware("cpu"),
+        protocol={"threads": 1, "turns": options.turns, "ratios": rows},
+        notes=records.notes_of(params),
+    )
+    out = options.out or records.results_folder(params) / "benchmarks" / "ratios.json"
+    record.write(out.parent, out.stem)
+    print(f"record: {out}")
+
+
+if __name__ == "__main__":
+    main()
