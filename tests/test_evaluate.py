@@ -64,7 +64,8 @@ def direct(name, image, space, params, toy):
     if name in evaluate.ALIGNED:
         return Segmenter.load(toy.path, params=params).segment(image, space).labels
     clip = load_clip(params.clip, "cpu", params.crop_input)
-    if name == "dense":
+    if name == "dense":  # a transformer sees the whole window
+        clip = load_clip(params.clip, "cpu", params.window)
         return PlainSegmenter(DenseClip(clip, params.path, 1.0, params.residual), clip, params).segment(image, space).labels
     if name == "dense_high_resolution":
         found = features.extract(image, clip, params)

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from fmbseg.data import benchmarks, fetch, images
 from fmbseg.errors import ParameterError, WeightsError
-from fmbseg.models.clip import LIT, ImageText, load_clip, value_path
+from fmbseg.models import dense_paths
+from fmbseg.models.clip import LIT, ImageText, load_clip
+from fmbseg.models.dense_paths import LastBlock
 from fmbseg.models.encoders import FeaturePyramid, load_encoder
 from fmbseg.models.precision import lower
 from fmbseg.models.sam import load_sam
@@ -55,21 +57,13 @@ def test_plain_path_is_the_projected_patch_tokens():
     torch.testing.assert_close(out.flatten(2).transpose(1, 2), tokens @ clip.tower.proj, atol=1e-5, rtol=1e-4)
 
 
-def test_value_path_with_residual_adds_the_input_and_the_mlp():
-    block = load_clip("random:ViT-S-32").blocks[-1]
-    x = torch.randn(2, 5, block.attn.embed_dim)
-    value = value_path(block, x, residual=False)
-    middle = x + value
-    torch.testing.assert_close(value_path(block, x, residual=True), middle + block.mlp(block.ln_2(middle)))
-
-
 def tiny_vit(**vision):
     """A small ViT of open_clip's own, all of its numbers at random."""
     torch.manual_seed(0)
     vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64} | vision
     model = open_clip.model.CLIP(48, vision, {"layers": 1, "width": 32, "heads": 2})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("ln" in name and "weight" in name), std=0.3)
     open_clip.model.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": (64, 64)})
     return ImageText(model, None, "tiny")
 
@@ -78,30 +72,76 @@ def tiny_vit(**vision):
 def test_value_path_with_residual_is_the_whole_block_when_there_is_one_token(vision):
     """With one token attention has one place to look: with LayerScale too, input, scales and MLP are the block's own."""
     block = tiny_vit(**vision).blocks[-1]
-    x = torch.randn(3, 1, 64)
-    torch.testing.assert_close(value_path(block, x, residual=True), block(x), atol=1e-5, rtol=1e-4)
+    x, parts = torch.randn(3, 1, 64), LastBlock.of(block)
+    torch.testing.assert_close(parts.whole(x, dense_paths.value(parts, x)), block(x), atol=1e-5, rtol=1e-4)
 
 
-def test_layer_scale_is_in_the_residual_path_of_a_whole_tower():
+@pytest.mark.parametrize("residual", [False, True])
+def test_layer_scale_is_in_the_value_path_of_a_whole_tower(residual):
     clip = tiny_vit(ls_init_value=0.3)
     caught = []
     clip.blocks[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    made = clip.encode_crops(crops(2, 64), residual=True).maps
+    made = clip.encode_crops(crops(2, 64), residual=residual).maps
     x, block = caught[0], clip.blocks[-1]
     width = x.shape[-1]
     value = F.linear(block.ln_1(x), block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :])
-    x = x + block.ls_1.gamma * block.attn.out_proj(value)
-    x = x + block.ls_2.gamma * block.mlp(block.ln_2(x))
-    expected = (clip.tower.ln_post(x) @ clip.tower.proj)[:, 1:]
+    out = block.ls_1.gamma * block.attn.out_proj(value)
+    if residual:
+        out = x + out
+        out = out + block.ls_2.gamma * block.mlp(block.ln_2(out))
+    expected = (clip.tower.ln_post(out) @ clip.tower.proj)[:, 1:]
     torch.testing.assert_close(made.flatten(2).transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_timm_trunk_takes_the_value_path_too():
+def timm_clip(name, pool="token", proj="linear"):
+    """A tower of timm's with random weights in open_clip's frame."""
     torch.manual_seed(0)
-    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": 224}
     model = open_clip.model.CustomTextCLIP(64, vision, {"layers": 1, "width": 64, "heads": 2})
     open_clip.model.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": (224, 224)})
-    clip = ImageText(model, None, "timm")
+    return ImageText(model, None, name)
+
+
+REFUSED = {
+    "EVA: gamma_1, q_bias, v_bias": lambda: timm_clip("eva02_tiny_patch14_224"),
+    "ConvNeXt: a norm in the head": lambda: timm_clip("convnext_atto", ""),
+    "attention pooling, timm": lambda: timm_clip("vit_tiny_patch16_224", "map", "none"),
+    "attention pooling, a ResNet": lambda: timm_clip("resnet10t", "abs_attn", ""),
+    "attention pooling, CoCa": lambda: tiny_vit(attentional_pool=True, attn_pooler_queries=8),
+    "a norm after attention": lambda: tiny_vit(block_type="custom", scale_attn=True),
+    "norms of queries and keys": lambda: tiny_vit(block_type="custom", qk_norm=True),
+    "a norm after the mean": lambda: tiny_vit(pool_type="avg", final_ln_after_pool=True),
+    "maps with channels last": lambda: timm_clip("swin_tiny_patch4_window7_224", "avg"),
+    "CLIP's own ResNet": lambda: load_clip("random:RN50"),
+}
+
+
+@pytest.mark.parametrize("tower", REFUSED.values(), ids=REFUSED)
+def test_a_tower_whose_dense_features_would_be_wrong_is_refused(tower):
+    with pytest.raises(ParameterError, match="clip = .*so its dense features would be wrong; choose .*clip_vitl14"):
+        tower()
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        lambda: tiny_vit(pool_type="avg"),
+        lambda: tiny_vit(block_type="custom"),
+        lambda: timm_clip("vit_tiny_patch16_224", proj=None),  # as MobileCLIP-B: the trunk's own classifier projects
+        lambda: timm_clip("resnet10t", "avg"),
+    ],
+    ids=["mean of the patches", "another class of block", "projection in the trunk", "convolutional"],
+)
+def test_a_tower_that_is_read_rightly_is_accepted(tower):
+    clip = tower()
+    out = clip.encode_crops(crops(1, clip.image_size), path="plain")
+    own = clip.model.encode_image(images.normalise(crops(1, clip.image_size), clip.mean, clip.std))
+    torch.testing.assert_close(out.tokens, own, atol=1e-4, rtol=1e-3)
+    assert out.maps.shape[1] == own.shape[1]
+
+
+def test_timm_trunk_takes_the_value_path_too():
+    clip = timm_clip("vit_tiny_patch16_224")
     out = clip.encode_crops(crops())
     assert clip.stride == 16 and out.maps.shape == (2, 64, 14, 14)
     trunk, block = clip.tower.trunk, clip.tower.trunk.blocks[-1]

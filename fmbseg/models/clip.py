@@ -19,6 +19,8 @@ from fmbseg import files
 from fmbseg.data import fetch
 from fmbseg.data.images import normalise
 from fmbseg.errors import ParameterError
+from fmbseg.models import dense_paths
+from fmbseg.models.dense_paths import LastBlock
 from fmbseg.models.precision import Precision, autocast
 from fmbseg.models.precision import key as precision_key
 
@@ -42,34 +44,11 @@ class CropFeatures:
     maps: torch.Tensor
 
 
-def value_path(block: nn.Module, x: torch.Tensor, residual: bool) -> torch.Tensor:
-    """The last block without its queries and keys (Sec. 3.1, after Zhou et al. 2022).
-
-    block: an open_clip residual block or a timm block; x: (B, N, W), the block's input.
-    Returns (B, N, W): the value projection of every token by itself, through the attention's output projection.
-    residual: also add the block's input and run its MLP, as MaskCLIP's own code does; off by default (ours).
-    """
-    if hasattr(block, "ln_1"):  # open_clip
-        attention, norm1, norm2 = block.attn, block.ln_1, block.ln_2
-        scale1, scale2 = block.ls_1, block.ls_2
-        weight, bias, out = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
-    else:  # timm
-        attention, norm1, norm2 = block.attn, block.norm1, block.norm2
-        scale1, scale2 = block.ls1, block.ls2
-        weight, bias, out = attention.qkv.weight, attention.qkv.bias, attention.proj
-    width = x.shape[-1]
-    value = F.linear(norm1(x), weight[2 * width :], None if bias is None else bias[2 * width :])
-    value = out(value)
-    if not residual:
-        return value
-    x = x + scale1(value)
-    return x + scale2(block.mlp(norm2(x)))
-
-
 class ImageText:
     """A frozen open_clip model: texts and crops into one space of D dimensions.
 
     model: an open_clip CLIP or CustomTextCLIP; key: what its results depend on (name and hash of its weights).
+    Raises ParameterError for an image tower whose dense features this code would get wrong.
     """
 
     def __init__(self, model: nn.Module, tokenizer, key: str, device: str = "cpu", precision: Precision = "fp32"):
@@ -82,8 +61,9 @@ class ImageText:
         self.key = precision_key(key, precision)
         self.tower = model.visual
         self.mean, self.std = open_clip.get_model_preprocess_cfg(model)["mean"], open_clip.get_model_preprocess_cfg(model)["std"]
-        self.image_size = int(self.tower.image_size[0])
         self.blocks = self._blocks()
+        self.image_size = int(self.tower.image_size[0])
+        self._probe()
 
     def _blocks(self) -> Sequence[nn.Module] | None:
         """The tower's transformer blocks; None for a tower without attention."""
@@ -91,14 +71,41 @@ class ImageText:
             return self.tower.transformer.resblocks
         trunk = getattr(self.tower, "trunk", None)
         if hasattr(trunk, "blocks") and hasattr(trunk.blocks[-1], "attn"):
-            if getattr(trunk, "attn_pool", None) is not None:
-                raise ParameterError(f"{self.key}: towers with attention pooling have no value path here; choose one with a class token")
             return trunk.blocks
         if hasattr(trunk, "forward_features"):
             return None
-        raise ParameterError(
-            f"{self.key}: a tower of type {type(self.tower).__name__} gives no dense features; choose a ViT or a timm tower"
+        raise self._refusal(f"a tower of type {type(self.tower).__name__} is neither a ViT nor one of timm's")
+
+    def _refusal(self, why: str) -> ParameterError:
+        return ParameterError(
+            f"clip = {self.key}: {why}, so its dense features would be wrong; choose {', '.join(CLIP_NAMES)} or another plain ViT"
         )
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Hold the tower, as the dense paths read it, against its own ``encode_image`` on one image of noise.
+
+        Of a transformer the last block is put together from its parts, with its own attention: its class token, or the
+        mean of its patches, must be the model's image feature; of another tower the mean of the projected map must.
+        """
+        x = torch.rand((1, 3, *self.tower.image_size), generator=torch.Generator().manual_seed(0)).to(self.device)
+        try:
+            if self.blocks is None:
+                own, rebuilt = self.model.encode_image(x), [self._project_map(self.tower.trunk.forward_features(x)).mean(dim=(2, 3))]
+            else:
+                own, last_input, _ = self._pass(x)
+                block = LastBlock.of(self.blocks[-1])
+                tokens = self._project(block.whole(last_input, dense_paths.attention(block, last_input)))
+                rebuilt = [tokens[:, 0], tokens[:, self.prefix :].mean(dim=1)]
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise self._refusal(f"its parts are not those of a plain ViT or feature map ({type(self.tower).__name__})") from error
+        if not any(r.shape == own.shape and (r - own).abs().max() <= 1e-3 * own.abs().max() for r in rebuilt):
+            raise self._refusal(
+                "its image feature is not what last block, norm and projection give as this code reads them (attention pooling, a norm"
+                " in the head, another attention)"
+            )
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -122,32 +129,43 @@ class ImageText:
         if self.blocks is None:
             features = self.tower.trunk.forward_features(x)
             return CropFeatures(self.tower.head(features.mean(dim=(2, 3))), self._project_map(features))
+        tokens, last_input, last_output = self._pass(x)
+        dense = last_output
+        if path == "value":
+            block = LastBlock.of(self.blocks[-1])
+            dense = dense_paths.value(block, last_input)
+            dense = block.whole(last_input, dense) if residual else dense
+        height, width = x.shape[-2] // self.stride, x.shape[-1] // self.stride
+        projected = self._project(dense[:, self.prefix :])
+        return CropFeatures(tokens, projected.transpose(1, 2).reshape(len(tokens), -1, height, width))
+
+    def _pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, D) image features of the model's own forward pass, and the (B, N, W) input and output of its last block."""
         caught: list[torch.Tensor] = []
-        block = self.blocks[-1]
         hooks = [
-            block.register_forward_pre_hook(lambda _, args: caught.append(args[0])),
-            block.register_forward_hook(lambda _, args, out: caught.append(out)),
+            self.blocks[-1].register_forward_pre_hook(lambda _, args: caught.append(args[0])),
+            self.blocks[-1].register_forward_hook(lambda _, args, out: caught.append(out)),
         ]
         try:
-            tokens = self.model.encode_image(x)
+            return self.model.encode_image(x), *caught
         finally:
             for hook in hooks:
                 hook.remove()
-        dense = value_path(block, caught[0], residual) if path == "value" else caught[1]
-        return CropFeatures(tokens, self._project_tokens(dense, x.shape[-2:]))
 
     def _project_map(self, features: torch.Tensor) -> torch.Tensor:
         return self.tower.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def _project_tokens(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """(B, N, W) tokens of the last block -> (B, D, h, w): final norm, visual projection, prefix tokens left off."""
+    def _project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, W) tokens of the last block -> (B, N, D): final norm and visual projection."""
         if isinstance(self.tower, VisionTransformer):
-            projected = self.tower.ln_post(tokens)[:, 1:] @ self.tower.proj
-        else:
-            trunk = self.tower.trunk
-            projected = self.tower.head(trunk.fc_norm(trunk.norm(tokens))[:, trunk.num_prefix_tokens :])
-        height, width = size[0] // self.stride, size[1] // self.stride
-        return projected.transpose(1, 2).reshape(len(tokens), -1, height, width)
+            return self.tower.ln_post(tokens) @ self.tower.proj
+        trunk = self.tower.trunk
+        return self.tower.head(trunk.head(trunk.fc_norm(trunk.norm(tokens))))
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens of a transformer stand before the patches."""
+        return 1 if isinstance(self.tower, VisionTransformer) else self.tower.trunk.num_prefix_tokens
 
     @functools.cached_property
     def stride(self) -> int:

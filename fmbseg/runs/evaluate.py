@@ -153,8 +153,9 @@ def _stage1(sample: Sample, space: LabelSpace, models: Models, params: LabelPara
 
 @functools.lru_cache(maxsize=1)
 def _dense(models: Models, params: EvaluateParams) -> Segmenter:
-    side = params.window if "vit" in params.clip.lower() and not params.clip.startswith("random:") else None
-    image_text = dataclasses.replace(models, crop_input=side).clip
+    image_text = models.clip
+    if image_text.blocks is not None:  # a transformer's position embedding fits one size only
+        image_text = dataclasses.replace(models, crop_input=params.window).clip
     return Segmenter(DenseClip(image_text, params.path, params.dense_enlarge, params.residual), image_text, params, params.templates)
 
 
