@@ -1,4 +1,11 @@
-"""The errors a user can cause. Each says what was given, what is accepted and what to do."""
+"""The errors a user can cause. Each says what was given, what is accepted and what to do.
+
+What is left out, and stops nothing, is told instead.
+"""
+
+import functools
+import os
+import sys
 
 
 class FmbsegError(Exception):
@@ -23,3 +30,10 @@ class DataError(FmbsegError):
 
 class WorkerLost(FmbsegError):
     """A worker process was ended from outside."""
+
+
+@functools.cache
+def tell(sentence: str) -> None:
+    """Say on standard error, once a process (under torchrun, the first alone), what is left out or looks wrong."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr)

@@ -169,7 +169,7 @@ def test_mask_of_another_size_or_mode_is_refused(tmp_path):
 
 
 def test_find_images_lists_images_below_sorted(tmp_path):
-    for name in ("b.JPG", "a/c.png", "notes.txt", "a/d.webp", "e.gif"):
+    for name in ("b.JPG", "a/c.png", "notes.txt", "a/d.webp", "e.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()

@@ -5,48 +5,96 @@ NumPy arrays outside, (height, width, 3) RGB ``uint8``; torch tensors inside, (b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, features
 
 from fmbseg import files
-from fmbseg.errors import ImageError
+from fmbseg.errors import ImageError, tell
 
 IGNORED = 255
 """Index of pixels that count for nothing: ignored in ground truth, unlabelled in pseudo labels."""
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Suffixes of the files that are taken for images."""
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(suffix for suffix, decoder in ((".jp2", "jpg_2000"), (".avif", "avif")) if features.check(decoder)),
+)
+"""Suffixes of the files that are taken for images; of an animation the first frame counts."""
+
+UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw")
+"""Suffixes of other images, which nothing here reads: where they are skipped it is said."""
 
 MIN_SIDE = 8
 MAX_ASPECT = 20
 
 
-def _open(path: str | Path) -> Image.Image:
-    path = Path(path)
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file; give the path of an image ({', '.join(SUFFIXES)})")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Whatever PIL raises of a damaged file (its plugins raise any built-in exception) is an ImageError that names the file."""
     try:
-        opened = Image.open(path)
-        opened.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+        yield
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: too many pixels to be read safely ({error}); scale it down first") from error
-    return opened
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
+
+
+def _orientation(opened: Image.Image) -> int:
+    """How EXIF says that an image is turned, 1 to 8; 1, upright, where the block cannot be read or says something else."""
+    if opened.format == "TIFF":  # PIL turns it by itself
+        return 1
+    try:
+        value = opened.getexif().get(ExifTags.Base.Orientation)
+        return int(value) if value in _TURNS else 1
+    except Exception:  # as for ``_reading``: the image itself may be sound
+        return 1
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image of a file as PIL decodes it, all of it read. Raises ImageError when the file is missing or damaged."""
+    with _reading(path):
+        if not Path(path).is_file():
+            raise ImageError(f"{path}: no such file; give the path of an image ({', '.join(SUFFIXES)})")
+        opened = Image.open(path)
+        opened.load()
+        return opened
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image of any common mode as (height, width, 3) RGB ``uint8``, upright as its EXIF says.
 
     Grayscale, palette, CMYK, transparent (over white) and 16-bit images are converted. Raises ImageError when the file is
-    missing or damaged, or its size is not accepted (``check_image``).
+    missing or damaged, or its size is not accepted (``check_image``). An EXIF block that cannot be read is ignored.
     """
-    opened = ImageOps.exif_transpose(_open(path))
+    opened = open_image(path)
+    with _reading(path):
+        return check_image(_rgb(opened), str(path))
+
+
+def _rgb(opened: Image.Image) -> np.ndarray:
+    turn = _TURNS.get(_orientation(opened))
+    opened = opened if turn is None else opened.transpose(turn)
     if opened.mode.startswith("I") or opened.mode == "F":  # 16 or 32 bits a pixel: scale, do not clip
         values = np.asarray(opened, dtype=np.float64)
         largest = values.max(initial=0)
@@ -55,8 +103,7 @@ def read_image(path: str | Path) -> np.ndarray:
     if "A" in opened.getbands() or "transparency" in opened.info:
         opened = opened.convert("RGBA")
         opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
-    image = np.array(opened.convert("RGB"))  # a copy of its own, writable
-    return check_image(image, str(path))
+    return np.array(opened.convert("RGB"))  # a copy of its own, writable
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -64,12 +111,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
     Raises ImageError when the file cannot be read as an image.
     """
-    try:
-        with Image.open(path) as opened:
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return opened.size if turned else opened.size[::-1]
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+    with _reading(path), Image.open(path) as opened:
+        return opened.size if _orientation(opened) >= 5 else opened.size[::-1]
 
 
 def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
@@ -95,9 +138,11 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 
     size: the (height, width) of its image; another size raises ImageError, for a mask is never resized.
     """
-    opened = _open(path)
+    opened = open_image(path)
     if opened.mode not in ("L", "P", "1"):
-        raise ImageError(f"{path}: a mask of mode {opened.mode}; masks are 8-bit index PNGs (grayscale or palette)")
+        raise ImageError(
+            f"{path}: a mask of mode {opened.mode}; masks are 8-bit index PNGs (grayscale or palette) whose pixels are class indices"
+        )
     mask = np.array(opened, dtype=np.uint8)
     if size is not None and mask.shape != tuple(size):
         raise ImageError(
@@ -120,14 +165,39 @@ def write_label_map(path: str | Path, labels: np.ndarray, palette: np.ndarray) -
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """All images under a folder, sorted by path. Raises ImageError when there is none."""
+    """All images under a folder, sorted by path. Hidden files and folders are skipped; links to folders are followed, once each.
+
+    Raises ImageError when there is none.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder; give a folder of images ({', '.join(SUFFIXES)})")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+    here = list(_files(folder))
+    if skipped := Counter(suffix for path in here if (suffix := path.suffix.lower()) in UNREAD):
+        tell(
+            f"{folder}: skipped {', '.join(f'{n} {s}' for s, n in sorted(skipped.items()))}, which is not read here; convert them to JPEG or PNG"
+        )
+    found = sorted(path for path in here if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ImageError(f"{folder}: holds no image; accepted are {', '.join(SUFFIXES)}")
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files under a folder in no order, hidden ones left out. A folder that several links lead to is entered once."""
+
+    def unlisted(error: OSError) -> None:
+        tell(f"{error.filename}: left out, for it cannot be listed ({error.strerror})")
+
+    entered = set()
+    for top, folders, names in os.walk(folder, followlinks=True, onerror=unlisted):
+        status = os.stat(top)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(top, name) for name in names if not name.startswith("."))
 
 
 def target_size(height: int, width: int, short_side: int, long_limit: int, multiple: int = 1) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as rle
 
 from fmbseg.data import images
@@ -78,9 +77,9 @@ def read_index(path: Path, table: Table, image: Path) -> np.ndarray:
 def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Truth from a COCO panoptic PNG (id = R + 256 G + 65536 B): (height, width) ``uint8``.
 
-    segments: (id, class) of each that counts; all else is ignored.
+    segments: (id, class) of each that counts; all else is ignored. Raises ImageError for a file that cannot be read.
     """
-    raw = np.array(Image.open(path).convert("RGB"), dtype=np.uint32)
+    raw = np.array(images.open_image(path).convert("RGB"), dtype=np.uint32)
     ids = raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
     truth = np.full(ids.shape, IGNORED, dtype=np.uint8)
     for segment, index in segments:
@@ -99,10 +98,16 @@ class Outline:
 
 
 def read_instances(size: tuple[int, int], outlines: Iterable[Outline], background: int) -> np.ndarray:
-    """Truth from COCO instances, large ones painted first: (height, width) ``uint8`` of ``size``; the rest is ``background``."""
+    """Truth from COCO instances, large ones painted first: (height, width) ``uint8`` of ``size``; the rest is ``background``.
+
+    Raises DataError for an outline that is no polygon or run-length code of that size.
+    """
     truth = np.full(size, background, dtype=np.uint8)
     for outline in sorted(outlines, key=lambda o: -o.area):
-        coded = rle.frPyObjects(outline.segmentation, *size)
-        coded = rle.merge(coded) if isinstance(coded, list) else coded
-        truth[rle.decode(coded).astype(bool)] = IGNORED if outline.crowd else outline.index
+        try:
+            coded = rle.frPyObjects(outline.segmentation, *size)
+            coded = rle.merge(coded) if isinstance(coded, list) else coded
+            truth[rle.decode(coded).astype(bool)] = IGNORED if outline.crowd else outline.index
+        except Exception as error:  # pycocotools raises plain Exception too
+            raise DataError(f"instance of class {outline.index}: its outline cannot be read ({error}); repair the annotations") from error
     return truth

@@ -1,0 +1,164 @@
+"""Faults that were found by trying: each gave a wrong number or lost something without a word. Small files made here."""
+
+import contextlib
+import io
+import struct
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmbseg.data import images
+from fmbseg.errors import ImageError
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (12, 24, 3), dtype=np.uint8)
+
+# ---------------------------------------------------------------- images that are damaged
+
+
+def encoded(form, array=COLOUR, **options):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, format=form, **options)
+    return stream.getvalue()
+
+
+def ifd(*entries, following=0):
+    """A little-endian TIFF block of one directory: entries of (tag, type, count, four bytes)."""
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + rows + struct.pack("<I", following)
+
+
+def jpeg_with(exif):
+    plain = encoded("JPEG", quality=95)
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+
+
+def short(value):
+    return struct.pack("<HH", value, 0)
+
+
+BAD_EXIF = {
+    "orientation_99": ifd((0x112, 3, 1, short(99))),
+    "orientation_as_text": ifd((0x112, 2, 4, b"abc\0")),
+    "pointer_as_text": ifd((0x112, 3, 1, short(1)), (0x8769, 2, 4, b"abc\0")),
+    "pointer_as_rational": ifd((0x112, 3, 1, short(1)), (0x8825, 5, 1, struct.pack("<I", 8))),
+    "pointer_to_nowhere": ifd((0x112, 3, 1, short(1)), (0x8769, 4, 1, struct.pack("<I", 60000))),
+    "pointer_to_itself": ifd((0x112, 3, 1, short(1)), (0x8825, 4, 1, struct.pack("<I", 8))),
+    "cut_off": ifd((0x112, 3, 1, short(1)), (0x8825, 4, 1, struct.pack("<I", 8)))[:-12],
+    "no_header": b"Exif\0\0nonsense",
+    "empty": b"Exif\0\0",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_EXIF)
+def test_exif_that_cannot_be_read_leaves_the_image_as_it_is(tmp_path, kind):
+    path, plain = tmp_path / "a.jpg", tmp_path / "plain.jpg"
+    path.write_bytes(jpeg_with(BAD_EXIF[kind]))
+    plain.write_bytes(encoded("JPEG", quality=95))
+    np.testing.assert_array_equal(images.read_image(path), images.read_image(plain))
+    assert images.image_size(path) == (12, 24)
+
+
+@pytest.mark.parametrize("error", [SyntaxError, TypeError, struct.error, KeyError])
+def test_whatever_pil_raises_of_exif_the_image_is_read(tmp_path, monkeypatch, error):
+    def getexif(opened):
+        raise error("broken")
+
+    monkeypatch.setattr(Image.Image, "getexif", getexif)
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.png"), COLOUR)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_size_from_the_header_is_that_of_the_image(tmp_path, form, value):
+    """Also where EXIF holds an entry that PIL can read and not write: its ``exif_transpose`` ends there."""
+    exif = Image.Exif()
+    exif[0x112] = value
+    for i, content in enumerate([encoded(form, exif=exif), jpeg_with(ifd((0x112, 3, 1, short(value)), (0x100, 9, 1, b"\xff" * 4)))]):
+        path = tmp_path / f"{i}.img"
+        path.write_bytes(content)
+        assert images.image_size(path) == images.read_image(path).shape[:2] == ((24, 12) if value >= 5 else (12, 24))
+
+
+def damaged(random, seeds):
+    """One of the files with bytes changed, cut, doubled or removed, most often near its beginning, where the headers are."""
+    content = bytearray(seeds[random.integers(len(seeds))])
+    for _ in range(random.integers(1, 6)):
+        place = int(len(content) * random.random() ** random.integers(1, 4)) if len(content) else 0
+        kind = random.integers(8)
+        if kind == 0:
+            del content[place:]
+        elif kind == 1:
+            del content[place : place + int(random.integers(1, 9))]
+        elif kind == 2:
+            content[place:place] = content[place : place + int(random.integers(1, 33))]
+        else:
+            content[place : place + 1] = random.bytes(int(random.choice([1, 1, 1, 2, 4])))[:1] if kind < 6 else b"\xff"
+    return bytes(content)
+
+
+def random_exif(random):
+    tags = [0x112, 0x8769, 0x8825, 0xA005, 0x11A, 0x927C, int(random.integers(65536))]
+    entries = [
+        (int(random.choice(tags)), int(random.integers(14)), int(random.choice([0, 1, 2, 5, 2**31])), random.bytes(4))
+        for _ in range(random.integers(1, 6))
+    ]
+    return ifd(*entries, following=int(random.choice([0, 8, 9999])))
+
+
+def test_of_a_damaged_file_only_an_image_error_comes_out(tmp_path):
+    """2,000 files, the same every time."""
+    random, path = np.random.default_rng(0), tmp_path / "a.img"
+    exif = Image.Exif()
+    exif[0x112], exif[0x10F] = 6, "maker"
+    exif.get_ifd(0x8825)[2] = (1.0, 2.0, 3.0)
+    seeds = [encoded(form, exif=exif) for form in ("JPEG", "PNG", "TIFF", "WEBP", "AVIF")]
+    seeds += [encoded(form) for form in ("GIF", "BMP", "JPEG2000", "PPM")]
+    seeds += [encoded("PNG", COLOUR[..., 0], exif=exif), encoded("TIFF", COLOUR[..., 0], compression="tiff_lzw")]
+    outcomes = dict.fromkeys((images.read_image, images.image_size, images.read_mask), 0)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for i in range(2000):
+            path.write_bytes(jpeg_with(random_exif(random)) if i % 4 == 0 else damaged(random, seeds))
+            for read in outcomes:
+                try:
+                    read(path)
+                    outcomes[read] += 1
+                except ImageError as error:
+                    assert i % 4 or read is images.read_mask, "the EXIF block alone spoils no image"
+                    assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    assert all(30 < read < 1900 for read in outcomes.values()), outcomes
+
+
+# ---------------------------------------------------------------- folders of images
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    for name in ("set/a.png", "elsewhere/b.png", "elsewhere/deep/c.png", "set/.hidden/d.png", "set/._a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded("PNG"))
+    (tmp_path / "set/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/twice").symlink_to(tmp_path / "elsewhere/deep")
+    found = [str(path.relative_to(tmp_path / "set")) for path in images.find_images(tmp_path / "set")]
+    assert len(found) == 3 and {"a.png", "link/b.png"} < set(found) and {"link/deep/c.png", "twice/c.png"} & set(found)
+
+
+def test_images_that_are_not_read_here_are_told(tmp_path, capsys):
+    for name in ("a.gif", "b.pgm", "c.jp2", "d.heic", "e.HEIC", "f.svg", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in images.find_images(tmp_path)] == ["a.gif", "b.pgm", "c.jp2"]
+    assert f"{tmp_path}: skipped 2 .heic, 1 .svg, which" in capsys.readouterr().err
+
+
+def test_first_frame_of_an_animation_counts(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert images.read_image(tmp_path / "a.gif")[5, 5].tolist() == [255, 0, 0]
+
+
+def test_a_path_that_is_too_long_is_an_image_error(tmp_path):
+    with pytest.raises(ImageError):
+        images.read_image(tmp_path / ("a" * 300 + ".jpg"))
