@@ -91,7 +91,21 @@ class FeatureParams(ModelParams):
     crop_batch: Count = Field(16, description="crops through the tower at once")
 
 
-class DetectParams(Params):
+class TextParams(Params):
+    """Text features of the classes (Sec. 3.1)."""
+
+    templates: Literal["one", "one_stop", "plain", "seven", "nine", "eighty"] = Field(
+        "one", description="prompt templates whose features are averaged: the paper's, the same with a full stop, the bare word, or a list"
+    )
+    text_average: Literal["unit", "raw"] = Field(
+        "unit", description="ours: features are brought to unit norm before they are averaged over templates (as CLIP), or not (as TCL)"
+    )
+    words: Literal["ours", "verbatim", "sclip"] = Field(
+        "ours", description="ours: the benchmarks' class names respelled as plain English, as they are (as TCL), or SCLIP's word lists"
+    )
+
+
+class DetectParams(TextParams):
     """Which classes are present (Sec. 3.2)."""
 
     min_votes: int = Field(1, ge=0, description="ours: a class is present when MORE crops than this vote for it")
@@ -101,7 +115,6 @@ class DetectParams(Params):
         ge=0,
         description="ours: votes are standardised over the crops of so many of the images; 0, or where there are fewer: not",
     )
-    templates: Literal["one", "plain", "seven", "eighty"] = Field("one", description="prompt templates whose features are averaged")
 
 
 class QueryParams(ModelParams):

@@ -36,7 +36,7 @@ class Clip:
         maps = maps + (10 * residual) + (20 * (path == "plain"))
         return CropFeatures(maps.mean(dim=(2, 3)), maps)
 
-    def encode_text(self, prompts):
+    def encode_text(self, prompts, unit=True):
         return torch.stack([torch.eye(3)[SPACE.names.index(p.split()[-1])] for p in prompts])
 
 

@@ -204,19 +204,27 @@ def test_unknown_methods_and_missing_modules_are_refused(toy, plain, tmp_path):
 def test_background_words_are_a_rule_or_a_list():
     space = label_spaces.label_space("voc21")
     found = Dataset("voc21", space, (), "")
-    prompts = {rule: evaluate.protocol_space(found, make(SegmentParams, {"background_words": rule})).prompts for rule in ("stuff", "name")}
+    prompts = {rule: evaluate.protocol_space(found, make(EvaluateParams, {"background_words": rule})).prompts for rule in ("stuff", "name")}
     assert prompts["stuff"][0] == label_spaces.BACKGROUND_WORDS and prompts["name"][0] == ("background",)
-    given = make(SegmentParams, {"background_words": ["wall", "sky", "cat"]})
+    given = make(EvaluateParams, {"background_words": ["wall", "sky", "cat"]})
     assert evaluate.protocol_space(found, given).prompts == (("wall", "sky"), *space.prompts[1:])  # a class stays a class
     for wrong in ("stuf", 3, [1]):
         with pytest.raises(ParameterError, match="background_words = "):
             make(SegmentParams, {"background_words": wrong})
     with pytest.raises(ParameterError, match="background_words: given more than once: wall"):
-        evaluate.protocol_space(found, make(SegmentParams, {"background_words": ["wall", "wall"]}))
+        evaluate.protocol_space(found, make(EvaluateParams, {"background_words": ["wall", "wall"]}))
 
 
 def test_every_rule_is_in_the_record_and_in_the_key(toy, plain, own_home, smoke):
-    settings = {"templates": "seven", "interpolation": "bicubic", "segment_long_limit": 512, "window_stride": 96, "residual": True}
+    settings = {
+        "templates": "seven",
+        "text_average": "raw",
+        "words": "verbatim",
+        "interpolation": "bicubic",
+        "segment_long_limit": 512,
+        "window_stride": 96,
+        "residual": True,
+    }
     settings["background_words"] = ("wall",)
     ((record,),) = measure([Method("dense")], [toy.drawn], plain.model_copy(update={"eval_limit": 1, **settings}))
     said = record.protocol | {"residual": record.parameters["residual"]}

@@ -111,7 +111,7 @@ def test_what_was_asked_last_is_kept(explorer, space, real_image, params):
 def test_only_new_words_are_encoded(explorer, monkeypatch):
     cache = explore.WordCache(explorer.clip, "seven")
     seen, encode = [], explorer.clip.encode_text
-    monkeypatch.setattr(explorer.clip, "encode_text", lambda prompts: seen.append(len(prompts)) or encode(prompts))
+    monkeypatch.setattr(explorer.clip, "encode_text", lambda prompts, unit: seen.append(len(prompts)) or encode(prompts, unit))
     cache.texts(segmenter.words_space("cat, dog"))
     space = segmenter.words_space("dog, house", "cat, sky")
     texts = cache.texts(space)

@@ -14,7 +14,7 @@ from fmbseg.models.dense_paths import LastBlock
 from fmbseg.models.encoders import FeaturePyramid, load_encoder
 from fmbseg.models.precision import lower
 from fmbseg.models.sam import load_sam
-from fmbseg.models.texts import class_texts, templates
+from fmbseg.models.texts import class_texts
 
 
 def crops(count=2, side=224):
@@ -169,6 +169,9 @@ def test_stand_in_knows_a_cat_from_a_bus():
     """Text and image towers meet: names near each other are nearer than names far apart, and norms are one."""
     texts = load_clip(LIT).encode_text(["a photo of a cat", "a photo of a kitten", "a photo of a bus"])
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(3))
+    raw = load_clip(LIT).encode_text(["a photo of a cat"], unit=False)
+    assert (raw.norm() - 1).abs() > 0.01
+    torch.testing.assert_close(F.normalize(raw, dim=1), texts[:1], atol=1e-5, rtol=1e-4)
     assert texts[0] @ texts[1] > texts[0] @ texts[2] + 0.2
 
 
@@ -259,12 +262,6 @@ def test_encoder_key_covers_the_stages_it_reads():
     network = load_encoder("random:efficientnet_lite2").network
     one, other = (FeaturePyramid("name", network, stages, 16, (0.5,) * 3, (0.5,) * 3) for stages in ([3], [4]))
     assert one.key != other.key
-
-
-def test_template_sets():
-    assert [len(templates(name)) for name in ("one", "plain", "seven", "eighty")] == [1, 1, 7, 80]
-    with pytest.raises(ParameterError, match="templates = 'nine': unknown"):
-        templates("nine")
 
 
 # ---------------------------------------------------------------- bfloat16

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fmbseg.data import label_spaces
 from fmbseg.data.label_spaces import BACKGROUND_WORDS, label_space, own_words
@@ -158,11 +159,41 @@ def test_unknown_vocabulary_is_refused(text):
 
 def test_templates():
     assert texts_of.templates("one") == ("a photo of a {}",)
+    assert texts_of.templates("one_stop") == ("a photo of a {}.",)
     assert texts_of.templates("plain") == ("{}",)
+    nine = texts_of.templates("nine")
+    assert len(set(nine)) == 9 and all(form.count("{}") == 1 and form.endswith(".") for form in nine)
+    assert set(nine) - set(texts_of.templates("seven")) == {"a bad photo of a {}.", "a photo of many {}.", "a photo of {}s."}
     seven, eighty = texts_of.templates("seven"), texts_of.templates("eighty")
     assert (len(seven), len(eighty)) == (7, 80) and all(form.count("{}") == 1 for form in seven + eighty)
-    with pytest.raises(ParameterError, match="known are one, plain, seven, eighty"):
+    with pytest.raises(ParameterError, match="known are one, one_stop, plain, nine, seven, eighty"):
         texts_of.templates("ten")
+
+
+def test_words_of_a_benchmark_by_the_name_of_a_list():
+    voc, ade = label_space("voc21"), label_space("ade150")
+    assert voc.worded("ours") is voc and voc.prompts[voc.names.index("diningtable")] == ("dining table",)
+    plain = voc.worded("verbatim")
+    assert plain.prompts == tuple((name,) for name in voc.names) and plain.names == voc.names and plain.background
+    sclip = dict(zip(voc.names, voc.worded("sclip").prompts))
+    assert sclip["boat"] == ("ship",) and len(sclip["person"]) == 7 and sclip["pottedplant"] == ("pottedplant",)
+    assert label_space("voc20").worded("sclip").prompts == voc.worded("sclip").prompts[1:]
+    assert sum(p != (n,) for n, p in zip(ade.names, ade.worded("sclip").prompts)) == 15
+    assert own_words(["pool table"]).worded("sclip").prompts == (("pool table",),)
+    with pytest.raises(ParameterError, match="words = 'sclip': has no list for coco_panoptic133"):
+        label_space("coco_panoptic133").worded("sclip")
+
+
+def test_lists_of_words_name_classes_that_there_are():
+    for spaces in label_spaces.word_lists().values():
+        for space, own in spaces.items():
+            assert set(own) <= set(label_space(space).names) and all(isinstance(words, list) for words in own.values())
+
+
+def test_a_vocabulary_takes_the_words_of_a_list():
+    assert ("pooltable",) in label_spaces.vocabulary("ade150", "sclip").prompts
+    joined = label_spaces.vocabulary("voc20+cityscapes19", "verbatim").names
+    assert "diningtable" in joined and "dining table" not in joined
 
 
 def test_most_similar_word_of_a_class_counts():
@@ -188,16 +219,20 @@ def test_prototypes_are_unit_norm_means_of_words():
 class Letters:
     """An image-text model whose text feature is the count of every letter."""
 
-    def encode_text(self, prompts):
-        return torch.tensor([[p.count(chr(i)) for i in range(97, 123)] for p in prompts]).float()
+    def encode_text(self, prompts, unit=True):
+        counts = torch.tensor([[p.count(chr(i)) for i in range(97, 123)] for p in prompts]).float()
+        return F.normalize(counts, dim=-1) if unit else counts
 
 
 def test_class_texts_average_templates_and_keep_owners():
     space = label_space("voc21").with_background_words(("sky", "sea"))
-    texts = class_texts(Letters(), space, "seven")
+    texts, raw = (class_texts(Letters(), space, "seven", average) for average in ("unit", "raw"))
     words = ["sky", "sea", *(p for (p,) in space.prompts[1:])]
     assert texts.names == space.names and texts.owner.tolist() == [0, 0, *range(1, 21)]
-    for word, feature in zip(words, texts.features):
-        mean = Letters().encode_text([form.replace("{}", word) for form in texts_of.templates("seven")]).mean(0)
-        torch.testing.assert_close(feature, mean / mean.norm())
+    for word, feature, of_raw in zip(words, texts.features, raw.features):
+        each = [Letters().encode_text([form.replace("{}", word)], False)[0] for form in texts_of.templates("seven")]
+        mean, unit = sum(each) / 7, sum(e / e.norm() for e in each) / 7
+        torch.testing.assert_close(feature, unit / unit.norm())
+        torch.testing.assert_close(of_raw, mean / mean.norm())
+        assert not torch.allclose(feature, of_raw)
     assert len(class_texts(Letters(), label_space("ade150"), "seven").features) == 150

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from fmbseg.errors import DataError, ParameterError
 
@@ -71,6 +72,24 @@ class LabelSpace:
         """The classes but the first, under another name."""
         return LabelSpace(name, self.names[1:], self.prompts[1:], self.palette[1:])
 
+    def worded(self, words: str) -> LabelSpace:
+        """The same classes under other prompt words: "ours", "verbatim" (the names as they are), or a list of assets/words.yaml.
+
+        Raises ParameterError where that list has not the benchmark.
+        """
+        if words == "ours":
+            return self
+        own = {}
+        if words != "verbatim" and self.name in SPACES:
+            lists, space = word_lists()[words], _WITHOUT_BACKGROUND.get(self.name, self.name)
+            if space not in lists:
+                raise ParameterError(
+                    f"words = {words!r}: has no list for {self.name}, only for {', '.join(lists)}; choose ours or verbatim"
+                )
+            own = lists[space]
+        prompts = tuple(tuple(own.get(name, [name])) for name in self.names)
+        return LabelSpace(self.name, self.names, prompts, self.palette, self.background)
+
     def with_background_words(self, words: Sequence[str]) -> LabelSpace:
         """Class 0 prompted by these words instead of its own name; nothing changes where there is no background.
 
@@ -96,6 +115,12 @@ def palette(count: int) -> np.ndarray:
 def assets() -> dict:
     """Class lists, palettes and id maps of the benchmarks, as ``assets/label_spaces.json`` holds them."""
     return json.loads((resources.files("fmbseg") / "assets" / "label_spaces.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def word_lists() -> dict:
+    """Other lists of prompt words: {list: {space: {class: words}}}, as ``assets/words.yaml`` holds them."""
+    return yaml.safe_load((resources.files("fmbseg") / "assets" / "words.yaml").read_text(encoding="utf-8"))
 
 
 _WITHOUT_BACKGROUND = {"voc20": "voc21", "context59": "context60", "coco_object80": "coco_object81"}
@@ -148,10 +173,10 @@ def own_words(words: Sequence[str], name: str = "words") -> LabelSpace:
     return LabelSpace(name, tuple(cleaned), tuple((word,) for word in cleaned), palette(len(cleaned)))
 
 
-def vocabulary(text: str) -> LabelSpace:
+def vocabulary(text: str, words: str = "ours") -> LabelSpace:
     """A training vocabulary: a label space's name, several joined by "+", or a text file (.txt) with a word a line.
 
-    Of joined spaces each prompt word is a class of its own; backgrounds are left out. Raises ParameterError for an unknown name
+    words: of label spaces, as ``LabelSpace.worded`` has it. Of joined spaces each prompt word is a class of its own; backgrounds are left out. Raises ParameterError for an unknown name
     or a list that is no vocabulary, DataError for a file that cannot be read.
     """
     if text.endswith(".txt"):
@@ -162,8 +187,7 @@ def vocabulary(text: str) -> LabelSpace:
             return own_words(path.read_text(encoding="utf-8").splitlines(), path.name)
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    spaces = [label_space(part.strip()) for part in text.split("+")]
+    spaces = [label_space(part.strip()).worded(words) for part in text.split("+")]
     if len(spaces) == 1:
         return spaces[0].without_background(text) if spaces[0].background else spaces[0]
-    words = dict.fromkeys(p[0] for s in spaces for p in s.prompts[int(s.background) :])
-    return own_words(list(words), text)
+    return own_words(list(dict.fromkeys(p[0] for s in spaces for p in s.prompts[int(s.background) :])), text)

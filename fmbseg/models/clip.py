@@ -108,10 +108,10 @@ class ImageText:
             )
 
     @torch.inference_mode()
-    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
-        """(N, D) unit-norm text features of N prompts."""
-        tokens = self.tokenizer(list(prompts)).to(self.device)
-        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+    def encode_text(self, prompts: Sequence[str], unit: bool = True) -> torch.Tensor:
+        """(N, D) text features of N prompts, of unit norm or as the text tower gives them."""
+        features = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device)).float()
+        return F.normalize(features, dim=-1) if unit else features
 
     @torch.inference_mode()
     def encode_crops(self, crops: torch.Tensor, path: DensePath = "value", residual: bool = False) -> CropFeatures:

@@ -12,18 +12,34 @@ from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import ParameterError
 from fmbseg.models.clip import ImageText
 
+TEMPLATES = {
+    "one": ("a photo of a {}",),
+    "one_stop": ("a photo of a {}.",),
+    "plain": ("{}",),
+    "nine": (
+        "itap of a {}.",
+        "a bad photo of a {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+        "a photo of many {}.",
+        "a photo of {}s.",
+    ),
+}
+
 
 def templates(name: str) -> tuple[str, ...]:
-    """Prompt templates with one {}: "one" is the paper's, "plain" the bare word, "seven" and "eighty" CLIP's lists."""
-    if name == "one":
-        return ("a photo of a {}",)
-    if name == "plain":
-        return ("{}",)
+    """Prompt templates with one {}: "one" is the paper's, "one_stop" the same with a full stop, "plain" the bare word, "nine"
+    TCL's list, "seven" and "eighty" CLIP's."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
     from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
     chosen = {"seven": SIMPLE_IMAGENET_TEMPLATES, "eighty": OPENAI_IMAGENET_TEMPLATES}.get(name)
     if chosen is None:
-        raise ParameterError(f"templates = {name!r}: unknown; known are one, plain, seven, eighty")
+        raise ParameterError(f"templates = {name!r}: unknown; known are {', '.join(TEMPLATES)}, seven, eighty")
     return tuple(template("{}") for template in chosen)
 
 
@@ -60,12 +76,15 @@ class ClassTexts:
         return pd.DataFrame(found, columns=["class", "other class", "similarity"])
 
 
-def class_texts(clip: ImageText, space: LabelSpace, template_set: str = "one") -> ClassTexts:
-    """Text features of a label space: every word in every template, averaged over the templates, unit norm (CPU)."""
+def class_texts(clip: ImageText, space: LabelSpace, template_set: str = "one", average: str = "unit") -> ClassTexts:
+    """Text features of a label space: every word in every template, averaged over the templates, unit norm (CPU).
+
+    average: "unit", of features of unit norm, as CLIP does; "raw", of the text tower's own, as TCL does.
+    """
     words = [word for prompts in space.prompts for word in prompts]
     owner = [k for k, prompts in enumerate(space.prompts) for _ in prompts]
     forms = templates(template_set)
     prompts = [form.replace("{}", word) for word in words for form in forms]
-    encoded = torch.cat([clip.encode_text(prompts[i : i + 256]) for i in range(0, len(prompts), 256)]).cpu()
+    encoded = torch.cat([clip.encode_text(prompts[i : i + 256], unit=average == "unit") for i in range(0, len(prompts), 256)]).cpu()
     features = F.normalize(encoded.reshape(len(words), len(forms), -1).mean(dim=1), dim=-1)
     return ClassTexts(features.clone(), torch.tensor(owner), space.names)

@@ -56,12 +56,14 @@ class Models:
     encoder_name: str
     precision: str
     templates: str
+    text_average: str
     device: str
 
     @classmethod
     def of(cls, params: RunParams) -> Models:
         """The models that the parameters name; those of steps that the parameters do not have stay unnamed."""
-        names = {"clip": "", "crop_input": None, "sam": "", "encoder": "", "precision": "fp32", "templates": "one", "device": "cpu"}
+        names = {"clip": "", "crop_input": None, "sam": "", "encoder": "", "precision": "fp32", "templates": "one"}
+        names |= {"text_average": "unit", "device": "cpu"}
         return cls(*(getattr(params, name, default) for name, default in names.items()))
 
     @property
@@ -89,7 +91,7 @@ _kept_encoder = functools.lru_cache(maxsize=1)(encoders.load_encoder)
 @functools.lru_cache(maxsize=8)
 def _texts(models: Models, prompts: tuple, names: tuple) -> ClassTexts:
     space = LabelSpace("", names, prompts, np.zeros((len(names), 3), np.uint8))
-    return class_texts(models.clip, space, models.templates)
+    return class_texts(models.clip, space, models.templates, models.text_average)
 
 
 # ---------------------------------------------------------------- files

@@ -26,7 +26,7 @@ from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset, Sample
 from fmbseg.errors import DataError, ParameterError, WeightsError
 from fmbseg.models import clip, sam
-from fmbseg.params import EvaluateParams, FeatureParams, LabelParams, RunParams, SegmentParams
+from fmbseg.params import EvaluateParams, FeatureParams, LabelParams, RunParams, SegmentParams, TextParams
 from fmbseg.runs import cache, cluster, label, modules, parallel, records, train
 from fmbseg.runs.cache import Cache, Models
 from fmbseg.runs.records import Record
@@ -78,27 +78,28 @@ class Method:
             weights.append(sam.weights_key(params.sam))
             used = params.content(LabelParams) | {"reference": None if self.name.endswith(GIVEN) else cache.vote_content(params)}
         elif self.name == "dense_high_resolution":
-            used = params.content(FeatureParams) | {"interpolation": params.interpolation, "templates": params.templates}
+            used = params.content(FeatureParams, TextParams) | {"interpolation": params.interpolation}
         elif self.name == "dense":
-            used = params.content(SegmentParams, FeatureParams) | {"templates": params.templates, "dense_enlarge": params.dense_enlarge}
+            used = params.content(SegmentParams, FeatureParams, TextParams) | {"dense_enlarge": params.dense_enlarge}
         else:
             modules.load(self.module)  # says so where it is none
             weights = [files.sha256_of(self.module)]
-            used = params.content(SegmentParams) | {"templates": params.templates}
+            used = params.content(SegmentParams, TextParams)
         return files.digest(self.name, used, weights, cache.VERSIONS)
 
 
-def protocol_space(dataset: Dataset, params: SegmentParams) -> LabelSpace:
-    """The benchmark's classes with the background rule of the protocol applied (ours: which stuff words).
+def protocol_space(dataset: Dataset, params: EvaluateParams) -> LabelSpace:
+    """The benchmark's classes with the prompt words and the background rule of the protocol applied (ours: which stuff words).
 
-    Raises ParameterError for a list of words that is empty or repeats one.
+    Raises ParameterError for a list of words that is empty or repeats one, or a list that has not the benchmark.
     """
+    space = dataset.space.worded(params.words)
     if params.background_words == "name":
-        return dataset.space
+        return space
     words = label_spaces.BACKGROUND_WORDS
     if params.background_words != "stuff":
         words = label_spaces.own_words(params.background_words, "background_words").names
-    return dataset.space.with_background_words(words)
+    return space.with_background_words(words)
 
 
 # ---------------------------------------------------------------- one image
@@ -156,7 +157,9 @@ def _dense(models: Models, params: EvaluateParams) -> Segmenter:
     image_text = models.clip
     if image_text.blocks is not None:  # a transformer's position embedding fits one size only
         image_text = dataclasses.replace(models, crop_input=params.window).clip
-    return Segmenter(DenseClip(image_text, params.path, params.dense_enlarge, params.residual), image_text, params, params.templates)
+    return Segmenter(
+        DenseClip(image_text, params.path, params.dense_enlarge, params.residual), image_text, params, params.templates, params.text_average
+    )
 
 
 def _aligned(module: str, models: Models, params: EvaluateParams) -> Segmenter:
@@ -177,7 +180,7 @@ def _aligned_at(module: str, changed: int, models: Models, params: EvaluateParam
         models, encoder_name=described["encoder"], clip_name=described["clip"], crop_input=described.get("crop_input")
     )
     embedder = AlignedEncoder(own.encoder, alignment, f"fmbseg {files.sha256_of(module)[:16]}", models.device)
-    return Segmenter(embedder, own.clip, params, params.templates)
+    return Segmenter(embedder, own.clip, params, params.templates, params.text_average)
 
 
 # ---------------------------------------------------------------- whole benchmarks

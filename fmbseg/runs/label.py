@@ -44,7 +44,7 @@ def _features(sample: Sample, models: Models, params: RunParams) -> None:
 def make_queries(samples: Sequence[Sample], params: LabelParams) -> list[Failure]:
     """Detected classes and Stage 1.1's masks of every image, on disk (notebook 02)."""
     cache.prepare_votes(params)
-    work = partial(_queries, space=label_spaces.vocabulary(params.vocabulary), models=Models.of(params), params=params)
+    work = partial(_queries, space=label_spaces.vocabulary(params.vocabulary, params.words), models=Models.of(params), params=params)
     return parallel.each(work, samples, "Stage 1.1", params.workers).failures
 
 
@@ -54,7 +54,7 @@ def _queries(sample: Sample, space: LabelSpace, models: Models, params: LabelPar
 
 def query_table(samples: Sequence[Sample], params: LabelParams) -> pd.DataFrame:
     """One row a mask of Stage 1.1: image, class, votes, SAM's confidence, share of the image."""
-    space, models = label_spaces.vocabulary(params.vocabulary), Models.of(params)
+    space, models = label_spaces.vocabulary(params.vocabulary, params.words), Models.of(params)
     columns = ["image", "class", "votes", "confidence", "share"]
     rows = [
         (sample.name, q.detected.name, q.detected.votes, q.scores.max(), q.chosen.mean())
@@ -163,7 +163,7 @@ class LabelStore:
 
 def label_folder(params: LabelParams) -> Path:
     """Where the pseudo labels of these parameters lie: another folder for every other set of them and every other words."""
-    return files.home() / "labels" / files.digest(content(params), label_spaces.vocabulary(params.vocabulary).prompts)
+    return files.home() / "labels" / files.digest(content(params), label_spaces.vocabulary(params.vocabulary, params.words).prompts)
 
 
 def label(
@@ -175,7 +175,7 @@ def label(
     """
     if engine == "ray":
         cluster.require()
-    space = label_spaces.vocabulary(params.vocabulary)
+    space = label_spaces.vocabulary(params.vocabulary, params.words)
     cache.prepare_votes(params)
     store = LabelStore(folder or label_folder(params), space, params)
     work = partial(label_one, folder=store.folder, space=space, models=Models.of(params), params=params)

@@ -63,12 +63,17 @@ class Segmenter(segmenter.Segmenter):
 
     @classmethod
     def load(
-        cls, path: str | Path | None = None, device: str = "cpu", params: SegmentParams | None = None, templates: str | None = None
+        cls,
+        path: str | Path | None = None,
+        device: str = "cpu",
+        params: SegmentParams | None = None,
+        templates: str | None = None,
+        average: str | None = None,
     ) -> Segmenter:
         """A trained module with the encoder and the image-text model that it was trained with.
 
-        path: the module's file; none: the embedded profile's own, else the one that comes with the repository. templates: of the words at test time; none: those it was
-        trained with. Raises DataError where there is no module.
+        path: the module's file; none: the embedded profile's own, else the one that comes with the repository. templates,
+        average: of the words at test time, as ``class_texts`` has them; none: what it was trained with. Raises DataError where there is no module.
         """
         path = path or default("embedded")
         module, described = load(path)
@@ -76,7 +81,7 @@ class Segmenter(segmenter.Segmenter):
         encoder = load_encoder(described["encoder"], device, params.precision)
         embedder = AlignedEncoder(encoder, module, f"fmbseg {files.sha256_of(path)[:16]}", device)
         clip = load_clip(described["clip"], device, described.get("crop_input"), params.precision)
-        return cls(embedder, clip, params, templates or described.get("templates", "one"))
+        return cls(embedder, clip, params, templates or described.get("templates", "one"), average or described.get("text_average", "unit"))
 
     def segment(
         self, image: np.ndarray | str | Path, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None

@@ -21,7 +21,7 @@ from fmbseg.data.samples import Dataset
 from fmbseg.errors import DataError
 from fmbseg.models import clip as clip_models
 from fmbseg.models import sam as sam_models
-from fmbseg.params import EvaluateParams, Params, RunParams, SegmentParams
+from fmbseg.params import EvaluateParams, Params, RunParams, SegmentParams, TextParams
 from fmbseg.runs import modules
 from fmbseg.schemas import TrainRun
 from fmbseg.stage2 import distributed
@@ -153,7 +153,7 @@ def of_training(params: TrainRun, result: TrainResult, module: Path, **about: An
 def of_evaluation(method: str, dataset: Dataset, space: LabelSpace, params: EvaluateParams, module: str, device: str) -> Record:
     """The record of one number of Table 1, not yet counted. FMbSeg's says what its module was trained with."""
     protocol = params.part(SegmentParams) | {
-        "templates": params.templates,
+        **params.part(TextParams),
         "background": list(space.prompts[0]) if space.background else None,
     }
     parameters = params.part(EvaluateParams)

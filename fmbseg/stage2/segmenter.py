@@ -105,15 +105,18 @@ class Segmenter:
     embedder: gives patches in the text's space; clip: the image-text model whose texts they are compared with.
     """
 
-    def __init__(self, embedder: Embedder, clip: ImageText, params: SegmentParams | None = None, templates: str = "one"):
-        self.embedder, self.clip, self.params, self.templates = embedder, clip, params or SegmentParams(), templates
+    def __init__(
+        self, embedder: Embedder, clip: ImageText, params: SegmentParams | None = None, templates: str = "one", average: str = "unit"
+    ):
+        self.embedder, self.clip, self.params = embedder, clip, params or SegmentParams()
+        self.templates, self.average = templates, average
         self._texts: dict[tuple, ClassTexts] = {}
 
     def texts(self, space: LabelSpace) -> ClassTexts:
         """Text features of a label space, encoded once."""
         key = (space.names, space.prompts)
         if key not in self._texts:
-            self._texts[key] = class_texts(self.clip, space, self.templates)
+            self._texts[key] = class_texts(self.clip, space, self.templates, self.average)
         return self._texts[key]
 
     def embed(self, image: np.ndarray) -> EmbeddedImage:

@@ -36,8 +36,8 @@ CLIP, ALIGNED = "CLIP dense", "aligned encoder"
 class WordCache:
     """Text features of words, one pass through the text tower for each NEW word."""
 
-    def __init__(self, clip: ImageText, templates: str):
-        self.clip, self.templates = clip, templates
+    def __init__(self, clip: ImageText, templates: str, average: str = "unit"):
+        self.clip, self.templates, self.average = clip, templates, average
         self._features: dict[str, torch.Tensor] = {}
 
     def texts(self, space: LabelSpace) -> ClassTexts:
@@ -46,7 +46,7 @@ class WordCache:
         new = tuple(word for word in dict.fromkeys(words) if word not in self._features)
         if new:
             unseen = LabelSpace("new words", new, tuple((word,) for word in new), np.zeros((len(new), 3), np.uint8))
-            self._features |= zip(new, class_texts(self.clip, unseen, self.templates).features)
+            self._features |= zip(new, class_texts(self.clip, unseen, self.templates, self.average).features)
         owner = [k for k, prompts in enumerate(space.prompts) for _ in prompts]
         return ClassTexts(torch.stack([self._features[word] for word in words]), torch.tensor(owner), space.names)
 
@@ -80,7 +80,9 @@ class Explorer:
                 self.missing = str(error)
         else:
             self.missing = f"there is no trained module yet; run notebook 04, or: fmbseg train --profile {params.profile}"
-        self._words = {clip: WordCache(clip, params.templates) for clip in (self.clip, getattr(self.segmenter, "clip", self.clip))}
+        self._words = {
+            clip: WordCache(clip, params.templates, params.text_average) for clip in (self.clip, getattr(self.segmenter, "clip", self.clip))
+        }
         self.image: np.ndarray | None = None
         self.scale = 1.0
 

@@ -200,7 +200,7 @@ class Explore(ipywidgets.VBox):
     def _votes_space(self, space: LabelSpace) -> LabelSpace:
         """What Stage 1 looks for: every word by itself, background words too, or the profile's vocabulary."""
         if self.vocabulary.value:
-            return label_spaces.vocabulary(self.vocabulary.value)
+            return label_spaces.vocabulary(self.vocabulary.value, self.explorer.params.words)
         return label_spaces.own_words([word for prompts in space.prompts for word in prompts])
 
     def _stage_sections(self, space: LabelSpace) -> list[tuple[str, list[Panel]]]:
