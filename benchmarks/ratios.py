@@ -15,24 +15,28 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fmbseg import profiles
-from fmbseg.runs import records
+from fmbseg.data import benchmarks, images, label_spaces
+from fmbseg.runs import modules, records
+from fmbseg.runs.modules import Segmenter
 from fmbseg.stage2 import losses
+from fmbseg.stage2.segmenter import words_space
 
 from throughput import hardware  # isort: skip
 
 
 def best(turns: int, **sides: Callable[[], object]) -> dict[str, float]:
-    """Seconds of each side's best turn; they take turns, after one that is not counted."""
+    """Processor seconds of each side's best turn; they take turns, after one that is not counted."""
     taken = {name: [] for name in sides}
     for _ in range(turns + 1):
         for name, work in sides.items():
-            started = time.perf_counter()
+            started = time.process_time()
             work()
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append(time.process_time() - started)
     return {name: min(seconds[1:]) for name, seconds in taken.items()}
 
 
@@ -41,6 +45,12 @@ def row(what: str, target: float, over: float, under: float) -> dict:
     made = {"what": what, "ratio": round(over / under, 3), "target": target, "over": round(over, 4), "under": round(under, 4)}
     print(f"{what}: {made['ratio']} (target {target}; {over:.4g} / {under:.4g})", flush=True)
     return made
+
+
+def real_image() -> np.ndarray:
+    """(480, 640, 3), as most of COCO's."""
+    sample = benchmarks.load_benchmark("embedded_coco_object81").samples[0]
+    return images.resize(images.read_image(sample.image), (480, 640))
 
 
 # ---------------------------------------------------------------- the loss, by blocks
@@ -92,7 +102,27 @@ def loss(turns: int) -> list[dict]:
     ]
 
 
-MEASURED = {"loss": loss}
+# ---------------------------------------------------------------- segmentation
+
+
+def segment(turns: int) -> list[dict]:
+    segmenter, image = Segmenter.load(modules.SHIPPED), real_image()
+    pixels = []
+    segmenter.through_windows(image, lambda one: pixels.append(one) or segmenter.embedder.encode(one))
+    rows = []
+    for vocabulary, count, target in (("coco_stuff171", 20, 1.1), ("coco_panoptic133", 133, 1.3), ("coco_stuff171", 171, 1.4)):
+        space = words_space(label_spaces.vocabulary(vocabulary).names[:count])
+        segmenter.texts(space)  # once for all images
+        taken = best(
+            turns,
+            segment=lambda space=space: segmenter.segment(image, space),
+            forward=lambda: [segmenter.embedder.encoder.encode(one) for one in pixels],
+        )
+        rows.append(row(f"segment an image, {count} classes / the encoder's forward passes", target, *taken.values()))
+    return rows
+
+
+MEASURED = {"loss": loss, "segment": segment}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -90,13 +91,40 @@ class EmbeddedImage:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Similarities that are not interpolated yet: ``down @ patches @ across.T`` are those at every pixel.
+
+    patches: (K, rows, columns) cosine similarities at the patches of all windows, side by side; down: (height, rows);
+    across: (width, columns), which interpolate each window and average overlaps.
+    """
+
+    patches: torch.Tensor
+    down: torch.Tensor
+    across: torch.Tensor
+
+    def at(self, size: tuple[int, int], interpolation: str) -> Placed:
+        """The same, interpolated once more: to (height, width) = ``size``."""
+        height, width = (resampling(n, len(m), interpolation) for n, m in zip(size, (self.down, self.across)))
+        return Placed(self.patches, height @ self.down, width @ self.across)
+
+    def interpolated(self) -> torch.Tensor:
+        """(K, height, width) similarities."""
+        return self.down @ self.patches @ self.across.T
+
+
+@dataclass(frozen=True)
 class Segmentation:
-    """labels: (height, width) ``uint8`` class indices; space: the classes; similarity: (K, h, w) at the scaled size,
-    cosine similarities, of which ``labels`` is the argmax after interpolation to the image's size."""
+    """labels: (height, width) ``uint8`` class indices; space: the classes; placed: the similarities, of which ``labels`` is
+    the argmax after interpolation to the image's size."""
 
     labels: np.ndarray
     space: LabelSpace
-    similarity: torch.Tensor
+    placed: Placed
+
+    @functools.cached_property
+    def similarity(self) -> torch.Tensor:
+        """(K, h, w) cosine similarities at the scaled size, made when they are first asked for."""
+        return self.placed.interpolated()
 
 
 class Segmenter:
@@ -144,24 +172,21 @@ class Segmenter:
 
     def similarity(self, embedded: EmbeddedImage, texts: ClassTexts) -> torch.Tensor:
         """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
-        patches, down, across = self._placed(embedded, texts)
-        return down @ patches @ across.T
+        return self.place(embedded, texts).interpolated()
 
     def label(self, embedded: EmbeddedImage, texts: ClassTexts) -> np.ndarray:
         """The class of every pixel, (height, width) ``uint8``: ``similarity`` interpolated to the image's size, then argmax."""
-        patches, down, across = self._placed(embedded, texts)
-        height, width = (resampling(n, len(m), self.params.interpolation) for n, m in zip(embedded.size, (down, across)))
-        return best_class(patches, height @ down, width @ across)
+        return best_class(self.place(embedded, texts).at(embedded.size, self.params.interpolation))
 
     @torch.inference_mode()
-    def _placed(self, embedded: EmbeddedImage, texts: ClassTexts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Similarities at the patches of all windows, (K, rows, columns), and the matrices that place them on either axis."""
+    def place(self, embedded: EmbeddedImage, texts: ClassTexts) -> Placed:
+        """Similarities at the patches of all windows, and the matrices that place them on either axis of the scaled image."""
         z = side_by_side(embedded.windows, embedded.maps)
         patches = texts.per_class(z.flatten(1).T @ texts.features.T).T.reshape(-1, *z.shape[1:])
         (height, width), one, of_one = embedded.scaled, embedded.windows[0], embedded.maps[0].shape
         down = placing((w.top for w in embedded.windows), one.height, of_one[1], height, self.params.interpolation)
         across = placing((w.left for w in embedded.windows), one.width, of_one[2], width, self.params.interpolation)
-        return patches, down, across
+        return Placed(patches, down, across)
 
     def segment(
         self, image: np.ndarray, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None
@@ -172,15 +197,16 @@ class Segmenter:
         "background". Raises ParameterError for an empty or repeated list.
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
-        embedded, texts = self.embed(image), self.texts(space)
-        return Segmentation(self.label(embedded, texts), space, self.similarity(embedded, texts))
+        embedded = self.embed(image)
+        placed = self.place(embedded, self.texts(space))
+        return Segmentation(best_class(placed.at(embedded.size, self.params.interpolation)), space, placed)
 
 
 def describe(result: Segmentation) -> dict:
     """Size, and for each class that occurs its name, index, pixels, share of the image and mean similarity."""
     found = []
     for k in np.unique(result.labels):
-        where, one = result.labels == k, result.similarity[None, k : k + 1]
+        where, one = result.labels == k, dataclasses.replace(result.placed, patches=result.placed.patches[k, None]).interpolated()[None]
         found.append(
             {
                 "name": result.space.names[k],
@@ -208,19 +234,44 @@ def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | 
 
 def label_map(similarity: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> np.ndarray:
     """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``."""
-    return best_class(similarity, *(resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:])))
+    down, across = (resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:]))
+    return best_class(Placed(similarity, down, across))
+
+
+TILE = 96
+"""Side in pixels of the squares in which classes are compared: a trade of calls for memory and for classes left out."""
+
+ROUNDING = 1e-5
+"""A class is left out of a square only where it is less similar than another by more than this, which rounding cannot make up."""
 
 
 @torch.inference_mode()
-def best_class(maps: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> np.ndarray:
-    """The argmax over K of ``down @ maps @ across.T``, (height, width) ``uint8``; a tie goes to the first class.
+def best_class(placed: Placed) -> np.ndarray:
+    """The argmax over K of the similarities, (height, width) ``uint8``; a tie goes to the first class.
 
-    maps: (K, h, w); down: (height, h); across: (width, w). One class at a time: memory does not grow with the vocabulary.
+    A square of pixels at a time, so no (K, height, width) is held. Bilinear interpolation and averages take weights of
+    no negative value: a class that is less similar than one other class at all patches of a square wins none of its
+    pixels and is not interpolated there. Bicubic interpolation leaves out none.
     """
-    best = down @ maps[0] @ across.T
-    index = torch.zeros(best.shape, dtype=torch.uint8)
-    for k, one in enumerate(maps[1:], start=1):
-        similar = down @ one @ across.T
-        index.masked_fill_(similar > best, k)
-        torch.maximum(best, similar, out=best)
-    return index.numpy()
+    down, across = placed.down, placed.across
+    convex = bool((down >= 0).all() and (across >= 0).all())
+    labels = torch.empty((len(down), len(across)), dtype=torch.uint8)
+    for top in range(0, len(down), TILE):
+        tall = down[top : top + TILE]
+        rows = tall.any(dim=0)
+        tall, strip = tall[:, rows], placed.patches[:, rows]
+        for left in range(0, len(across), TILE):
+            wide = across[left : left + TILE]
+            columns = wide.any(dim=0)
+            wide, patches = wide[:, columns], strip[:, :, columns]
+            classes = candidates(patches) if convex else torch.arange(len(patches))
+            best = (tall @ patches[classes] @ wide.T).max(dim=0).indices
+            labels[top : top + TILE, left : left + TILE] = classes[best]
+    return labels.numpy()
+
+
+def candidates(patches: torch.Tensor) -> torch.Tensor:
+    """Indices of the classes, sorted, that somewhere are as similar as the class of the highest mean; patches: (K, h, w)."""
+    flat = patches.flatten(1)
+    leader = flat[flat.mean(dim=1).argmax()]
+    return (flat >= leader - ROUNDING).any(dim=1).nonzero()[:, 0]
