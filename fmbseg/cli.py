@@ -104,6 +104,8 @@ def train(options: argparse.Namespace) -> None:
     from fmbseg.stage2.distributed import rank
 
     p = _collection_params(options, "train")
+    if p.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before anything uses CUDA
     with parallel.group(p.device) as device:
         p = p.model_copy(update={"device": device})
         samples = label.collection(p)
@@ -112,7 +114,7 @@ def train(options: argparse.Namespace) -> None:
         path = options.out or train.module_path(p)
         result = train.train(samples, store, p, path)
         if rank() == 0:
-            print(f"{len(result.classes)} classes, {len(result.steps)} steps, {result.seconds:.0f} s; the module is {path}")
+            print(f"{len(result.classes)} classes, {result.steps[-1]['step'] + 1} steps, {result.seconds:.0f} s; the module is {path}")
 
 
 def evaluate(options: argparse.Namespace) -> None:

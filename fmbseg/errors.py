@@ -28,6 +28,10 @@ class DataError(FmbsegError):
     """A data set, a folder or a record is missing or not in the expected layout."""
 
 
+class TrainingError(FmbsegError):
+    """A training came to a module that cannot be used."""
+
+
 class WorkerLost(FmbsegError):
     """A worker process was ended from outside."""
 

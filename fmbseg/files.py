@@ -73,9 +73,15 @@ def _umask() -> int:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write what JSON can hold, indented, keys in their order, atomically."""
+    """Write what JSON can hold, indented, keys in their order, atomically. Raises DataError for a number that is not finite."""
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False, allow_nan=False)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: a number to be written there is not finite ({error}); nothing was written, so look at its input"
+        ) from error
     with atomic_path(path) as part:
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
 

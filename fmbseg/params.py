@@ -68,6 +68,10 @@ class RunParams(DataParams):
     seed: int = Field(0, ge=0, description="of everything random")
     device: str = Field("cpu", description="where models run: cpu, cuda, cuda:1, mps")
     workers: Count = Field(1, description="processes of one thread each for work that goes image by image (CPU)")
+    checkpoint_seconds: Float = Field(
+        60.0, ge=0, description="a training that is stopped goes on from a checkpoint at most so old; 0: of every step"
+    )
+    deterministic: bool = Field(False, description="on CUDA: the same seed gives the same module, more slowly; on a CPU it always does")
     results_dir: str = Field(
         "results", description="where records, tables and figures go; relative to the clone, outside one to the working folder"
     )

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from PIL import Image
 
 from fmbseg import files
 from fmbseg.data.images import IGNORED
-from fmbseg.errors import DataError
+from fmbseg.errors import DataError, ParameterError, TrainingError
 from fmbseg.models.encoders import load_encoder
 from fmbseg.params import AlignParams, ModuleParams
 from fmbseg.runs import cache, modules, train
@@ -129,6 +130,114 @@ def test_the_rate_ends_at_zero_after_batches_without_a_label():
     rates = [(i, row["learning_rate"]) for i, row in enumerate(rows) if row]
     assert len(rows) == 24 and len(rates) == 12
     np.testing.assert_allclose([rate for _, rate in rates], [cosine(0.2, i, 24) for i, _ in rates], atol=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_rates_are_those_of_torchs_cosine_also_where_the_first_batch_has_no_label():
+    data, texts = collection(images=5, empty=range(1, 5))
+    params = AlignParams(learning_rate=0.3, epochs=3, images_per_batch=1, module="linear")
+    rows = []
+    training.train(data, CLASSES, texts, fresh(), params, seed=1, on_step=rows.append)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.3)
+    schedule, rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 15), []
+    for _ in rows:
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    assert rows[0] is None and len(rows) == 15 and sum(map(bool, rows)) == 3
+    np.testing.assert_allclose([row["learning_rate"] for row in rows if row], [r for r, row in zip(rates, rows) if row], rtol=1e-12)
+
+
+# ---------------------------------------------------------------- stopped and gone on with
+
+
+class Counted(list):
+    """Items that remember which were read."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("optimiser, module", [("sgd", "transformer"), ("adamw", "linear")])
+def test_from_the_state_after_any_batch_the_same_module_comes_and_nothing_is_read_again(optimiser, module):
+    data, texts = collection()
+    params = AlignParams(module=module, optimiser=optimiser, epochs=3, images_per_batch=2, learning_rate=0.1)
+    states = []
+    whole = training.train(data, CLASSES, texts, fresh(module), params, 3, on_state=lambda take: states.append(take()))
+    assert [state.done for state in states] == list(range(1, 12))
+    for state in states:
+        counted = Counted(data)
+        made = training.train(counted, CLASSES, texts, fresh(module, seed=9), params, 3, state=state)
+        assert same(made.alignment.state_dict(), whole.alignment.state_dict()) and made.steps == whole.steps
+        epochs, batches = divmod(state.done, 4)
+        assert len(counted.read) == 3 * 7 - 7 * epochs - 2 * batches
+
+
+def test_a_state_is_of_its_moment():
+    """What is computed later does not reach into it."""
+    data, texts = collection()
+    states = []
+    params = AlignParams(module="linear", epochs=2)
+    training.train(data, CLASSES, texts, fresh(), params, on_state=lambda take: states.append(take()))
+    assert not torch.equal(states[0].weights["module.project.weight"], states[1].weights["module.project.weight"])
+    assert not torch.equal(states[0].optimiser["0.momentum_buffer"], states[1].optimiser["0.momentum_buffer"])
+    assert [len(state.steps) for state in states] == [1, 2, 3] and states[0].seconds < states[2].seconds
+
+
+# ---------------------------------------------------------------- training that cannot be used
+
+
+def test_a_loss_that_is_not_finite_stops_before_its_step():
+    data, texts = collection()
+    data[2][0][0, 0, 0] = np.inf  # one value of one image
+    states, params = [], AlignParams(module="linear", epochs=2, images_per_batch=1)
+    order = [x for x, *_ in training.batches(data, 1, seed=4)]
+    at = next(i for i, x in enumerate(order) if not x.isfinite().all())
+    labelled = sum(int((y >= 0).any()) for _, y in list(training.batches(data, 1, seed=4))[:at])
+    with pytest.raises(TrainingError, match=f"training stopped: the loss is nan at step {labelled}; lower learning_rate, or raise temp"):
+        training.train(data, CLASSES, texts, fresh(), params, 4, on_state=lambda take: states.append(take))
+    last = states[-1]()
+    assert last.done == at and all(tensor.isfinite().all() for tensor in last.weights.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_step(monkeypatch):
+    data, texts = collection(empty=())
+    initial = fresh()
+    root = lambda z, y, texts: (z.sum() * 0).sqrt() + 1.0  # noqa: E731  finite, and its derivative is not
+    monkeypatch.setattr(training, "loss_function", lambda params: root)
+    states = []
+    with pytest.raises(TrainingError, match="the gradient is not finite at step 0; lower learning_rate"):
+        training.train(data, CLASSES, texts, initial, AlignParams(module="linear"), on_state=lambda take: states.append(take))
+    assert states == []
+
+
+def test_weights_that_are_not_finite_are_no_module_and_no_state():
+    data, texts = collection(empty=())
+    params = AlignParams(module="linear", epochs=1, images_per_batch=7, learning_rate=1e38, weight_decay=1e38)
+    with pytest.raises(TrainingError, match="weights are not finite after 1 steps"):
+        training.train(data, CLASSES, texts, fresh(), params)
+    params = params.model_copy(update={"images_per_batch": 4})
+    with pytest.raises(TrainingError, match="weights are not finite after 1 steps"):
+        training.train(data, CLASSES, texts, fresh(), params, on_state=lambda take: take())
+
+
+def test_one_direction_for_every_patch_is_no_module():
+    data, texts = collection(empty=())
+    dead = fresh()
+    torch.nn.init.zeros_(dead.module.project.weight)
+    params = AlignParams(module="linear", learning_rate=1e-9)
+    with pytest.raises(TrainingError, match="every patch of the last 10 batches comes out as one and the same direction; lower"):
+        training.train(data, CLASSES, texts, dead, params)
+    training.train(data, CLASSES, texts, dead, params.model_copy(update={"learning_rate": 0.5}))  # it learns to tell them apart
 
 
 @pytest.mark.parametrize("module", ["linear", "mlp", "transformer"])
@@ -324,6 +433,101 @@ def test_an_image_that_cannot_be_encoded_is_left_out(toy, quick, own_store, tmp_
     own_store.write(broken, PseudoLabel(toy.samples[0].truth(), [], [], []))
     train.fit([broken, *toy.samples], own_store, quick, tmp_path / "m.safetensors")
     assert modules.load(tmp_path / "m.safetensors")[1]["images"] == 6
+
+
+def test_the_same_inputs_give_the_same_bytes(toy, quick, home, tmp_path):
+    for name in ("one", "other"):
+        train.fit(toy.samples, toy.store, quick, tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one.safetensors", "other.json", "other.safetensors"]
+
+
+def test_a_module_read_again_keeps_the_seconds_of_its_training(toy, quick, home, tmp_path):
+    path = tmp_path / "m.safetensors"
+    made = train.fit(toy.samples, toy.store, quick, path)
+    assert (
+        train.fit(toy.samples, toy.store, quick, path).seconds == round(made.seconds, 1) == files.read_json(tmp_path / "m.json")["seconds"]
+    )
+    (tmp_path / "m.json").unlink()
+    assert modules.seconds(path) == 0.0
+
+
+def test_a_training_that_fails_leaves_the_module_that_is_there_and_its_last_good_state(toy, quick, home, tmp_path):
+    path = tmp_path / "m.safetensors"
+    train.fit(toy.samples, toy.store, quick, path)
+    before = path.read_bytes()
+    wild = quick.model_copy(update={"learning_rate": 1e38, "epochs": 3})
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="training stopped: .*lower learning_rate"):
+            train.fit(toy.samples, toy.store, wild, path)
+        assert path.read_bytes() == before
+    calm = wild.model_copy(update={"learning_rate": 0.01})
+    train.fit(toy.samples, toy.store, calm, path)
+    assert path.read_bytes() != before and not modules.checkpoint(path).exists()
+
+
+def test_a_module_of_one_direction_is_never_written_however_often_it_is_tried(toy, quick, home, tmp_path):
+    start = Alignment(toy.result.alignment.width, toy.result.alignment.out, ModuleParams(module="linear"))
+    start.std.fill_(1e12)
+    modules.save(tmp_path / "dead.safetensors", start, {})
+    params, path = quick.model_copy(update={"checkpoint_seconds": 0.0}), tmp_path / "m.safetensors"
+    for _ in range(3):
+        with pytest.raises(TrainingError, match="one and the same direction"):
+            train.fit(toy.samples, toy.store, params, path, tmp_path / "dead.safetensors")
+        assert not path.exists()
+
+
+def test_the_module_in_use_is_kept_where_another_takes_its_place(toy, quick, home, tmp_path, capsys):
+    params = quick.model_copy(update={"profile": "other", "results_dir": str(tmp_path)})
+    path = train.module_path(params)
+    previous = path.with_name("alignment.previous.safetensors")
+    train.train(toy.samples, toy.store, params)
+    first = path.read_bytes()
+    train.train(toy.samples, toy.store, params)
+    path.write_bytes(first[:100])
+    train.train(toy.samples, toy.store, params)
+    assert path.read_bytes() == first and not previous.exists()  # the same, read or made anew; a damaged one is not kept
+    capsys.readouterr()
+    train.train(toy.samples, toy.store, params.model_copy(update={"seed": 5}))
+    assert previous.read_bytes() == first != path.read_bytes()
+    assert capsys.readouterr().out == f"the module that was {path} is kept as {previous}\n"
+    modules.load(previous)
+
+
+def test_the_curve_in_a_modules_file_is_bounded_and_whole_beside_it(toy, quick, home, tmp_path, monkeypatch):
+    params, path = quick.model_copy(update={"epochs": 6}), tmp_path / "m.safetensors"
+    monkeypatch.setattr(train, "CURVE_ROWS", 5)
+    made = train.fit(toy.samples, toy.store, params, path)
+    assert modules.load(path)[1]["curve"]["step"] == [0, 2, 5, 8, 11] and len(made.steps) == 12
+    whole = pd.read_csv(tmp_path / "m.curve.csv")
+    assert whole.to_dict("records") == made.steps
+    assert files.read_json(tmp_path / "m.json")["protocol"]["steps"] == 12
+    again = train.fit(toy.samples, toy.store, params, path)
+    assert [row["step"] for row in again.steps] == [0, 2, 5, 8, 11] and again.steps[-1] == made.steps[-1]
+
+
+def test_weights_that_are_not_finite_are_refused_where_they_are_read(toy, home, tmp_path):
+    module = modules.load(toy.path)[0]
+    module.module.project.bias.data[0] = float("nan")
+    path = modules.save(tmp_path / "m.safetensors", module, {})
+    with pytest.raises(DataError, match="m.safetensors: its weights are not finite numbers; train it again with a lower learning_rate"):
+        modules.load(path)
+
+
+def test_deterministic_is_said_to_torch_on_cuda_alone(quick, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    asked = quick.model_copy(update={"deterministic": True})
+    with train.deterministic(asked), train.deterministic(quick.model_copy(update={"device": "cuda"})):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with (
+        pytest.raises(ParameterError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"),
+        train.deterministic(asked.model_copy(update={"device": "cuda:1"})),
+    ):
+        pass
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with train.deterministic(asked.model_copy(update={"device": "cuda"})):
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_encoders_are_listed_with_what_brings_them():

@@ -45,16 +45,15 @@ def compare(runs: Sequence[Run], kind: str, samples: list[Sample], store: LabelS
 
     Each row is written as a record; modules that are there already, trained with the same inputs, are not trained again.
     """
-    folder = records.results_folder(runs[0].params) / "records" / kind
+    folder, trained = records.results_folder(runs[0].params) / "records" / kind, []
     for number, run in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}] {run.variant}, seed {run.params.seed}", flush=True)
-        train.fit(samples, store, run.params, run.path)
+        trained.append(train.fit(samples, store, run.params, run.path))
     params = runs[0].params
     measured = evaluate.measure([Method("fmbseg", str(r.path)) for r in runs], found, params, params.device, params.workers)
-    for run, of_run in zip(runs, measured):
-        seconds = modules.load(run.path)[1]["seconds"]
+    for run, of_run, result in zip(runs, measured, trained):
         for record in of_run:
-            _write(record, folder, kind, run.variant, run.params, f"seed{run.params.seed}", seconds)
+            _write(record, folder, kind, run.variant, run.params, f"seed{run.params.seed}", result.seconds)
     return records.load(folder)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 
 from fmbseg import files
 from fmbseg.data import images
@@ -19,6 +22,7 @@ from fmbseg.params import ModuleParams, SegmentParams
 from fmbseg.stage2 import segmenter
 from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.segmenter import AlignedEncoder, Segmentation
+from fmbseg.stage2.training import TrainState
 
 
 def place(profile: str = "embedded", name: str = "alignment") -> Path:
@@ -36,10 +40,28 @@ def default(profile: str) -> Path:
     return own if own.is_file() or profile != "embedded" else SHIPPED
 
 
-def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any]) -> Path:
-    """Write a module and what made it (parameters, encoder, image-text model, vocabulary, notes) as one safetensors file."""
+def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any], keep_former: bool = False) -> Path:
+    """Write a module and what made it (parameters, encoder, image-text model, vocabulary, notes) as one safetensors file.
+
+    keep_former: another module that is there is kept beside as NAME.previous.safetensors, and one line says so.
+    """
+    path = Path(path)
     described = {"width": alignment.width, "out": alignment.out, "module": alignment.params.part(ModuleParams)} | metadata
-    return files.write_tensors(path, alignment.state_dict(), {"fmbseg": json.dumps(described)})
+    with files.atomic_path(path) as part:
+        files.write_tensors(part, alignment.state_dict(), {"fmbseg": json.dumps(described, allow_nan=False)})
+        if keep_former and _is_module(path) and files.file_sha256(path) != files.file_sha256(part):
+            previous = path.with_name(f"{path.stem}.previous.safetensors")
+            with files.atomic_path(previous) as copy:
+                shutil.copyfile(path, copy)
+            print(f"the module that was {path} is kept as {previous}")
+    return path
+
+
+def _is_module(path: Path) -> bool:
+    try:
+        return bool(load(path))
+    except DataError:
+        return False
 
 
 def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
@@ -55,7 +77,54 @@ def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
         alignment.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: its description does not fit its tensors ({str(error).splitlines()[0]}); train it again") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise DataError(f"{path}: its weights are not finite numbers; train it again with a lower learning_rate")
     return alignment.eval(), described
+
+
+def seconds(path: Path) -> float:
+    """What the training of a module took, as the record beside it says; 0 where that is not there or another module's."""
+    try:
+        record = files.read_json(path.with_suffix(".json"))
+        return record["seconds"] if record["weights"]["module"] == files.sha256_of(path) else 0.0
+    except (DataError, KeyError, TypeError):
+        return 0.0
+
+
+# ---------------------------------------------------------------- checkpoints of a training that is under way
+
+
+def checkpoint(path: Path) -> Path:
+    """Where the checkpoint of a module's training lies: beside the module's file."""
+    return path.with_name(f"{path.stem}.checkpoint.safetensors")
+
+
+def save_state(path: Path, state: TrainState, key: str) -> None:
+    """Write a training's state; key: of the training, of all its inputs."""
+    steps = pd.DataFrame(state.steps)
+    tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
+    tensors |= {f"optimiser.{name}": tensor for name, tensor in state.optimiser.items()}
+    tensors |= {"generator": state.generator} | {f"steps.{name}": torch.from_numpy(steps[name].to_numpy(copy=True)) for name in steps}
+    described = {"key": key, "done": state.done, "seconds": state.seconds, "columns": list(steps)}
+    files.write_tensors(path, tensors, {"fmbseg": json.dumps(described, allow_nan=False)})
+
+
+def load_state(path: Path, key: str) -> TrainState | None:
+    """The state of the training of that key; None where there is none, another's, or a file that is damaged."""
+    try:
+        tensors, metadata = files.read_tensors(path)
+        described = json.loads(metadata["fmbseg"])
+        if described["key"] != key or not all(tensor.isfinite().all() for tensor in tensors.values()):
+            return None
+        parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimiser": {}, "steps": {}}
+        for name, tensor in tensors.items():
+            if name != "generator":
+                part, rest = name.split(".", 1)
+                parts[part][rest] = tensor
+        steps = pd.DataFrame({name: parts["steps"][name].numpy() for name in described["columns"]}).to_dict("records")
+        return TrainState(described["done"], parts["weights"], parts["optimiser"], tensors["generator"], steps, described["seconds"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return None
 
 
 class Segmenter(segmenter.Segmenter):

@@ -72,9 +72,12 @@ def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def progress(total: int, title: str, unit: str = "image") -> tqdm:
-    """A progress bar; under torchrun only the first process shows one. Plain tqdm: the notebook kind freezes under papermill."""
-    return tqdm(total=total, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0)
+def progress(total: int, title: str, unit: str = "image", done: int = 0) -> tqdm:
+    """A progress bar; under torchrun only the first process shows one. Plain tqdm: the notebook kind freezes under papermill.
+
+    done: where it begins.
+    """
+    return tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0)
 
 
 def progress_over(items: Sequence[T], title: str) -> Iterator[T]:

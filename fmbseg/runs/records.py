@@ -133,7 +133,12 @@ def of_training(params: TrainRun, result: TrainResult, module: Path, **about: An
     """The record of one training. about: other fields of the record."""
     described = modules.load(module)[1]
     steps = result.steps
-    protocol = {"first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"], "steps": len(steps), "processes": distributed.size()}
+    protocol = {
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "steps": steps[-1]["step"] + 1,
+        "processes": distributed.size(),
+    }
     values = {
         "kind": "train",
         "method": params.module,

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from fmbseg import files
 from fmbseg.data import collections, fetch
 from fmbseg.data.samples import Sample
-from fmbseg.errors import DataError
-from fmbseg.params import AlignParams, FeatureParams, LabelParams, ModuleParams, PatchParams, PrealignParams, RunParams
+from fmbseg.errors import DataError, FmbsegError, ParameterError, TrainingError
+from fmbseg.params import AlignParams, FeatureParams, LabelParams, ModuleParams, Params, PatchParams, PrealignParams, RunParams
 from fmbseg.runs import cache, modules, parallel, records
 from fmbseg.runs.cache import Models
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage2 import distributed, training
 from fmbseg.stage2 import prealign as prealignment
 from fmbseg.stage2.patches import patch_labels
-from fmbseg.stage2.training import TrainResult
+from fmbseg.stage2.training import TrainResult, TrainState
+
+CURVE_ROWS = 2000
+"""A module's file holds at most so many rows of its loss curve, evenly spaced: its header has to stay small."""
 
 
 class PatchDataset(Dataset):
@@ -67,13 +75,7 @@ def prealign(params: RunParams) -> Path:
     if distributed.rank() == 0:
         samples = parallel.evenly_spaced(collections.load_collection(params.collection, params.data_root), params.prealign_limit)
         models = Models.of(params)
-        key = files.digest(
-            cache.VERSIONS,
-            params.content(PatchParams, ModuleParams, PrealignParams, FeatureParams),
-            params.seed,
-            [files.sha256_of(sample.image) for sample in samples],
-            [models.clip.key, models.encoder.key],
-        )
+        key = _key(params, (PatchParams, ModuleParams, PrealignParams, FeatureParams), samples)
         if _read(path, key) is None:
             both = partial(_dense_and_patches, models=models, params=params)
             samples = [sample for sample, _ in parallel.each(both, samples, "dense map and encoder patches", params.workers).results]
@@ -123,20 +125,29 @@ def _encode(sample: Sample, models: Models, params: AlignParams) -> None:
 
 
 def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: Path, initial: Path | None = None) -> TrainResult:
-    """Encode and train, and write the module; where ``path`` holds the one of the same inputs already, it is read.
+    """Encode and train, and write the module with its record beside it; where ``path`` holds the one of the same inputs, it is read.
 
-    initial: a trained module to go on from; none: a fresh one, or the pre-aligned one (``prealign``). Images without a pseudo label are left out. Under torchrun every rank
-    trains and only the first writes.
+    initial: a trained module to go on from; none: a fresh one, or the pre-aligned one (``prealign``). Images without a
+    pseudo label are left out. A training that was stopped goes on from its checkpoint, and ends with the same file.
+    Under torchrun every rank trains and only the first writes. Raises DataError where nothing is labelled, and
+    TrainingError, with nothing written but the checkpoint, where the training cannot be used.
     """
     samples = [sample for sample in samples if store.has(sample)]
     if not samples:
         raise DataError(f"{store.folder}: no image has a pseudo label; run notebook 03 or fmbseg label first")
     if params.prealign and initial is None:
         initial = prealign(params)
-    key = _key(samples, store, params, initial)
+    words = [store.space.names, store.space.prompts, params.templates, params.text_average]
+    several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
+    maps = [files.sha256_of(store.path(sample)) for sample in samples]
+    schemas = (AlignParams, FeatureParams) if params.dense_weight else (AlignParams,)
+    on_cuda = ["deterministic"] if params.deterministic and params.device.startswith("cuda") else []
+    key = _key(params, schemas, samples, maps, words, files.sha256_of(initial) if initial else "", several, *on_cuda)
     if (made := _read(path, key)) is not None:
         print(f"read {path}: trained before on the same pseudo labels with the same parameters")
+        modules.checkpoint(path).unlink(missing_ok=True)
         return made
+    state = modules.load_state(modules.checkpoint(path), key)
     samples = prepare(samples, params)
     if params.device != "cpu":
         parallel.release()  # idle workers would keep their models on the device
@@ -151,34 +162,78 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
         some = parallel.evenly_spaced(range(len(data)), params.standardise_images)
         start = training.new_module((data.patches(i) for i in some), data.width, texts.shape[1], params, params.seed)
     total = params.epochs * -(-len(data) // params.images_per_batch)
-    with parallel.progress(total, "training", "step") as bar:
+    keeper = _Checkpoint(modules.checkpoint(path), key, params.checkpoint_seconds)
+    with parallel.progress(total, "training", "step", state.done if state else 0) as bar, deterministic(params):
 
         def tell(row: dict[str, float] | None) -> None:
             if row:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             bar.update()
 
-        result = training.train(data, classes, texts[list(classes)], start, params, params.seed, params.device, tell)
+        try:
+            result = training.train(
+                data, classes, texts[list(classes)], start, params, params.seed, params.device, tell, state, keeper.after_batch
+            )
+        except FmbsegError:
+            with suppress(TrainingError):
+                if bar.n < total:
+                    keeper.write()  # the last good state
+            raise
     if distributed.rank() == 0:
         described = _description(key, result, data, store, params)
         started = modules.load(initial)[1] if initial else {}
-        modules.save(path, result.alignment, described | {"prealigned": started.get("prealigned", 0)})
+        in_use = path == module_path(params)
+        if len(result.steps) > CURVE_ROWS:
+            with files.atomic_path(path.with_name(f"{path.stem}.curve.csv")) as part:
+                pd.DataFrame(result.steps).to_csv(part, index=False)
+        modules.save(path, result.alignment, described | {"prealigned": started.get("prealigned", 0)}, keep_former=in_use)
+        records.of_training(params, result, path).write(path.parent, path.stem)
+        modules.checkpoint(path).unlink(missing_ok=True)
     return result
 
 
-def _key(samples: Sequence[Sample], store: LabelStore, params: RunParams, initial: Path | None) -> str:
-    """Of everything that the module depends on: images and label maps by their bytes, models, words, parameters."""
-    several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
-    return files.digest(
-        cache.VERSIONS,
-        params.content(AlignParams, FeatureParams) if params.dense_weight else params.content(AlignParams),
-        params.seed,
-        [(files.sha256_of(s.image), files.sha256_of(store.path(s))) for s in samples],
-        [store.space.names, store.space.prompts, params.templates, params.text_average],
-        [Models.of(params).clip.key, Models.of(params).encoder.key],
-        files.sha256_of(initial) if initial else "",
-        several,
-    )
+class _Checkpoint:
+    """Writes a training's state every so many seconds; under torchrun the first process does."""
+
+    def __init__(self, path: Path, key: str, seconds: float):
+        self.path, self.key, self.seconds, self.written, self.take = path, key, seconds, time.monotonic(), None
+
+    def after_batch(self, take: Callable[[], TrainState]) -> None:
+        self.take = take
+        if time.monotonic() - self.written >= self.seconds:
+            self.write()
+
+    def write(self) -> None:
+        if distributed.rank() == 0 and self.take:
+            modules.save_state(self.path, self.take(), self.key)
+            self.written = time.monotonic()
+
+
+@contextmanager
+def deterministic(params: RunParams) -> Iterator[None]:
+    """On CUDA with ``deterministic``: only operations that give the same result each time. Attention is then computed in full.
+
+    Raises ParameterError where CUBLAS_WORKSPACE_CONFIG is not set, which cuBLAS reads when the process first uses CUDA.
+    """
+    if not (params.deterministic and params.device.startswith("cuda")):
+        yield
+        return
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        raise ParameterError("deterministic: cuBLAS needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment; set it and run again")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _key(params: RunParams, schemas: Sequence[type[Params]], samples: Sequence[Sample], *more: Any) -> str:
+    """Of everything that a module depends on: versions, parameters, images by their bytes, models. more: what else."""
+    models = Models.of(params)
+    images = [files.sha256_of(sample.image) for sample in samples]
+    return files.digest(cache.VERSIONS, params.content(*schemas), params.seed, images, [models.clip.key, models.encoder.key], *more)
 
 
 def _read(path: Path, key: str) -> TrainResult | None:
@@ -187,7 +242,8 @@ def _read(path: Path, key: str) -> TrainResult | None:
         made, described = modules.load(path)
         if described["key"] != key:
             return None
-        return TrainResult(made, pd.DataFrame(described["curve"]).to_dict("records"), tuple(described["indices"]), described["seconds"])
+        steps = pd.DataFrame(described["curve"]).to_dict("records")
+        return TrainResult(made, steps, tuple(described["indices"]), modules.seconds(path))
     except (DataError, KeyError):
         return None
 
@@ -198,8 +254,7 @@ def _description(key: str, result: TrainResult, data: PatchDataset, store: Label
         "classes": [store.space.names[k] for k in result.classes],
         "indices": result.classes,
         "images": len(data),
-        "curve": pd.DataFrame(result.steps).to_dict("list"),
-        "seconds": round(result.seconds, 1),
+        "curve": pd.DataFrame(parallel.evenly_spaced(result.steps[:-1], CURVE_ROWS - 1) + result.steps[-1:]).to_dict("list"),
     }
 
 
@@ -215,18 +270,15 @@ def _made_with(params: RunParams) -> dict:
         "parameters": params.part(LabelParams) | params.part(AlignParams) | {"seed": params.seed},
         "weights": records.used_weights(params) | {"encoder": Models.of(params).encoder.key},
         "notes": records.notes_of(params),
-        "seconds": 0.0,
     }
 
 
 def train(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: Path | None = None) -> TrainResult:
-    """Train a module (``fit``) and write the record of it: the profile's among its results, another beside its file."""
-    own = path is not None and path != module_path(params)
+    """Train a module (``fit``). Its record lies beside its file; that of the profile's own module is also among the results."""
     path = path or module_path(params)
     result = fit(samples, store, params, path)
-    if distributed.rank() == 0:
-        folder, name = (path.parent, path.stem) if own else (records.results_folder(params) / "records", "train")
-        records.of_training(params, result, path).write(folder, name)
+    if distributed.rank() == 0 and path == module_path(params):
+        records.of_training(params, result, path).write(records.results_folder(params) / "records", "train")
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -33,16 +34,17 @@ class RankBatchSampler(Sampler):
     """This process's part of every batch, as indices: as many in every process, None where the batch has no more.
 
     batches: the batches of all processes together; each process must draw the same. The parts in order of rank are the batch.
+    skip: so many batches are left out at the beginning of a pass.
     """
 
     def __init__(self, batches: Sampler):
-        self.batches = batches
+        self.batches, self.skip = batches, 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int | None]]:
-        for batch in self.batches:
+        for batch in islice(self.batches, self.skip, None):
             part = -(-len(batch) // size())
             yield (batch + [None] * (part * size() - len(batch)))[rank() * part : (rank() + 1) * part]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from fmbseg.errors import TrainingError
 from fmbseg.params import AlignParams, LossParams, ModuleParams
 from fmbseg.stage2 import distributed, losses
 from fmbseg.stage2.alignment import Alignment
@@ -29,6 +32,22 @@ class TrainResult:
     alignment: Alignment
     steps: list[dict[str, float]]
     classes: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a training stands after a batch: all that the rest of it depends on.
+
+    done: batches of all epochs so far; weights: of the module; optimiser: its tensors, "PARAMETER NUMBER.NAME"; generator:
+    (n,) uint8, the state of the generator of the batches at the beginning of the epoch; steps, seconds: as in TrainResult.
+    """
+
+    done: int
+    weights: Mapping[str, torch.Tensor]
+    optimiser: Mapping[str, torch.Tensor]
+    generator: torch.Tensor
+    steps: Sequence[dict[str, float]]
     seconds: float
 
 
@@ -67,6 +86,11 @@ def optimiser_of(alignment: nn.Module, params: AlignParams) -> torch.optim.Optim
     return torch.optim.AdamW(alignment.parameters(), params.learning_rate, weight_decay=params.weight_decay)
 
 
+def learning_rate(params: AlignParams, batch: int, total: int) -> float:
+    """The rate at batch 0, 1, ... of ``total``: a cosine from ``learning_rate`` to zero (Sec. 4.1)."""
+    return params.learning_rate * (1 + math.cos(math.pi * batch / total)) / 2
+
+
 def rows_of(classes: Sequence[int]) -> torch.Tensor:
     """(256,) table from class index to its row among the K classes of the loss; -1, which indexes the last, stays -1."""
     table = torch.full((256,), -1)
@@ -83,6 +107,8 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     on_step: Callable[[dict[str, float] | None], None] = lambda row: None,
+    state: TrainState | None = None,
+    on_state: Callable[[Callable[[], TrainState]], None] = lambda take: None,
 ) -> TrainResult:
     """Train M on pseudo labels: SGD, cosine to zero, 5 images a batch (Sec. 4.1). The same seed gives the same module on a CPU.
 
@@ -91,21 +117,41 @@ def train(
     the (D, h, w) dense target of ``stage2.prealign`` (item None: zeros). classes: indices of the K classes that occur;
     texts: (K, D) unit-norm text features of them, t_k. initial: the module to begin with, which is left as it is.
     on_step: called after every step with its row, or None where a batch had no labelled patch.
+    state: of the same training, stopped: it goes on from there, reads no batch that is done, and ends with the same module.
+    on_state: called after every batch but the last with a function that gives the state.
     Under torchrun every rank takes its part of each batch, and all end with the same module.
+
+    Raises TrainingError, before the step is done, where the loss or its gradient is not finite, and at the end where the
+    weights are not, or every patch comes out as one and the same direction.
     """
-    started = time.perf_counter()
-    torch.manual_seed(seed)
+    started = time.perf_counter() - (state.seconds if state else 0.0)
     row_of, texts = rows_of(classes), texts.to(device)
     alignment = copy.deepcopy(initial).to(device).train()
     network, loss_of, optimiser = distributed.parallel(alignment), loss_function(params), optimiser_of(alignment, params)
     loader = batches(data, params.images_per_batch, seed)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.epochs * len(loader))
-
+    total = params.epochs * len(loader)
     steps: list[dict[str, float]] = []
-    for epoch in range(params.epochs):
+    done = 0
+    if state:
+        alignment.load_state_dict(state.weights)
+        _restore(optimiser, state.optimiser)
+        loader.generator.set_state(state.generator)
+        steps, done = list(state.steps), state.done
+
+    def take() -> TrainState:
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in alignment.state_dict().items()}
+        _check_weights(weights, len(steps))
+        kept = {f"{i}.{k}": v.cpu().clone() for i, of_one in optimiser.state_dict()["state"].items() for k, v in of_one.items()}
+        return TrainState(done, weights, kept, at_start, list(steps), time.perf_counter() - started)
+
+    directions: deque[torch.Tensor] = deque(maxlen=LAST_BATCHES)
+    for epoch in range(max(done - 1, 0) // len(loader), params.epochs):  # the epoch of the last batch that is done
+        at_start = loader.generator.get_state()
+        loader.batch_sampler.skip = done - epoch * len(loader)
         for patches, labels, *dense in loader:
             maps = network(patches.float().to(device))
             z, y = maps.permute(0, 2, 3, 1).flatten(0, 2), row_of[labels.flatten()]
+            directions.append(z.detach().mean(dim=0))
             loss, value, count = distributed.batch_loss(loss_of, z, y.to(device), texts, params.negatives == "batch")
             if params.dense_weight:
                 pull = params.dense_weight * anchor(maps, dense[0].to(device))
@@ -114,10 +160,59 @@ def train(
             if count or params.dense_weight:
                 optimiser.zero_grad()
                 loss.backward()
+                _check_step(value, alignment, len(steps))
+                rate = learning_rate(params, done, total)
+                optimiser.param_groups[0]["lr"] = rate
                 optimiser.step()
-                rate = optimiser.param_groups[0]["lr"]
                 row = {"step": len(steps), "epoch": epoch, "loss": value, "learning_rate": rate, "patches": count}
                 steps.append(row)
-            schedule.step()  # also after an empty batch: the rate ends at zero
+            done += 1  # also after an empty batch: the rate ends at zero
             on_step(row)
-    return TrainResult(alignment.cpu().eval(), steps, tuple(classes), time.perf_counter() - started)
+            if done < total:
+                on_state(take)
+    alignment = alignment.cpu().eval()
+    _check_weights(alignment.state_dict(), len(steps))
+    _check_directions(directions)
+    return TrainResult(alignment, steps, tuple(classes), time.perf_counter() - started)
+
+
+def _restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = tensor
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+
+
+# ---------------------------------------------------------------- training that cannot be used
+
+LAST_BATCHES = 10
+"""So many batches at the end tell whether the module tells any patch from another."""
+
+SAME_DIRECTION = 1e-5
+"""Mean 1 - cos over all pairs of a batch's patches under which all are one direction but for rounding."""
+
+REMEDY = "lower learning_rate, or raise temperature"
+
+
+def _check_step(loss: float, module: nn.Module, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(f"training stopped: the loss is {loss} at step {step}; {REMEDY}")
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if not torch.nn.utils.get_total_norm(gradients).isfinite():
+        raise TrainingError(f"training stopped: the gradient is not finite at step {step}; {REMEDY}")
+
+
+def _check_weights(weights: Mapping[str, torch.Tensor], step: int) -> None:
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise TrainingError(f"training stopped: weights are not finite after {step} steps; {REMEDY}")
+
+
+def _check_directions(means: Iterable[torch.Tensor]) -> None:
+    """means: (D,) mean of the unit-norm z of each of the last batches; all z of one are one direction where it is of unit norm."""
+    means = list(means)
+    if means and (1 - torch.stack(means).square().sum(dim=1)).max() < SAME_DIRECTION:
+        raise TrainingError(
+            f"training stopped: every patch of the last {len(means)} batches comes out as one and the same direction; {REMEDY},"
+            " or give images that differ"
+        )
