@@ -84,7 +84,7 @@ def test_index_that_is_no_class_is_refused(truth, prediction, name):
         counted(3, ([[truth]], [[prediction]]))
 
 
-@pytest.mark.parametrize("truth, prediction", [([0, 1], [0, -1]), ([-1, 1], [0, 1])])
-def test_negative_index_is_refused(truth, prediction):
+@pytest.mark.parametrize("truth, prediction", [([0, 1], [0, -1]), ([-1, 1], [0, 1]), ([0, 300], [0, 1]), ([0, 1], [256, 1])])
+def test_an_index_outside_eight_bits_is_refused(truth, prediction):
     with pytest.raises(DataError):
         Confusion(3).add(np.array([truth]), np.array([prediction]))

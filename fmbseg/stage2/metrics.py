@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 
@@ -32,14 +33,23 @@ class Confusion:
         if truth.shape != prediction.shape:
             raise DataError(f"the truth is {truth.shape} and the prediction {prediction.shape}; both must be of one size")
         for name, values in (("truth", truth), ("prediction", prediction)):
-            wrong = values[(values != IGNORED) & ((values >= self.classes) | (values < 0))]
-            if wrong.size:
-                raise DataError(f"the {name} holds index {wrong[0]}, and there are {self.classes} classes (and 255 for nothing)")
-        valid = truth != IGNORED
-        truth, prediction = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
-        prediction = np.where(prediction == IGNORED, self.classes, prediction)
-        flat = np.bincount(truth * (self.classes + 1) + prediction, minlength=self.counts.size)
-        self.counts += flat.reshape(self.counts.shape)
+            if values.size and not 0 <= values.min() <= values.max() <= IGNORED:
+                self._refuse(name, values)
+        pairs = np.multiply(truth, IGNORED + 1, dtype=np.intp)
+        pairs += prediction
+        counts = np.bincount(pairs.ravel(), minlength=(IGNORED + 1) ** 2).reshape(IGNORED + 1, IGNORED + 1)
+        for name, values, beyond in (
+            ("truth", truth, counts[self.classes : IGNORED]),
+            ("prediction", prediction, counts[:, self.classes : IGNORED]),
+        ):
+            if beyond.any():
+                self._refuse(name, values)
+        self.counts[:, :-1] += counts[: self.classes, : self.classes]
+        self.counts[:, -1] += counts[: self.classes, IGNORED]
+
+    def _refuse(self, name: str, values: np.ndarray) -> NoReturn:
+        wrong = values[(values != IGNORED) & ((values >= self.classes) | (values < 0))][0]
+        raise DataError(f"the {name} holds index {wrong}, and there are {self.classes} classes (and 255 for nothing)")
 
     def nonzero(self) -> np.ndarray:
         """(2, n) int64, positions in the flattened matrix and their counts: an image fills few of them."""
