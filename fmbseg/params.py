@@ -66,7 +66,7 @@ class DataParams(Params):
 class RunParams(DataParams):
     profile: str = Field("paper", description="folder of params/ and results/ this run belongs to")
     seed: int = Field(0, ge=0, description="of everything random")
-    device: str = Field("cpu", description="where models run: cpu, cuda, cuda:1, mps")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$", description="where models run: cpu, cuda, cuda:1, mps")
     workers: Count = Field(1, description="processes of one thread each for work that goes image by image (CPU)")
     checkpoint_seconds: Float = Field(
         60.0, ge=0, description="a training that is stopped goes on from a checkpoint at most so old; 0: of every step"
@@ -268,3 +268,21 @@ def make(schema: type[P], values: Mapping[str, Any], source: str = "parameters")
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(schema.model_fields)}"
             raise ParameterError(f"{source}: unknown parameter {key!r}; {hint}") from None
         raise ParameterError(f"{source}: {key} = {values.get(key)!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+
+
+def check_device(name: str) -> str:
+    """Return the name of a device if it is one that is here. Raises ParameterError: what is here, and what to give."""
+    if name == "cpu":
+        return name
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = [
+        "cpu",
+        *(["cuda"] if gpus else []),
+        *(f"cuda:{i}" for i in range(gpus)),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    if name not in here:
+        raise ParameterError(f"device = {name!r}: not here; give one of {', '.join(here)}, such as --set device=cpu")
+    return name

@@ -12,7 +12,7 @@ import yaml
 
 from fmbseg import files
 from fmbseg.errors import ParameterError
-from fmbseg.params import RunParams, make
+from fmbseg.params import RunParams, check_device, make
 from fmbseg.schemas import NOTEBOOKS, STEPS
 
 
@@ -98,7 +98,7 @@ def of_notebook(notebook: str, namespace: Mapping[str, Any]) -> RunParams:
     What is assigned from the parameters cell (the last one run that assigns ``profile``) up to the first cell that calls
     this counts, whether it was typed there or injected by papermill in a cell that begins with "# Parameters"; names that
     begin with "_" are left alone. So are all variables of later cells, however often and in whatever order cells are run.
-    Raises ParameterError for an unknown name or a value that the schema does not accept.
+    Raises ParameterError for an unknown name, a value that the schema does not accept, and a device that is not here.
     """
     step = step_of(notebook)
     fields = STEPS[step].schema.model_fields
@@ -106,7 +106,9 @@ def of_notebook(notebook: str, namespace: Mapping[str, Any]) -> RunParams:
         typed = _typed(namespace["In"], namespace, fields)
     else:  # run as a plain script, with no history of cells
         typed = {name: namespace[name] for name in fields if name in namespace}
-    return load(step, typed.pop("profile", "embedded"), typed)
+    params = load(step, typed.pop("profile", "embedded"), typed)
+    check_device(params.device)
+    return params
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fmbseg import params, profiles
 from fmbseg.errors import ParameterError
-from fmbseg.params import FeatureParams, LossParams, OptimiserParams, QueryParams
+from fmbseg.params import FeatureParams, LossParams, OptimiserParams, QueryParams, RunParams, check_device, make
 from fmbseg.schemas import NOTEBOOKS, STEPS, EvaluateRun, TrainRun
 
 NOTEBOOK = "04_train_alignment"
@@ -367,3 +367,33 @@ def test_a_real_kernel_counts_what_is_typed_and_what_papermill_injects(tmp_path)
     nbformat.write(notebook, tmp_path / "in.ipynb")
     done = papermill.execute_notebook(tmp_path / "in.ipynb", None, {"seed": 7}, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
     assert done.cells[-1].outputs[0]["text"] == "smoke 5 7 None random:efficientnet_lite2\n"
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "CUDA", "cuda:x", "tpu", ""])
+def test_an_unknown_device_is_refused_by_the_schema(name):
+    with pytest.raises(ParameterError, match=r"device = "):
+        make(RunParams, {"device": name})
+
+
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert check_device("cpu") == "cpu"
+    for name in ("cuda", "cuda:9", "mps", "gpu"):
+        with pytest.raises(ParameterError, match=rf"device = '{name}': not here; give one of cpu, such as --set device=cpu"):
+            check_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [check_device(name) for name in ("cuda", "cuda:0", "cuda:1")] == ["cuda", "cuda:0", "cuda:1"]
+    with pytest.raises(ParameterError, match="give one of cpu, cuda, cuda:0, cuda:1"):
+        check_device("cuda:2")
+
+
+def test_every_frozen_model_asks_for_the_device_first():
+    from fmbseg.models import clip, encoders, sam
+
+    for load in (clip.load_clip, encoders.load_encoder, sam.load_sam):
+        with pytest.raises(ParameterError, match="device = 'cuda:99': not here"):
+            load("random:any", "cuda:99")

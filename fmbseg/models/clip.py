@@ -18,11 +18,12 @@ from torch import nn
 from fmbseg import files
 from fmbseg.data import fetch
 from fmbseg.data.images import normalise
-from fmbseg.errors import ParameterError
+from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import dense_paths
 from fmbseg.models.dense_paths import LastBlock
 from fmbseg.models.precision import Precision, autocast
 from fmbseg.models.precision import key as precision_key
+from fmbseg.params import check_device
 
 LIT = "lit-efficientnet-lite2-minilm"
 """The embedded profile's stand-in for CLIP. Trained with image-level names: see its model card."""
@@ -236,13 +237,19 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
     Any "MODEL TAG" that open_clip knows works too (``"ViT-B-32 laion2b_s34b_b79k"``), and ``random:MODEL`` gives
     open_clip's architecture with random weights (tests). image_size: side of the crops in pixels, where it is not
     the model's own (a transformer's position embedding is interpolated).
-    Raises ParameterError for an unknown name, WeightsError where weights are not here.
+    Raises ParameterError for an unknown name or device, WeightsError where weights are not here.
     """
+    check_device(device)
     random = name.startswith("random:")
     if name == LIT:
         folder = fetch.require("all_minilm_l6_v2")
         configs = files.home() / "weights" / "open_clip"
-        files.write_json(configs / f"{LIT}.json", _lit_config(folder))
+        try:  # a cache that is read-only may hold it
+            there = files.read_json(configs / f"{LIT}.json") == _lit_config(folder)
+        except DataError:
+            there = False
+        if not there:
+            files.write_json(configs / f"{LIT}.json", _lit_config(folder))
         open_clip.add_model_config(configs)
         architecture, pretrained = LIT, str(assemble_lit())
     else:

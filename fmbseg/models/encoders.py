@@ -15,6 +15,7 @@ from fmbseg.models import vit
 from fmbseg.models.precision import Precision, autocast
 from fmbseg.models.precision import key as precision_key
 from fmbseg.models.vit import VITS, Vit
+from fmbseg.params import check_device
 
 
 class Encoder(nn.Module):
@@ -123,8 +124,9 @@ def load_encoder(name: str, device: str = "cpu", precision: Precision = "fp32") 
     """A frozen encoder by name, several joined by "+" (``efficientnet_lite2+mobile_sam``); kept for the next call.
 
     ``random:NAME`` gives the architecture with random weights (tests).
-    Raises ParameterError for an unknown name, WeightsError where weights are not here.
+    Raises ParameterError for an unknown name or device, WeightsError where weights are not here.
     """
+    check_device(device)
     parts = []
     for part in name.split("+"):
         base = part.strip().removeprefix("random:")

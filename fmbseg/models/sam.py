@@ -16,6 +16,7 @@ from fmbseg.data import fetch
 from fmbseg.errors import ParameterError
 from fmbseg.models import precision as lowered
 from fmbseg.models.precision import Precision
+from fmbseg.params import check_device
 
 _REGISTRY = {"sam_vith": "vit_h", "sam_vitl": "vit_l", "sam_vitb": "vit_b"}
 SAM_NAMES = ("mobile_sam", "tiny_sam", *_REGISTRY)
@@ -194,8 +195,9 @@ def load_sam(name: str, device: str = "cpu", precision: Precision = "fp32") -> S
     """SAM by name: ``mobile_sam``, ``sam_vitb``, ``sam_vitl``, ``sam_vith``; kept for the next call.
 
     ``random:NAME`` gives the architecture with random weights (tests).
-    Raises WeightsError, with the command that brings them, when the weights are not here.
+    Raises ParameterError for an unknown name or device, WeightsError, with the command that brings them, where weights are not here.
     """
+    check_device(device)
     base = name.removeprefix("random:")
     if base not in SAM_NAMES:
         raise ParameterError(f"sam = {name!r}: no such SAM; known are {', '.join(SAM_NAMES)}")
