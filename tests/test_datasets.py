@@ -186,6 +186,8 @@ def test_folder_data_set(folder, tmp_path):
         dataset = benchmarks.load_benchmark(name, root)
         assert dataset.space.names == ("cat", "sofa", "rug") and not dataset.space.background
         assert [s.name for s in dataset.samples] == ["a", "b"] and dataset.samples[0].truth()[0, :4].tolist() == [0, 1, 2, 255]
+        assert dataset.name == name  # the path as asked for: two folders of one base name are two data sets
+    assert benchmarks.load_benchmark(f"folder:{folder}", str(tmp_path)).name == "folder:mine"
 
 
 def test_class_0_named_background_is_background(folder):

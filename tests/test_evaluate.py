@@ -219,16 +219,18 @@ def test_every_rule_is_in_the_record_and_in_the_key(toy, plain, own_home, smoke)
     settings = {
         "templates": "seven",
         "text_average": "raw",
-        "words": "verbatim",
         "interpolation": "bicubic",
         "segment_long_limit": 512,
         "window_stride": 96,
         "residual": True,
     }
-    settings["background_words"] = ("wall",)
-    ((record,),) = measure([Method("dense")], [toy.drawn], plain.model_copy(update={"eval_limit": 1, **settings}))
+    words = {"words": "verbatim", "background_words": ("wall",)}  # what they say is in the key of the counts
+    ((record,),) = measure([Method("dense")], [toy.drawn], plain.model_copy(update={"eval_limit": 1, **settings, **words}))
     said = record.protocol | {"residual": record.parameters["residual"]}
-    assert {name: said[name] for name in settings} == settings and (said["window"], said["segment_short_side"]) == (128, 128)
+    assert {name: said[name] for name in settings | words} == settings | words and (said["window"], said["segment_short_side"]) == (
+        128,
+        128,
+    )
     assert set(record.weights) == {"clip"}  # SAM need not be here
     key = lambda name, **changed: Method(name).key(plain.model_copy(update=changed))  # noqa: E731
     keys = [key("dense"), *(key("dense", **{name: value}) for name, value in settings.items())]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -235,8 +236,11 @@ def load_benchmark(name: str, data_root: str = "") -> Dataset:
     if name == "drawn":
         return embedded.drawn()
     if name.startswith("folder:"):
-        path = Path(name.removeprefix("folder:")).expanduser()
-        return folder_set(path if path.is_absolute() else Path(data_root or ".").expanduser() / path)
+        root, path = Path(data_root or ".").expanduser(), Path(name.removeprefix("folder:")).expanduser()
+        own = (
+            f"folder:{path.relative_to(root) if path.is_relative_to(root) else path}"  # the path as asked for tells sets of one name apart
+        )
+        return dataclasses.replace(folder_set(root / path), name=own, source=own)
     if name not in LAYOUTS:
         raise ParameterError(f"benchmark {name!r}: unknown; known are {', '.join(BENCHMARKS)}, and folder:PATH")
     layout = LAYOUTS[name]

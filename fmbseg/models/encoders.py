@@ -120,6 +120,12 @@ _BUILDERS: dict[str, Callable[[str, bool], Encoder]] = {
 ENCODER_NAMES = tuple(_BUILDERS)
 
 
+def weights_key(name: str) -> str:
+    """An encoder's name with a hash of its weights, without loading it. Raises WeightsError where they are not here."""
+    parts = [part.strip() for part in name.split("+")]
+    return "+".join(part if part.startswith("random:") else f"{part}@{fetch.key(part)}" for part in parts)
+
+
 def load_encoder(name: str, device: str = "cpu", precision: Precision = "fp32") -> Encoder:
     """A frozen encoder by name, several joined by "+" (``efficientnet_lite2+mobile_sam``); kept for the next call.
 
@@ -137,8 +143,7 @@ def load_encoder(name: str, device: str = "cpu", precision: Precision = "fp32") 
         here = base == part.strip()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            key = f"{base}@{fetch.key(base)}" if here else part.strip()
-            parts.append(_BUILDERS[base](key, here))
+            parts.append(_BUILDERS[base](weights_key(part), here))
     encoder = parts[0] if len(parts) == 1 else SideBySide(parts)
     encoder.key, encoder.precision = precision_key(encoder.key, precision), precision
     return encoder.eval().requires_grad_(False).to(device)

@@ -37,8 +37,26 @@ from fmbseg.stage1.query_sam import QueryMask
 from fmbseg.stage1.windows import Window
 from fmbseg.stage2.distributed import rank
 
-VERSIONS = {"clip": 3, "sam": 2, "queries": 2, "masks": 2, "encoder": 2, "labels": 2, "counts": 3, "module": 3}
+VERSIONS = {"clip": 3, "sam": 2, "votes": 2, "queries": 2, "masks": 2, "encoder": 2, "labels": 2, "counts": 3, "module": 3}
 """Version of each kept product: raise it when a change of code changes what the step computes."""
+
+MADE_FROM = {
+    "votes": ["clip"],
+    "queries": ["clip", "sam", "votes"],
+    "masks": ["sam"],
+    "labels": ["queries", "masks"],
+    "module": ["encoder", "clip"],
+}
+"""Kept products that a product is made from: it is made anew when the version of one of them rises."""
+
+
+def versions(product: str) -> dict[str, int]:
+    """The versions of a product and of all that it is made from: part of its key."""
+    found = {product: VERSIONS[product]}
+    for part in MADE_FROM.get(product, []):
+        found |= versions(part)
+    return found
+
 
 # ---------------------------------------------------------------- models
 
@@ -105,7 +123,7 @@ class Cache:
 
     def __init__(self, product: str, suffix: str, *content: Any):
         self.folder, self.suffix = files.home() / "cache" / product, suffix
-        self.content = (product, VERSIONS[product], *content)
+        self.content = (versions(product), *content)
 
     def path(self, image: str | Path) -> Path:
         """Where the product of this image file lies, whether it is there or not."""
@@ -253,7 +271,7 @@ def _crop_tokens(path: Path, models: Models, params: FeatureParams) -> torch.Ten
 def _reference_path(params: LabelParams) -> Path:
     folder = Path(params.collection).expanduser()
     source = [str(folder.resolve()) if folder.is_dir() else params.collection, params.data_root, params.reference_images]
-    key = files.digest(*source, clip_models.weights_key(params.clip), params.content(FeatureParams))
+    key = files.digest(versions("votes"), *source, clip_models.weights_key(params.clip), params.content(FeatureParams))
     return files.home() / "cache" / "votes" / f"{key}.safetensors"
 
 

@@ -25,8 +25,18 @@ from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset, Sample
 from fmbseg.errors import DataError, ParameterError, WeightsError
-from fmbseg.models import clip, sam
-from fmbseg.params import EvaluateParams, FeatureParams, LabelParams, RunParams, SegmentParams, TextParams
+from fmbseg.models import clip, encoders, sam
+from fmbseg.params import (
+    DetectParams,
+    EvaluateParams,
+    FeatureParams,
+    LabelParams,
+    MaskParams,
+    QueryParams,
+    RunParams,
+    SegmentParams,
+    TextParams,
+)
 from fmbseg.runs import cache, cluster, label, modules, parallel, records, train
 from fmbseg.runs.cache import Cache, Models
 from fmbseg.runs.records import Record
@@ -73,19 +83,28 @@ class Method:
 
     def key(self, params: EvaluateParams) -> str:
         """Of all that its predictions depend on beside the image: parameters, weights and, for FMbSeg, the module's file."""
-        weights = [clip.weights_key(params.clip)]
+        weights, versions = [clip.weights_key(params.clip)], cache.versions("clip")
         if self.stage:
+            given = self.name.endswith(GIVEN)
+            parts = [FeatureParams, QueryParams, *([] if given else [DetectParams]), *([] if self.stage == "1.1" else [MaskParams])]
+            used = params.content(*parts) | {"overlap": params.overlap if self.stage == "both" else None}
+            used["reference"] = None if given else cache.vote_content(params)
             weights.append(sam.weights_key(params.sam))
-            used = params.content(LabelParams) | {"reference": None if self.name.endswith(GIVEN) else cache.vote_content(params)}
+            versions = cache.versions("labels")
         elif self.name == "dense_high_resolution":
-            used = params.content(FeatureParams, TextParams) | {"interpolation": params.interpolation}
+            used = params.content(FeatureParams) | {"interpolation": params.interpolation}
         elif self.name == "dense":
-            used = params.content(SegmentParams, FeatureParams, TextParams) | {"dense_enlarge": params.dense_enlarge}
+            used = params.content(SegmentParams, FeatureParams) | {"dense_enlarge": params.dense_enlarge}
+            for crops_only in ("short_side", "long_limit", "crop_size", "crop_stride", "crop_input"):
+                used.pop(crops_only)
         else:
-            modules.load(self.module)  # says so where it is none
-            weights = [files.sha256_of(self.module)]
-            used = params.content(SegmentParams, TextParams)
-        return files.digest(self.name, used, weights, cache.VERSIONS)
+            described, used = modules.load(self.module)[1], params.content(SegmentParams)
+            weights = [files.sha256_of(self.module), clip.weights_key(described["clip"]), encoders.weights_key(described["encoder"])]
+            versions = cache.versions("encoder")
+        used |= params.content(TextParams)
+        for in_the_words in ("words", "background_words"):  # the counts' key has the words themselves
+            used.pop(in_the_words, None)
+        return files.digest(self.name, used, weights, versions)
 
 
 def protocol_space(dataset: Dataset, params: EvaluateParams) -> LabelSpace:
@@ -210,7 +229,8 @@ def _count(
     seen: dict[str, EmbeddedImage] = {}
     counted = []
     for method, key in methods:
-        kept = [Cache("counts", ".safetensors", key, space.prompts, sha).path(task.image) for (_, space), sha in zip(columns, shas)]
+        caches = [Cache("counts", ".safetensors", key, space.prompts, space.background, sha) for (_, space), sha in zip(columns, shas)]
+        kept = [one.path(task.image) for one in caches]
         missing = [c for c, path in enumerate(kept) if not path.is_file()]
         predictions = predict(method, [columns[c] for c in missing], params, models, seen) if missing else []
         for c, prediction in zip(missing, predictions):

@@ -84,7 +84,7 @@ def content(params: LabelParams) -> dict[str, Any]:
     weights = [clip.weights_key(params.clip), sam.weights_key(params.sam)]
     return params.content(LabelParams) | {
         "weights": weights,
-        "versions": cache.VERSIONS,
+        "versions": cache.versions("labels"),
         "reference": cache.vote_content(params),
         "image_level_names": names,
     }

@@ -233,7 +233,9 @@ def _key(params: RunParams, schemas: Sequence[type[Params]], samples: Sequence[S
     """Of everything that a module depends on: versions, parameters, images by their bytes, models. more: what else."""
     models = Models.of(params)
     images = [files.sha256_of(sample.image) for sample in samples]
-    return files.digest(cache.VERSIONS, params.content(*schemas), params.seed, images, [models.clip.key, models.encoder.key], *more)
+    return files.digest(
+        cache.versions("module"), params.content(*schemas), params.seed, images, [models.clip.key, models.encoder.key], *more
+    )
 
 
 def _read(path: Path, key: str) -> TrainResult | None:
