@@ -36,6 +36,10 @@ class WorkerLost(FmbsegError):
     """A worker process was ended from outside."""
 
 
+class StorageError(FmbsegError):
+    """A file or folder cannot be written: the disk is full, or the place does not allow it."""
+
+
 @functools.cache
 def tell(sentence: str) -> None:
     """Say on standard error, once a process (under torchrun, the first alone), what is left out or looks wrong."""

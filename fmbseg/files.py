@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmbseg.errors import DataError
+from fmbseg.errors import DataError, ParameterError, StorageError
 
 if TYPE_CHECKING:
     import torch
 
 
 def home() -> Path:
-    """Folder of everything fetched or cached: ``$FMBSEG_HOME``, else ``~/.cache/fmbseg``."""
-    return Path(os.environ.get("FMBSEG_HOME") or Path.home() / ".cache" / "fmbseg").expanduser().absolute()
+    """Folder of everything fetched or cached: ``$FMBSEG_HOME``, else ``~/.cache/fmbseg``.
+
+    Raises ParameterError where neither is known.
+    """
+    given = os.environ.get("FMBSEG_HOME") or "~/.cache/fmbseg"
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError:
+        raise ParameterError(f"{given}: this user has no home folder; set FMBSEG_HOME to a folder for weights and caches") from None
 
 
 def checkout() -> Path | None:
@@ -46,23 +56,98 @@ def working_root() -> Path:
     return checkout() or Path.cwd()
 
 
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+"""Numbers of the system's errors that are the fault of the place that is written to."""
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give a place that can be written"
+    return StorageError(f"{path}: cannot be written ({error.strerror or error}); {remedy}, then run again: what was written is kept")
+
+
 @contextmanager
 def atomic_path(path: str | Path):
     """Yield a temporary path beside ``path`` and rename it into place at the end; on an error nothing is left.
 
-    A killed run therefore leaves only whole files.
+    A killed run therefore leaves only whole files. Raises StorageError where the place cannot be written or the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+    except OSError as error:
+        raise _storage_error(path, error) from error
     os.close(handle)
     part = Path(name)
     try:
         yield part
         part.chmod(0o666 & ~_umask())
         os.replace(part, path)
+    except OSError as error:
+        if error.errno in CANNOT_WRITE and error.filename in (None, name):  # not one of a file that was read meanwhile
+            raise _storage_error(path, error) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_place(path: str | Path, folder: bool, name: str) -> None:
+    """Raise ParameterError, before any work, where a folder or a file at ``path`` could not be written; nothing is left there.
+
+    name: of the option or parameter that gave the path, for the sentence.
+    """
+    path = Path(path).absolute()
+    if path.exists() and path.is_dir() != folder:
+        wanted, there = ("folder", "file") if folder else ("file", "folder")
+        raise ParameterError(f"{name} {path}: is a {there}, and a {wanted} is to be written there; give another path")
+    place = path if folder and path.exists() else next(above for above in path.parents if above.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".fmbseg."):
+            pass
+    except OSError as error:
+        raise ParameterError(f"{name} {path}: cannot be written ({error.strerror}); give a place that can be written") from error
+
+
+LONGEST_NAME = 200
+"""Bytes of a name before its suffix: file systems allow 255 for the whole."""
+
+
+def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[Path]:
+    """A name for each of several relative paths: without the suffix where that tells them apart, else with it, else with a key.
+
+    No two are the same after "/" has become "__", however a file system spells letters and folds their case. Parts that are
+    longer than file systems allow are cut and get a key. taken: names, in lower case, that nobody gets.
+    """
+    spellings = [[path.with_suffix(""), path, path.with_name(f"{path.name}-{digest(str(path))[:8]}")] for path in paths]
+    spellings = [[_short_enough(spelling) for spelling in of_one] for of_one in spellings]
+    level = [0] * len(paths)
+    while True:
+        names = [of_one[i] for of_one, i in zip(spellings, level)]
+        alike = [folded("__".join(name.parts)) for name in names]
+        times = Counter(alike)
+        again = [k for k, one in enumerate(alike) if level[k] < 2 and (times[one] > 1 or one in taken)]
+        if not again:
+            return names
+        for k in again:
+            level[k] += 1
+
+
+def flat_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
+    """``distinct_names`` in one folder: "/" becomes "__"."""
+    return [str(_short_enough(Path("__".join(name.parts)))) for name in distinct_names(paths, taken)]
+
+
+def folded(name: str) -> str:
+    """A name as a file system that folds case and spellings of letters knows it."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _short_enough(path: Path) -> Path:
+    def short(part: str) -> str:
+        coded = part.encode(errors="surrogateescape")
+        return part if len(coded) <= LONGEST_NAME else coded[: LONGEST_NAME - 17].decode(errors="ignore") + "-" + digest(part)
+
+    return Path(*map(short, path.parts))
 
 
 @functools.cache
@@ -81,18 +166,40 @@ def write_json(path: str | Path, value: Any) -> Path:
             f"{path}: a number to be written there is not finite ({error}); nothing was written, so look at its input"
         ) from error
     with atomic_path(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")  # names of files may be no UTF-8
     return Path(path)
 
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises DataError when it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); delete it and run its step again") from error
+
+
+RESULT_SUFFIXES = (".json", ".labels.png", ".overlay.png")
+"""What ``fmbseg segment`` writes of an image."""
+
+
+def is_result(path: Path) -> bool:
+    """Whether an image is a label map or an overlay that ``fmbseg segment`` wrote: such are never taken for inputs."""
+    for suffix in RESULT_SUFFIXES[1:]:
+        if path.name.endswith(suffix):
+            return result_of(path.with_name(path.name.removesuffix(suffix) + RESULT_SUFFIXES[0])) is not None
+    return False
+
+
+def result_of(path: Path) -> str | None:
+    """The image whose result the JSON that ``fmbseg segment`` writes describes; None where the file is none or another."""
+    try:
+        described = read_json(path)
+    except DataError:
+        return None
+    known = isinstance(described, dict) and {"image", "height", "width", "classes"} <= described.keys()
+    return described["image"] if known else None
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
@@ -100,7 +207,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
     import safetensors.torch
 
     with atomic_path(path) as part:
-        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=dict(metadata or {}))
+        try:
+            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=dict(metadata or {}))
+        except safetensors.SafetensorError as error:  # its own error for a full disk
+            raise StorageError(f"{path}: cannot be written ({error}); free some space, then run again: what was written is kept") from error
     return Path(path)
 
 

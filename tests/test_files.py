@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fmbseg import files
-from fmbseg.errors import DataError
+from fmbseg.errors import DataError, ParameterError, StorageError
 
 
 def names(folder):
@@ -154,3 +154,66 @@ def test_home_is_the_variable_or_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FMBSEG_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert files.home() == tmp_path / "me" / ".cache" / "fmbseg"
+
+
+# ---------------------------------------------------------------- places that cannot be written; root may write anywhere, so: what no user may
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "file").touch()
+    return tmp_path / "file"
+
+
+def test_a_place_of_the_wrong_kind_is_refused_and_nothing_is_left(tmp_path, file):
+    for path, folder, part in (
+        (file, True, "--out .*file: is a file, and a folder is to be written there"),
+        (tmp_path, False, "is a folder, and a file is to be written there"),
+        (file / "below", True, "cannot be written .Not a directory"),
+        (file / "a/b.json", False, "cannot be written .Not a directory"),
+        ("/proc/none/x", True, "cannot be written"),
+    ):
+        with pytest.raises(ParameterError, match=part):
+            files.check_place(path, folder, "--out")
+    for path, folder in ((tmp_path, True), (file, False), (tmp_path / "new/deep", True), (tmp_path / "new/deep.json", False)):
+        files.check_place(path, folder, "--out")
+    assert names(tmp_path) == ["file"]
+
+
+def test_writing_where_nobody_may_is_one_sentence(file):
+    for write in (lambda path: files.write_json(path, {}), lambda path: files.write_tensors(path, {"a": torch.ones(2)})):
+        with pytest.raises(StorageError, match="x: cannot be written .*give a place that can be written.*what was written is kept"):
+            write(file / "x")
+        with pytest.raises(StorageError, match="/proc/none/x: cannot be written"):
+            write("/proc/none/x")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
+    path = files.write_json(tmp_path / "x.json", "old")
+    told = pytest.raises(StorageError, match="x.json: cannot be written .No space left on device.; free some space")
+    with told, files.atomic_path(path), open("/dev/full", "w") as full:
+        full.write("a")
+    assert names(tmp_path) == ["x.json"] and files.read_json(path) == "old"
+
+
+def test_an_error_of_reading_while_writing_is_not_the_places(tmp_path):
+    with pytest.raises(IsADirectoryError), files.atomic_path(tmp_path / "x.json"):
+        open(tmp_path)  # noqa: SIM115
+
+
+def test_no_home_is_one_sentence(monkeypatch):
+    import pwd
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("FMBSEG_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ParameterError, match="this user has no home folder; set FMBSEG_HOME"):
+        files.home()
+
+
+def test_names_that_are_no_text_come_back(tmp_path):
+    name = os.fsdecode(b"\xff.jpg")
+    assert files.read_json(files.write_json(tmp_path / "x.json", {"image": name})) == {"image": name}

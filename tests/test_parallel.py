@@ -2,15 +2,18 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
+import torch
 
 from fmbseg import files
-from fmbseg.errors import DataError, ParameterError, WorkerLost
+from fmbseg.errors import DataError, ParameterError, StorageError, WorkerLost
 from fmbseg.runs import parallel
 
 
@@ -169,3 +172,41 @@ def alive(pid):
         return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return True
+
+
+# ---------------------------------------------------------------- whose fault an error is
+
+
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DataError("x"), OSError(5, "Input/output error"), struct.error("x"), EOFError(), MemoryError(), torch.OutOfMemoryError("x"),
+     zlib.error("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)  # fmt: skip
+def test_an_error_that_bytes_or_size_can_cause_is_the_items(error):
+    done = parallel.each(raises, [error], "test")
+    assert len(done.failures) == 1 and parallel.reason(error) == done.failures[0].reason
+
+
+def test_a_place_that_cannot_be_written_ends_the_run():
+    with pytest.raises(StorageError):
+        parallel.each(raises, [StorageError("full")], "test")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bug_names_the_item_that_it_happened_at(workers):
+    with pytest.raises(ZeroDivisionError) as caught:
+        parallel.each(troubled, ["a", "bug"], "test", workers)
+    assert caught.value.__notes__ == ["this happened at bug"]
+
+
+def test_watching_counts_each_item_once_with_its_first_reason():
+    with parallel.watch() as outer, parallel.watch() as found:
+        for reason in ("expected: first", "second"):
+            parallel.leave_out(parallel.Failure("expected", reason))
+        parallel.each(troubled, ["a", "expected"], "test")
+    parallel.leave_out(parallel.Failure("later", "unseen"))
+    assert [(f.item, f.why) for f in found.values()] == [("expected", "first")] and outer == found

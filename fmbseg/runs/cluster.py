@@ -70,8 +70,10 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int, gpu
     finally:
         if started:
             ray.shutdown()
-    failures = [Failure(row["item"], row["reason"]) for row in done if row["reason"]]
-    return sorted(failures, key=lambda failure: failure.item)
+    failures = sorted((Failure(row["item"], row["reason"]) for row in done if row["reason"]), key=lambda failure: failure.item)
+    for failure in failures:
+        parallel.leave_out(failure)
+    return failures
 
 
 def _check(here: dict[str, float], workers: int, gpus: float) -> None:

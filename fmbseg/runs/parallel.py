@@ -8,8 +8,10 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,13 +26,16 @@ from joblib.externals.loky import get_reusable_executor, process_executor
 from tqdm import tqdm
 
 from fmbseg import files
-from fmbseg.errors import FmbsegError, ParameterError, WorkerLost
+from fmbseg.errors import FmbsegError, ParameterError, StorageError, WorkerLost
 from fmbseg.stage2.distributed import rank, size
 
 T = TypeVar("T")
 
-EXPECTED = (FmbsegError, MemoryError, torch.OutOfMemoryError)
-"""Exceptions that skip one item; anything else aborts the run."""
+EXPECTED = (FmbsegError, OSError, MemoryError, torch.OutOfMemoryError, struct.error, zlib.error, EOFError)
+"""Exceptions that an item can cause, by its bytes or its size: it is left out and the others go on.
+
+StorageError is none of them, for it would come again at every item. Anything else is a bug: it ends the run and names the item.
+"""
 
 IDLE_SECONDS = 300
 """How long worker processes and the models that they hold wait for more work."""
@@ -45,6 +50,11 @@ class Failure:
 
     item: str
     reason: str
+
+    @property
+    def why(self) -> str:
+        """The reason without the item's name, with which sentences about a file begin."""
+        return self.reason.removeprefix(f"{self.item}: ")
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,26 @@ def progress_over(items: Sequence[T], title: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.update()
+
+
+_watched: list[dict[str, Failure]] = []
+
+
+@contextmanager
+def watch() -> Iterator[dict[str, Failure]]:
+    """The items that are left out while the context lasts, by whatever loop: item -> its first failure."""
+    _watched.append({})
+    try:
+        yield _watched[-1]
+    finally:
+        _watched.pop()
+
+
+def leave_out(failure: Failure) -> None:
+    """Tell that an item is left out, and why."""
+    tqdm.write(f"left out {failure.item}: {failure.why}")
+    for found in _watched:
+        found.setdefault(failure.item, failure)
 
 
 _TAKEN = object()
@@ -133,20 +163,31 @@ def each(
                 raise
     failures = [o for o in outcomes if isinstance(o, Failure)]
     for failure in failures:
-        tqdm.write(f"left out {failure.item}: {failure.reason}")
+        leave_out(failure)
     return Done([(i, o) for i, o in zip(items, outcomes) if o is not _TAKEN and not isinstance(o, Failure)], failures)
 
 
 def guarded(function: Callable[[T], Any], item: T) -> Any:
+    """What the function returns, or a Failure where the item is at fault; another error is raised and names the item."""
     try:
         return function(item)
-    except EXPECTED as error:
-        return Failure(str(item), reason(error))
+    except BaseException as error:
+        if is_expected(error):
+            return Failure(str(item), reason(error))
+        if not isinstance(error, (StorageError, KeyboardInterrupt)):
+            error.add_note(f"this happened at {item}")
+        raise
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is one item's own (``EXPECTED``; torch tells a CPU's want of memory as a RuntimeError)."""
+    return isinstance(error, EXPECTED) and not isinstance(error, StorageError) or "can't allocate memory" in str(error)
 
 
 def reason(error: BaseException) -> str:
     """An error as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FmbsegError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _pool(workers: int):
