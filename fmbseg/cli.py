@@ -6,13 +6,14 @@ Modules are imported in the functions that need them, so that ``--help`` answers
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmbseg.errors import FmbsegError, ParameterError
+from fmbseg.errors import FmbsegError, ParameterError, StorageError, WorkerLost
 
 if TYPE_CHECKING:
     from fmbseg.data.label_spaces import LabelSpace
@@ -22,7 +23,15 @@ EXAMPLES = """examples:
   fmbseg reproduce embedded                     run all notebooks, write the tables
   fmbseg segment cat.jpg --classes "cat, sofa"  segment an image into your words
   fmbseg doctor                                 what is here, what is missing, what brings it
+
+exit status:
+  0  all is done          1  ended early, as by a full disk; what was computed is kept
+  2  wrong input, nothing is done          3  done, but some images or benchmarks were left out: the last lines name them
+  130  stopped by Ctrl-C; what was computed is kept
 """
+
+LEFT_OUT = 3
+MOST_TOLD = 20
 
 
 def _value(text: str) -> Any:
@@ -45,24 +54,42 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _params(options: argparse.Namespace, step: str, beside: str = "", **given: Any):
-    """A step's parameters with the command line's on top; options left out change nothing.
+    """A step's parameters with the command line's on top: options that are named after a parameter, ``given``, ``--set``.
 
-    beside: another step of the same command; a ``--set`` that only it has is left to it.
+    beside: another step of the same command; a ``--set`` that only it has is left to it. Raises ParameterError also for a
+    device that is not here.
     """
-    from fmbseg import profiles
+    from fmbseg import params, profiles
     from fmbseg.schemas import STEPS
 
-    chosen = settings(options.set)
+    chosen, own = settings(options.set), STEPS[step].schema.model_fields
     if beside:
-        own, other = STEPS[step].schema.model_fields, STEPS[beside].schema.model_fields
+        other = STEPS[beside].schema.model_fields
         chosen = {name: value for name, value in chosen.items() if name in own or name not in other}
-    return profiles.load(step, options.profile, {k: v for k, v in given.items() if v is not None} | chosen)
+    named = {name: value for name, value in vars(options).items() if name in own and value is not None}
+    loaded = profiles.load(step, options.profile, named | given | chosen)
+    params.check_device(loaded.device)
+    return loaded
 
 
-def _collection_params(options: argparse.Namespace, step: str):
-    """Parameters of a command that takes a collection: what ``label`` and ``train`` have in common."""
-    given = {"collection": options.images, "vocabulary": options.classes_file, "limit": options.limit, "workers": options.workers}
-    return _params(options, step, **given)
+def _counting(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    """The command, with the items that it left out and their reasons as its last lines; its status says whether there were any."""
+
+    @functools.wraps(function)
+    def counted(options: argparse.Namespace) -> int:
+        from fmbseg.runs import parallel
+
+        with parallel.watch() as left_out:
+            function(options)
+        told, several = list(left_out.values()), int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if told:
+            print(f"{len(told)} left out:")
+            print("\n".join(f"  {one.item}: {one.why}" for one in told[:MOST_TOLD]))
+            if len(told) > MOST_TOLD:
+                print(f"  and {len(told) - MOST_TOLD} more, told above")
+        return LEFT_OUT if told and not several else 0  # torchrun would end the other processes
+
+    return counted
 
 
 def fetch(options: argparse.Namespace) -> None:
@@ -84,11 +111,15 @@ def fetch(options: argparse.Namespace) -> None:
         print(f"      {folder or 'in the cache of its hub'}", flush=True)
 
 
+@_counting
 def label(options: argparse.Namespace) -> None:
+    from fmbseg import files
     from fmbseg.runs import label, parallel
     from fmbseg.tools import export
 
-    p = _collection_params(options, "label")
+    p = _params(options, "label")
+    if options.coco:
+        files.check_place(options.coco, folder=False, name="--coco")
     samples = parallel.shard(label.collection(p), options.shard, options.num_shards)
     store, failures = label.label(samples, p, options.out, options.engine, options.gpus_per_worker)
     print(f"{len(samples) - len(failures)} of {len(samples)} images labelled in {store.folder}")
@@ -99,113 +130,107 @@ def label(options: argparse.Namespace) -> None:
         print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
 
 
+@_counting
 def train(options: argparse.Namespace) -> None:
-    from fmbseg.runs import label, parallel, train
+    from fmbseg import files
+    from fmbseg.runs import label, modules, parallel, records, train
     from fmbseg.stage2.distributed import rank
 
-    p = _collection_params(options, "train")
+    p = _params(options, "train")
     if p.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before anything uses CUDA
+    path = options.out or train.module_path(p)
+    files.check_place(path, folder=False, name="--out" if options.out else "FMBSEG_HOME")
+    if not options.out:
+        files.check_place(records.results_folder(p), folder=True, name="results_dir")
     with parallel.group(p.device) as device:
         p = p.model_copy(update={"device": device})
         samples = label.collection(p)
         store, _ = label.label(parallel.split_by_rank(samples), p)
         parallel.wait()
-        path = options.out or train.module_path(p)
         result = train.train(samples, store, p, path)
         if rank() == 0:
-            print(f"{len(result.classes)} classes, {result.steps[-1]['step'] + 1} steps, {result.seconds:.0f} s; the module is {path}")
+            many, steps = f"trained on {modules.load(path)[1]['images']} of {len(samples)} images", result.steps[-1]["step"] + 1
+            print(f"{many}: {len(result.classes)} classes, {steps} steps, {result.seconds:.0f} s; the module is {path}")
 
 
+@_counting
 def evaluate(options: argparse.Namespace) -> None:
-    from fmbseg.runs import evaluate
+    from fmbseg import files
+    from fmbseg.runs import evaluate, records
 
-    p = _params(
-        options,
-        "evaluate",
-        data_root=options.data_root,
-        benchmarks=options.benchmarks,
-        methods=options.methods,
-        eval_limit=options.limit,
-        workers=options.workers,
-        shard=options.shard,
-        num_shards=options.num_shards,
-    )
-    frame = evaluate.evaluate(evaluate.find_benchmarks(p.benchmarks, p.data_root), p, options.module, options.engine)
+    p = _params(options, "evaluate")
+    files.check_place(records.results_folder(p), folder=True, name="results_dir")
+    frame = evaluate.evaluate(evaluate.find_benchmarks(p.benchmarks, p.data_root), p, options.module_file, options.engine)
     if p.num_shards > 1:
         print(f"shard {p.shard} of {p.num_shards} is counted and kept; when all are, run the same without --shard for the whole")
-    columns = ["dataset", "method", "images", "miou", "precision", "coverage", "notes"]
+    columns = ["dataset", "method", "images", "failed", "miou", "precision", "coverage", "notes"]
     print(frame[[column for column in columns if column in frame]].to_string(index=False))
 
 
-def _images(given: Sequence[str]) -> list[Path]:
-    """The images that the command line names: files, folders, and patterns such as "photos/*.jpg"."""
-    from glob import glob
-
-    from fmbseg.data import images
-
-    found: list[Path] = []
-    for name in given:
-        if Path(name).is_dir():
-            found += images.find_images(name)
-        elif Path(name).exists() or not any(c in name for c in "*?["):
-            found.append(Path(name))
-        else:
-            matches = sorted(Path(match) for match in glob(name, recursive=True) if Path(match).suffix.lower() in images.SUFFIXES)
-            if not matches:
-                raise ParameterError(f"{name}: no image matches it; give files, folders, or a pattern such as 'photos/*.jpg'")
-            found += matches
-    return list(dict.fromkeys(found))
-
-
 def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
-    """A module trained for the words of ``space``, on pseudo labels of the user's own unlabelled images."""
+    """A module trained for the words of ``space``, on pseudo labels of the user's own unlabelled images.
+
+    Its file is known by the words, the images and the parameters.
+    """
     from fmbseg import files
-    from fmbseg.runs import label, train
+    from fmbseg.params import AlignParams
+    from fmbseg.runs import label, modules, train
 
     words = [word for prompts in space.prompts for word in prompts]
     file = files.home() / "words" / f"{files.digest(words)}.txt"
-    with files.atomic_path(file) as part:
-        part.write_text("\n".join(words) + "\n", encoding="utf-8")
-    p = _params(options, "train", "segment", collection=str(options.train_on), vocabulary=str(file), limit=options.limit)
+    if not file.is_file():
+        with files.atomic_path(file) as part:
+            part.write_text("\n".join(words) + "\n", encoding="utf-8")
+    p = _params(options, "train", "segment", collection=str(options.train_on), vocabulary=str(file))
     samples = label.collection(p)
-    path = train.module_path(p, f"own-{files.digest(words, str(options.train_on.absolute()))}")
-    result = train.fit(samples, label.label(samples, p)[0], p, path)
-    print(f"trained on {len(samples)} images of {options.train_on} for {len(result.classes)} of {len(words)} words: {path}")
+    store, _ = label.label(samples, p)
+    seen = sorted(files.sha256_of(sample.image) for sample in samples if store.has(sample))
+    path = train.module_path(p, f"own-{files.digest(words, seen, label.content(p), p.content(AlignParams), p.seed)}")
+    result = train.fit(samples, store, p, path)
+    many = f"trained on {modules.load(path)[1]['images']} of {len(samples)} images of {options.train_on}"
+    print(f"{many} for {len(result.classes)} of {len(words)} words: {path}")
     return path
 
 
+@_counting
 def segment(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from fmbseg import files
     from fmbseg.data import images
-    from fmbseg.runs import modules
+    from fmbseg.runs import modules, parallel
     from fmbseg.stage2 import segmenter
+    from fmbseg.tools import segmenting
     from fmbseg.viz import figures
 
+    if options.limit is not None and not options.train_on:
+        raise ParameterError(f"--limit {options.limit}: says how many images to train on; give it with --train-on, or leave it out")
     p = _params(options, "segment", "train" if options.train_on else "")
     space = segmenter.words_space(options.classes, options.background)
-    paths = _images(options.images)
-    module = _own_module(options, space) if options.train_on else options.module or modules.default(p.profile)
+    files.check_place(options.out, folder=True, name="--out")
+    places = segmenting.find(options.images, options.out)
+    module = _own_module(options, space) if options.train_on else options.module_file or modules.default(p.profile)
     loaded = modules.Segmenter.load(module, p.device, p)
-    failed = 0
-    for path in tqdm(paths, desc="segmenting", unit="image", disable=len(paths) == 1):
-        try:
-            image = images.read_image(path)
-        except FmbsegError as error:
-            tqdm.write(f"left out {error}")
-            failed += 1
-            continue
+
+    def one(path: Path) -> None:
+        image, place = images.read_image(path), places[path]
         result = loaded.segment(image, space)
-        stem = path.name if [p.stem for p in paths].count(path.stem) > 1 else path.stem
-        out = options.out / stem
-        images.write_label_map(out.with_name(f"{stem}.labels.png"), result.labels, space.palette)
-        figures.save(figures.label_figure(image, {"segmentation": result.labels}, space), out.with_name(f"{stem}.overlay.png"))
-        files.write_json(out.with_name(f"{stem}.json"), segmenter.describe(result))
-        tqdm.write(f"{path} -> {out}.labels.png, .overlay.png, .json")
-    if failed == len(paths):
-        raise ParameterError("no image could be read")
+        files.write_json(segmenting.beside(place, ".json"), {"image": os.path.abspath(path)} | segmenter.describe(result))
+        images.write_label_map(segmenting.beside(place, ".labels.png"), result.labels, space.palette)
+        figure = figures.label_figure(image, {"segmentation": result.labels}, space)
+        figures.save(figure, segmenting.beside(place, ".overlay.png"))
+        tqdm.write(f"{path} -> {place}.labels.png, .overlay.png, .json")
+
+    failed = 0
+    for path in tqdm(places, desc="segmenting", unit="image", disable=len(places) == 1):
+        outcome = parallel.guarded(one, path)
+        if isinstance(outcome, parallel.Failure):
+            parallel.leave_out(outcome)
+            failed += 1
+    print(f"{len(places) - failed} of {len(places)} images segmented in {options.out}")
+    if failed == len(places):
+        raise ParameterError("no image could be segmented; the reasons are told above")
 
 
 def reproduce(options: argparse.Namespace) -> None:
@@ -255,11 +280,17 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def common(sub: argparse.ArgumentParser, collection: bool = False) -> None:
+        """Options are named after the parameter that they set."""
         sub.add_argument("--profile", default="embedded", help="folder of params/ to start from (default embedded)")
         sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="any parameter of the step; may be given again")
         if collection:
-            sub.add_argument("images", nargs="?", help="folder of unlabelled images (default: the profile's)")
-            sub.add_argument("--classes-file", metavar="FILE.txt", help="words to look for, one a line (default: the profile's vocabulary)")
+            sub.add_argument("collection", metavar="images", nargs="?", help="folder of unlabelled images (default: the profile's)")
+            sub.add_argument(
+                "--classes-file",
+                dest="vocabulary",
+                metavar="FILE.txt",
+                help="words to look for, one a line (default: the profile's vocabulary)",
+            )
             sub.add_argument("--limit", type=int, help="how many images, evenly spread")
             sub.add_argument("--workers", type=int, help="processes of one thread each")
 
@@ -302,8 +333,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-root", "--data", help="folder of the benchmarks in their official layouts")
     sub.add_argument("--benchmarks", nargs="+", help="such as voc20 voc21 folder:NAME")
     sub.add_argument("--methods", nargs="+", help="dense, dense_high_resolution, stage1.1, stage1.2, stage1, fmbseg")
-    sub.add_argument("--module", type=Path, help="trained module (default: the profile's)")
-    sub.add_argument("--limit", type=int, help="how many images a benchmark, evenly spread")
+    sub.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
+    sub.add_argument("--limit", dest="eval_limit", type=int, help="how many images a benchmark, evenly spread")
     sub.add_argument("--workers", type=int, help="processes of one thread each")
     sub.add_argument("--shard", type=int, help="count this part of the images only, from 0 ...")
     sub.add_argument("--num-shards", type=int, help="... of so many")
@@ -319,9 +350,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("images", nargs="+", help="images, folders of images, or patterns such as 'photos/*.jpg'")
     sub.add_argument("--classes", required=True, help="words, separated by commas")
     sub.add_argument("--background", help="words that together are class 0, background")
-    sub.add_argument("--out", type=Path, default=Path("cut"), help="folder for label maps, overlays and JSON (default cut/)")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("cut"),
+        help="folder for label maps, overlays and JSON (default cut/); sub-folders are kept in it",
+    )
     which = sub.add_mutually_exclusive_group()
-    which.add_argument("--module", type=Path, help="trained module (default: the profile's)")
+    which.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
     which.add_argument("--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled images")
     sub.add_argument("--limit", type=int, help="with --train-on: how many of them, evenly spread")
 
@@ -349,20 +385,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. A user's error is one sentence on standard error and status 2."""
-    options = _parser().parse_args(arguments)
+def _check_here() -> None:
     try:
-        options.function(options)
+        os.getcwd()
+    except FileNotFoundError:
+        raise ParameterError("the working folder was deleted; change to one that is there") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, as ``fmbseg --help`` lists them. A user's error is one sentence on standard error."""
+    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal cannot write
+    try:
+        _check_here()
+        status = options.function(options) or 0
+        sys.stdout.flush()
+        return status
     except FmbsegError as error:
         print(f"fmbseg: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, (StorageError, WorkerLost)) else 2
     except KeyboardInterrupt:
         print("fmbseg: stopped; what was computed is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tm
     broken.write_bytes(b"no image")
     arguments = ["--classes", "sun, house, tree", "--background", "sky", "--profile", "smoke", "--module", str(module), "--out", str(out)]
     status, told_out, error = told(capsys, "segment", str(image), str(broken), *arguments)
-    assert status == 0 and "left out" in told_out + error and "broken.png" in told_out + error
+    assert status == 3 and told_out.splitlines()[-3:-1] == [f"1 of 2 images segmented in {out}", "1 left out:"]
+    assert told_out.splitlines()[-1].startswith(f"  {broken}: cannot be read as an image")
     assert sorted(p.name for p in out.iterdir()) == [f"{image.stem}{suffix}" for suffix in (".json", ".labels.png", ".overlay.png")]
     original, labels = Image.open(image), Image.open(out / f"{image.stem}.labels.png")
     values = np.array(labels)
@@ -158,7 +159,7 @@ def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tm
     assert {c["name"]: c["pixels"] for c in described["classes"]} == {names[k]: int((values == k).sum()) for k in np.unique(values)}
     assert Image.open(out / f"{image.stem}.overlay.png").format == "PNG"
     status, _, error = told(capsys, "segment", str(broken), *arguments)
-    assert status == 2 and error.splitlines()[-1] == "fmbseg: no image could be read"
+    assert status == 2 and error.splitlines()[-1] == "fmbseg: no image could be segmented; the reasons are told above"
 
 
 def test_segment_of_names_with_dots_and_of_folders(trained, capsys, monkeypatch, tmp_path):
@@ -208,7 +209,8 @@ def test_label_says_how_many_failed_and_where_the_reasons_are(trained, capsys, m
     (tmp_path / "in/whole.png").write_bytes(image.read_bytes() + b" ")
     arguments = ["label", str(tmp_path / "in"), "--profile", "smoke", "--out", str(tmp_path / "labels")]
     status, out, _ = told(capsys, *arguments)
-    assert status == 0 and "1 of 2 images labelled" in out
+    assert status == 3 and "1 of 2 images labelled" in out and out.splitlines()[-2] == "1 left out:"
+    assert out.splitlines()[-1].startswith(f"  {tmp_path / 'in/broken.png'}: cannot be read as an image")
     assert f"1 failed; the reasons are in {tmp_path / 'labels/failed'}" in out
     assert "cannot be read" in files.read_json(tmp_path / "labels/failed/broken.json")["reason"]
     (tmp_path / "in/broken.png").unlink()
@@ -225,7 +227,7 @@ def test_segment_takes_patterns_and_trains_on_own_images(trained, capsys, monkey
     words = ["--classes", "sun, house", "--background", "sky", "--profile", "smoke", "--set", f"results_dir={tmp_path / 'results'}"]
     arguments = ["segment", str(tmp_path / "in/*.png"), *words, "--train-on", str(tmp_path / "in"), "--out", str(tmp_path / "cut")]
     status, out, _ = told(capsys, *arguments)
-    assert status == 0 and "trained on 2 images" in out and "of 3 words" in out
+    assert status == 0 and "trained on 2 of 2 images" in out and "of 3 words" in out
     assert len(list((tmp_path / "cut").glob("own?.labels.png"))) == 2
     (made,) = [path for path in (home / "modules/smoke").glob("own-*.safetensors")]
     _, described = modules.load(made)

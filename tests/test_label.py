@@ -165,7 +165,7 @@ def test_memory_that_ran_out_is_one_images_failure(pool, params, own_home, tmp_p
 
     monkeypatch.setattr(label, "label_cached", exhausted)
     store, failures = label.label(pool[:2], params, tmp_path / "labels")
-    assert [f.reason for f in failures] == ["out of memory"] * 2 and len(list(store.failed.iterdir())) == 2
+    assert [f.reason for f in failures] == ["OutOfMemoryError: out of memory"] * 2 and len(list(store.failed.iterdir())) == 2
 
 
 KILLED = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,9 +43,8 @@ def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | 
     kept = [p for p in found if p.stem not in stems and files.sha256_of(p) not in hashes]
     if not kept:
         raise DataError(f"{name}: every image in it is an evaluation image; give others to train on")
-    short = ["__".join(p.relative_to(root).with_suffix("").parts) for p in kept]
-    times = Counter(short)
-    return [Sample(name if times[name] == 1 else "__".join(p.relative_to(root).parts), p) for name, p in zip(short, kept)]
+    names = files.flat_names([p.relative_to(root) for p in kept], taken=("labels",))  # labels.json is a label folder's own
+    return [Sample(name, p) for name, p in zip(names, kept)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -167,7 +167,7 @@ def write_label_map(path: str | Path, labels: np.ndarray, palette: np.ndarray) -
 def find_images(folder: str | Path) -> list[Path]:
     """All images under a folder, sorted by path. Hidden files and folders are skipped; links to folders are followed, once each.
 
-    Raises ImageError when there is none.
+    What ``fmbseg segment`` wrote is skipped too. Raises ImageError when there is none.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -177,7 +177,7 @@ def find_images(folder: str | Path) -> list[Path]:
         tell(
             f"{folder}: skipped {', '.join(f'{n} {s}' for s, n in sorted(skipped.items()))}, which is not read here; convert them to JPEG or PNG"
         )
-    found = sorted(path for path in here if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in here if path.suffix.lower() in SUFFIXES and not files.is_result(path))
     if not found:
         raise ImageError(f"{folder}: holds no image; accepted are {', '.join(SUFFIXES)}")
     return found

@@ -304,7 +304,7 @@ def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
         try:
             found.append(benchmarks.load_benchmark(name, data_root))
         except (DataError, WeightsError) as error:
-            print(f"left out {error}")
+            parallel.leave_out(parallel.Failure(name, str(error)))
     if not found:
         raise DataError(f"none of {', '.join(names)} is here; set data_root, or run: fmbseg fetch")
     return found

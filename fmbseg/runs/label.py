@@ -78,11 +78,12 @@ def label_cached(path: Path, space: LabelSpace, models: Models, params: LabelPar
 
 
 def content(params: LabelParams) -> dict[str, Any]:
-    """All that pseudo labels depend on beside the image: parameters, weights, the version of the step, and by their
-    bytes the reference images of the votes and the file of image-level names."""
+    """All that pseudo labels depend on beside the image and the words: parameters, weights, the version of the step, and by
+    their bytes the reference images of the votes and the file of image-level names. No path is in it."""
     names = files.sha256_of(params.image_level_names) if params.image_level_names else ""
     weights = [clip.weights_key(params.clip), sam.weights_key(params.sam)]
-    return params.content(LabelParams) | {
+    values = {name: value for name, value in params.content(LabelParams).items() if name != "vocabulary"}
+    return values | {
         "weights": weights,
         "versions": cache.versions("labels"),
         "reference": cache.vote_content(params),
@@ -133,6 +134,20 @@ class LabelStore:
         record = self.folder / f"{sample.name}.json"
         return self.path(sample).is_file() and record.is_file() and files.read_json(record)["sha256"] == files.sha256_of(sample.image)
 
+    def check_images(self, samples: Sequence[Sample]) -> None:
+        """Raise DataError where the folder holds the label of another image, from another place, under a name of these."""
+        for sample in samples:
+            record = self.folder / f"{sample.name}.json"
+            if not record.is_file():
+                continue
+            there = files.read_json(record)
+            moved = Path(there["image"]).absolute() != sample.image.absolute()
+            if moved and there["sha256"] != files.sha256_of(sample.image):
+                raise DataError(
+                    f"{self.folder}: holds the label of {there['image']} under the name of {sample.image};"
+                    " give each collection a folder of its own"
+                )
+
     def write(self, sample: Sample, label: PseudoLabel) -> None:
         """Write the record after the map: an image with a record is whole."""
         images.write_label_map(self.path(sample), label.labels, self.space.palette)
@@ -152,7 +167,8 @@ class LabelStore:
         files.write_json(self.failed / f"{sample.name}.json", {"image": str(sample.image), "reason": reason})
 
     def succeed(self, sample: Sample) -> None:
-        (self.failed / f"{sample.name}.json").unlink(missing_ok=True)
+        if (failed := self.failed / f"{sample.name}.json").is_file():
+            failed.unlink()
 
     def read(self, sample: Sample) -> np.ndarray:
         """(height, width) ``uint8`` class indices, 255 where unlabelled."""
@@ -162,8 +178,15 @@ class LabelStore:
 
 
 def label_folder(params: LabelParams) -> Path:
-    """Where the pseudo labels of these parameters lie: another folder for every other set of them and every other words."""
-    return files.home() / "labels" / files.digest(content(params), label_spaces.vocabulary(params.vocabulary, params.words).prompts)
+    """Where the pseudo labels of these parameters lie: another folder for every other set of them, other words or other images.
+
+    A word file counts by its words and not by its path; the images by the folder that they lie in.
+    """
+    folder = Path(params.collection).expanduser()
+    images_of = str(folder.resolve()) if folder.is_dir() else f"{params.collection} {params.data_root}"
+    return (
+        files.home() / "labels" / files.digest(content(params), label_spaces.vocabulary(params.vocabulary, params.words).prompts, images_of)
+    )
 
 
 def label(
@@ -172,12 +195,22 @@ def label(
     """Pseudo labels of both stages for every image, on disk; resumable. Returns the store and what failed, with reasons.
 
     engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
+    Raises ParameterError or DataError, before any work, for a folder that cannot be written, that lies among the images, or
+    that holds the labels of other images of the same names.
     """
     if engine == "ray":
         cluster.require()
     space = label_spaces.vocabulary(params.vocabulary, params.words)
+    own, folder = folder is not None, Path(folder or label_folder(params))
+    if not (folder / "labels.json").is_file():  # else it may be whole, and read-only
+        files.check_place(folder, folder=True, name="--out" if own else "FMBSEG_HOME")
+    collection = Path(params.collection).expanduser()
+    if collection.is_dir() and folder.resolve().is_relative_to(collection.resolve()):
+        raise DataError(f"{folder}: lies in {collection}, and its label maps would be taken for images; give a folder outside")
     cache.prepare_votes(params)
-    store = LabelStore(folder or label_folder(params), space, params)
+    store = LabelStore(folder, space, params)
+    if own:
+        store.check_images(samples)
     work = partial(label_one, folder=store.folder, space=space, models=Models.of(params), params=params)
     if engine == "ray":
         gpus = float(params.device.startswith("cuda")) if gpus is None else gpus
@@ -191,8 +224,9 @@ def label_one(sample: Sample, folder: Path, space: LabelSpace, models: Models, p
     try:
         if not store.has(sample):
             store.write(sample, label_cached(sample.image, space, models, params, given_labels(sample, space, params)))
-    except parallel.EXPECTED as error:
-        store.fail(sample, parallel.reason(error))
+    except Exception as error:
+        if parallel.is_expected(error):
+            store.fail(sample, parallel.reason(error))
         raise
     store.succeed(sample)
 

@@ -1,0 +1,97 @@
+"""Which images ``fmbseg segment`` takes and where their results go: no two in one place, nothing of the user's replaced."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fmbseg import files
+from fmbseg.errors import ImageError, ParameterError
+from fmbseg.tools import segmenting
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def touch(*names):
+        for name in names:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).touch()
+
+    return touch
+
+
+def found(*given, out="cut"):
+    return {str(path): str(place) for path, place in segmenting.find(given, Path(out)).items()}
+
+
+def test_a_folders_results_keep_its_subfolders(place):
+    place("in/a/x.jpg", "in/b/x.jpg", "in/y.png", "in/.hidden.png", "in/notes.txt")
+    assert found("in") == {"in/a/x.jpg": "cut/a/x", "in/b/x.jpg": "cut/b/x", "in/y.png": "cut/y"}
+    assert found("in/y.png", "in/a/x.jpg") == {"in/y.png": "cut/y", "in/a/x.jpg": "cut/x"}
+    assert found("in/a", "./in/a/x.jpg") == {"in/a/x.jpg": "cut/x"}  # named twice, taken once
+
+
+def test_one_name_in_several_folders_keeps_the_folders(place):
+    place("site/monday/x.jpg", "site/tuesday/x.jpg", "site/tuesday/y.jpg")
+    kept = {"site/monday/x.jpg": "cut/monday/x", "site/tuesday/x.jpg": "cut/tuesday/x", "site/tuesday/y.jpg": "cut/tuesday/y"}
+    assert found("site/monday", "site/tuesday") == found("site/*/*.jpg") == found(*kept) == kept
+
+
+def test_suffix_or_key_tell_apart_what_a_name_does_not(place):
+    place("in/cat.jpg", "in/cat.png", "in/Dog.jpg", "in/dog.jpg", "in/e\u0301.jpg", "in/\u00e9.jpg")
+    names = [Path(name).name for name in found("in").values()]
+    assert {"cat.jpg", "cat.png"} < set(names)
+    assert len({files.folded(name) for name in names}) == 6 and sum(name.startswith("dog.jpg-") for name in names) == 1
+
+
+def test_a_file_of_the_users_is_never_replaced(place):
+    place("cat.jpg", "cat.overlay.png", "cut/cat.json")
+    with pytest.raises(ParameterError, match=r"^cut/cat.json: is no result of fmbseg segment, and that of cat.jpg would replace it"):
+        found("cat.jpg")
+    with pytest.raises(ParameterError, match="^cat.overlay.png: is no result"):
+        found("cat.jpg", out=".")
+    assert set(found(".", out="other")) == {"cat.jpg", "cat.overlay.png"}  # a name like ours is an image like any other
+
+
+def result(place, image):
+    files.write_json(f"{place}.json", {"image": os.path.abspath(image), "height": 1, "width": 1, "classes": []})
+    for suffix in (".labels.png", ".overlay.png"):
+        Path(f"{place}{suffix}").touch()
+
+
+def test_results_are_replaced_by_those_of_the_same_image_alone_and_never_taken_for_images(place):
+    place("a/x.jpg", "b/x.jpg")
+    result("a/x", "a/x.jpg")
+    assert found("a", out="a") == found("a/*", out="a") == {"a/x.jpg": "a/x"}
+    assert found("a/x.jpg", "a/x.labels.png", out="a") == {"a/x.jpg": "a/x"}
+    with pytest.raises(ParameterError, match=r"is the result of .*a/x.jpg, and that of b/x.jpg would replace it"):
+        found("b", out="a")
+    Path("a/x.jpg").unlink()
+    with pytest.raises(ParameterError, match="only results"):
+        found("a/x.labels.png")
+    with pytest.raises(ImageError, match="holds no image"):
+        found("a")
+
+
+def test_what_is_no_file_is_said(place):
+    with pytest.raises(ParameterError, match="address on the web; download it"):
+        found("https://example.org/cat.jpg")
+    with pytest.raises(ParameterError, match="no image matches it"):
+        found("*.jpg")
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "猫"])
+def test_names_that_are_too_long_are_cut_and_stay_apart(letter):
+    paths = [Path("folder") / f"{letter * 300}{i}.jpg" for i in range(3)]
+    for names in (files.distinct_names(paths), map(Path, files.flat_names(paths))):
+        names = list(names)
+        assert len(set(names)) == 3 and all(len(part.encode()) <= files.LONGEST_NAME for name in names for part in name.parts)
+
+
+def test_flat_names_of_a_collection():
+    paths = [Path(p) for p in ("a/b.jpg", "a__b.jpg", "A/c.jpg", "a/C.jpg", "labels.jpg", "d.png", "d.jpg", "d.png.png", "plain.jpg")]
+    names = files.flat_names(paths, taken=("labels",))
+    assert len({files.folded(name) for name in names}) == len(paths) and names[-1] == "plain" and names[4] == "labels.jpg"
+    assert files.flat_names(paths, taken=("labels",)) == names and files.flat_names([Path("a/b.jpg")]) == ["a__b"]
