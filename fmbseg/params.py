@@ -214,12 +214,15 @@ class SegmentParams(ModelParams):
 
     segment_short_side: Count = Field(448, description="the image's short side, unless the long one would pass the limit")
     segment_long_limit: Count = Field(2048, description="the image's long side at most")
+    resize: Literal["pil_bicubic", "cv2_bilinear"] = Field(
+        "pil_bicubic", description="ours: how the image is scaled: antialiased bicubic, or bilinear without antialiasing (TCL's)"
+    )
     window: Count = Field(448, description="side of the sliding window in pixels")
     window_stride: Count = Field(224, description="pixels from one window to the next")
     window_batch: Count = Field(1, description="windows through the encoder at once")
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of similarities, to the image's own size")
-    background_words: Literal["stuff", "name"] | Names = Field(
-        "stuff", description="ours: class 0 of the columns with background: the stuff words of VOC-21, the word itself (name), or a list"
+    background_words: Literal["stuff", "name", "sclip"] | Names = Field(
+        "stuff", description="ours: class 0 of the columns with background: a rule of assets/background.yaml, or a list of words"
     )
 
 

@@ -204,8 +204,12 @@ def test_unknown_methods_and_missing_modules_are_refused(toy, plain, tmp_path):
 def test_background_words_are_a_rule_or_a_list():
     space = label_spaces.label_space("voc21")
     found = Dataset("voc21", space, (), "")
-    prompts = {rule: evaluate.protocol_space(found, make(EvaluateParams, {"background_words": rule})).prompts for rule in ("stuff", "name")}
-    assert prompts["stuff"][0] == label_spaces.BACKGROUND_WORDS and prompts["name"][0] == ("background",)
+    prompts = {
+        rule: evaluate.protocol_space(found, make(EvaluateParams, {"background_words": rule})).prompts
+        for rule in ("stuff", "name", "sclip")
+    }
+    assert prompts["stuff"][0] == label_spaces.background_words("stuff", "voc21") and prompts["name"][0] == ("background",)
+    assert "sands" in prompts["sclip"][0]
     given = make(EvaluateParams, {"background_words": ["wall", "sky", "cat"]})
     assert evaluate.protocol_space(found, given).prompts == (("wall", "sky"), *space.prompts[1:])  # a class stays a class
     for wrong in ("stuf", 3, [1]):
@@ -221,6 +225,7 @@ def test_every_rule_is_in_the_record_and_in_the_key(toy, plain, own_home, smoke)
         "text_average": "raw",
         "interpolation": "bicubic",
         "segment_long_limit": 512,
+        "resize": "cv2_bilinear",
         "window_stride": 96,
         "residual": True,
     }

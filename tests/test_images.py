@@ -229,3 +229,25 @@ def test_normalise():
         out = images.normalise(batch, mean, std)
         assert out.shape == (2, 3, 12, 24) and out.dtype == torch.float32
         np.testing.assert_allclose(out.permute(0, 2, 3, 1), (given / 255 - np.array(mean)) / np.array(std), atol=1e-6)
+
+
+def bilinear_by_hand(image, size):
+    """Every pixel of the result from the four pixels around its centre, as OpenCV's INTER_LINEAR has it."""
+    out = np.zeros((*size, 3))
+    for row, column in np.ndindex(*size):
+        place = [(i + 0.5) * old / new - 0.5 for i, old, new in zip((row, column), image.shape, size)]
+        near = [(int(np.floor(at)), at - np.floor(at)) for at in place]
+        for down, across in np.ndindex(2, 2):
+            weight = abs(1 - down - near[0][1]) * abs(1 - across - near[1][1])
+            y, x = (int(np.clip(at + step, 0, old - 1)) for (at, _), step, old in zip(near, (down, across), image.shape))
+            out[row, column] += weight * image[y, x]
+    return out
+
+
+@pytest.mark.parametrize("size", [(7, 9), (40, 33), (20, 12), (5, 60)])
+def test_cv2_bilinear_is_bilinear_without_antialiasing(size):
+    image = np.random.RandomState(0).randint(0, 256, (40, 24, 3), dtype=np.uint8)
+    made = images.resize(image, size, "cv2_bilinear")
+    assert made.shape == (*size, 3) and made.dtype == np.uint8 and made.flags.c_contiguous
+    assert np.abs(made - bilinear_by_hand(image, size)).max() <= 0.51  # nothing but rounding
+    assert np.abs(made.astype(int) - images.resize(image, size)).max() > 10

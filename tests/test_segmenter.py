@@ -173,3 +173,11 @@ def test_the_default_is_the_embedded_profiles_own_module_else_the_one_of_the_rep
     assert loaded.embedder.key == Segmenter.load(toy.path).embedder.key
     made = loaded.segment(str(toy.samples[0].image), WORDS)  # an image file
     np.testing.assert_array_equal(made.labels, loaded.segment(image, WORDS).labels)
+
+
+@pytest.mark.parametrize("way", ["pil_bicubic", "cv2_bilinear"])
+def test_the_image_is_scaled_by_the_filter_of_the_parameters(image, way):
+    params = SegmentParams(segment_short_side=64, window=64, window_stride=64, resize=way)
+    seen = []
+    of.Segmenter(None, None, params).through_windows(image[:128, :128], lambda pixels: seen.append(pixels) or pixels.float())
+    np.testing.assert_array_equal(seen[0][0].numpy(), images.resize(image[:128, :128], (64, 64), way))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fmbseg.data import label_spaces
-from fmbseg.data.label_spaces import BACKGROUND_WORDS, label_space, own_words
+from fmbseg.data.label_spaces import background_words, label_space, own_words
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import texts as texts_of
 from fmbseg.models.texts import ClassTexts, class_texts
@@ -84,6 +84,15 @@ def test_first_classes_of_every_benchmark():
 def test_unknown_space_is_refused():
     with pytest.raises(ParameterError, match="label space 'voc': unknown; known are voc21, "):
         label_space("voc")
+
+
+BACKGROUND_WORDS = background_words("stuff", "voc21")
+
+
+def test_background_rules_by_name_and_benchmark():
+    assert len(BACKGROUND_WORDS) == 26 and background_words("stuff", "context60") == BACKGROUND_WORDS
+    assert background_words("name", "voc21") == background_words("sclip", "context60") == ("background",)
+    assert set(background_words("sclip", "voc21")) ^ set(BACKGROUND_WORDS) == {"sand", "sands"}
 
 
 def test_background_words_leave_out_words_that_are_classes():

@@ -71,9 +71,10 @@ def _voc(split: str, masks: str, classes: int, base: Path, space: LabelSpace) ->
 
 def _coco(base: Path, space: LabelSpace) -> list[Sample]:
     raw_ids = label_spaces.assets()["id_maps"]["coco_stuff171_raw"]
-    if space.name != "coco_stuff171":  # things -> 1..80, stuff -> 0; without background: 0..79 and ignored
+    if space.name != "coco_stuff171":  # things -> 1..80, stuff and what nobody labelled (255) -> 0; without background: 0..79 and ignored
         stuff = 0 if space.background else IGNORED
         raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items() if index != IGNORED}
+        raw_ids[IGNORED] = stuff
     table = lookup(raw_ids, known=range(182))
     return list(pair(sorted(base.glob("images/val2017/*.jpg")), lambda p: base / "annotations/val2017" / f"{p.stem}.png", table))
 

@@ -210,10 +210,16 @@ def target_size(height: int, width: int, short_side: int, long_limit: int, multi
     return tuple(min(max(multiple, round(side * scale / multiple) * multiple), limit) for side in (height, width))
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a (height, width, 3) ``uint8`` image to ``size`` = (height, width), bicubic and antialiased."""
+def resize(image: np.ndarray, size: tuple[int, int], way: str = "pil_bicubic") -> np.ndarray:
+    """Resize a (height, width, 3) ``uint8`` image to ``size`` = (height, width).
+
+    way: "pil_bicubic", antialiased, or "cv2_bilinear", without antialiasing, as OpenCV's ``INTER_LINEAR`` to one grey value.
+    """
     if image.shape[:2] == tuple(size):
         return image
+    if way == "cv2_bilinear":
+        scaled = resize_map(torch.from_numpy(image.transpose(2, 0, 1)[None]).float(), size)
+        return scaled[0].round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 

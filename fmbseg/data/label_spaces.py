@@ -17,36 +17,6 @@ import yaml
 
 from fmbseg.errors import DataError, ParameterError
 
-BACKGROUND_WORDS = (
-    "sky",
-    "wall",
-    "tree",
-    "wood",
-    "grass",
-    "road",
-    "sea",
-    "river",
-    "mountain",
-    "sand",
-    "desk",
-    "bed",
-    "building",
-    "cloud",
-    "lamp",
-    "door",
-    "window",
-    "wardrobe",
-    "ceiling",
-    "shelf",
-    "curtain",
-    "stair",
-    "floor",
-    "hill",
-    "rail",
-    "fence",
-)
-"""Stuff words that count as class 0 of VOC-21 (Sec. 4.1: "different Stuff categories"; the words are ours)."""
-
 MAX_CLASSES = 254
 """Label maps are 8-bit, and 255 is ignored."""
 
@@ -118,9 +88,19 @@ def assets() -> dict:
 
 
 @functools.cache
-def word_lists() -> dict:
+def _yaml(name: str) -> dict:
+    return yaml.safe_load((resources.files("fmbseg") / "assets" / name).read_text(encoding="utf-8"))
+
+
+def word_lists() -> dict[str, dict[str, dict[str, list[str]]]]:
     """Other lists of prompt words: {list: {space: {class: words}}}, as ``assets/words.yaml`` holds them."""
-    return yaml.safe_load((resources.files("fmbseg") / "assets" / "words.yaml").read_text(encoding="utf-8"))
+    return _yaml("words.yaml")
+
+
+def background_words(rule: str, space: str) -> tuple[str, ...]:
+    """The words that are class 0 of a label space by a rule of ``assets/background.yaml``: "stuff", "name" or "sclip" (Sec. 4.1)."""
+    lists = _yaml("background.yaml")[rule]
+    return tuple(lists.get(space, lists["every"]))
 
 
 _WITHOUT_BACKGROUND = {"voc20": "voc21", "context59": "context60", "coco_object80": "coco_object81"}

@@ -113,10 +113,9 @@ def protocol_space(dataset: Dataset, params: EvaluateParams) -> LabelSpace:
     Raises ParameterError for a list of words that is empty or repeats one, or a list that has not the benchmark.
     """
     space = dataset.space.worded(params.words)
-    if params.background_words == "name":
-        return space
-    words = label_spaces.BACKGROUND_WORDS
-    if params.background_words != "stuff":
+    if isinstance(params.background_words, str):
+        words = label_spaces.background_words(params.background_words, space.name)
+    else:
         words = label_spaces.own_words(params.background_words, "background_words").names
     return space.with_background_words(words)
 

@@ -156,7 +156,7 @@ class Segmenter:
         """What a model, (B, height, width, 3) ``uint8`` -> (B, D, h, w), makes of every window."""
         images.check_image(image)
         p = self.params
-        scaled = images.resize(image, images.target_size(*image.shape[:2], p.segment_short_side, p.segment_long_limit))
+        scaled = images.resize(image, images.target_size(*image.shape[:2], p.segment_short_side, p.segment_long_limit), p.resize)
         height, width = scaled.shape[:2]
         places = windows(height, width, p.window, p.window_stride)
         maps = []
