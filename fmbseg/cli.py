@@ -256,7 +256,7 @@ def reproduce(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     from fmbseg.runs import reproduce
 
-    print(reproduce.report(options.folder, options.out))
+    print(reproduce.report(options.folder, options.out, options.run))
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -379,6 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("folder", type=Path, help="folder of results, such as results/embedded")
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: report.html in that folder)")
+    sub.add_argument("--run", default="main", help="the run whose records it shows (default main)")
 
     sub = command("doctor", doctor, "What is installed, which weights and data are here, and what brings what is missing.")
     sub.add_argument("--data-root", "--data", help="folder of the benchmarks in their official layouts")

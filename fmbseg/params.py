@@ -65,6 +65,9 @@ class DataParams(Params):
 
 class RunParams(DataParams):
     profile: str = Field("paper", description="folder of params/ and results/ this run belongs to")
+    run: str = Field(
+        "main", pattern=r"^[A-Za-z0-9_-]+$", description="name of the run that records belong to; tables are made of one run's records"
+    )
     seed: int = Field(0, ge=0, description="of everything random")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$", description="where models run: cpu, cuda, cuda:1, mps")
     workers: Count = Field(1, description="processes of one thread each for work that goes image by image (CPU)")

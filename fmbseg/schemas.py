@@ -56,7 +56,7 @@ class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
 
     methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
     shard: int = Field(0, ge=0, description="which part of the images this run counts, from 0 ...")
-    num_shards: Count = Field(1, description="... of so many; add them up with: fmbseg evaluate --merge")
+    num_shards: Count = Field(1, description="... of so many; when all are counted, a run without them reads what they counted")
     examples: Count = Field(2, description="images shown a benchmark")
 
 

@@ -1,5 +1,7 @@
 """Ablations, stages and fine-tuning on the drawn images with random weights: what is compared, not how well."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 from conftest import ROOT
@@ -65,7 +67,9 @@ def test_every_run_is_recorded_with_its_own_parameters(ablation, place):
     assert set(zip(frame["method"], frame["param.seed"], frame["param.temperature"])) == {
         ("warm", 0, 1.0), ("warm", 3, 1.0), ("cold", 0, 0.05), ("cold", 3, 0.05),
     }  # fmt: skip
-    assert len(list((place / "smoke/records/loss").glob("*.json"))) == 4
+    names = {f"loss-{variant}-drawn-seed{seed}-n2.json" for variant in ("warm", "cold") for seed in (0, 3)}
+    assert names <= {path.name for path in (place / "smoke/records/main").iterdir()}
+    assert all(frame["run"] == "main") and frame["module"].nunique() == 4
 
 
 def test_same_seed_same_number_another_seed_another(ablation):
@@ -93,7 +97,31 @@ def test_summary_and_pairs_by_hand():
     assert made.loc["a", ["mean", "seeds", "images"]].tolist() == [12.0, 2, 5] and round(made.loc["a", "spread"], 4) == 2.8284
     pairs = ablations.paired(frame, "a").iloc[0]
     assert (pairs["variant"], pairs["difference to a"], pairs["seeds better"]) == ("b", 0.0, "1 of 2")
-    assert round(pairs["spread"], 4) == 1.4142
+    assert round(pairs["spread"], 4) == 1.4142 and pairs["p"] == 1.0
+
+
+@pytest.mark.parametrize("differences, p", [((1, 2, 3), 0.25), ((1, 2, -3), 1.0), ((1, 2, -1), 0.75), ((1, 1, 1, 1, 1, 1), 2 / 64)])
+def test_p_is_of_the_exact_sign_flip_test(differences, p):
+    """The share of all choices of signs whose mean is as far from zero, counted by hand."""
+    rows = [("set", name, s, 10.0 + (name == "b") * d) for s, d in enumerate(differences) for name in ("a", "b")]
+    assert ablations.paired(pd.DataFrame(rows, columns=["dataset", "method", "param.seed", "miou"]), "a")["p"].tolist() == [p]
+
+
+def test_a_comparison_replaces_what_the_run_held_of_it(ablation, place):
+    """Fewer seeds and renamed variants leave nothing stale; other kinds, other runs and whole sets beside a quick look stay."""
+    params, runs, samples, store, found, _ = ablation
+    before = {path.name for path in (place / "smoke/records/main").iterdir()}
+    few = [dataclasses.replace(run, variant="hot", params=run.params.model_copy(update={"run": "other"})) for run in runs[:1]]
+    for run, limit in ((few, None), (runs[:3], 2), (runs[2:], 2)):
+        given = [dataclasses.replace(r, params=r.params.model_copy(update={"run": "other", "eval_limit": limit})) for r in run]
+        frame = ablations.compare(given, "loss", samples, store, found)
+        assert len(frame) == len(run)
+    kept = {path.name for path in (place / "smoke/records/other").iterdir()}
+    assert kept == {"loss-hot-drawn-seed0.json", "loss-cold-drawn-seed0-n2.json", "loss-cold-drawn-seed3-n2.json"}
+    given = [dataclasses.replace(r, params=r.params.model_copy(update={"run": "other", "eval_limit": None})) for r in runs[2:3]]
+    ablations.compare(given, "loss", samples, store, found)
+    assert {path.name for path in (place / "smoke/records/other").iterdir()} == {"loss-cold-drawn-seed0.json"}
+    assert {path.name for path in (place / "smoke/records/main").iterdir()} == before
 
 
 def test_stages_with_and_without_labels_and_fmbseg_on_each(make):
@@ -124,7 +152,7 @@ def test_fine_tuning_goes_on_from_the_module_and_uses_no_truth(make, place):
     before = train.module_path(params)
     train.fit(samples, label.label(samples, params)[0], params, before)
     frame = ablations.fine_tune(find_benchmarks(params.benchmarks), params)
-    assert list(frame["method"]) == ["after", "before"] and frame["miou"].nunique() == 1, "a rate of nothing changes nothing"
+    assert list(frame["method"]) == ["before", "after"] and frame["miou"].nunique() == 1, "a rate of nothing changes nothing"
     tuned, described = modules.load(train.module_path(params, "fine_tuned"))
     start, _ = modules.load(before)
     assert (tuned.module.project.weight - start.module.project.weight).abs().max() < 1e-6
@@ -134,4 +162,5 @@ def test_fine_tuning_goes_on_from_the_module_and_uses_no_truth(make, place):
     assert (tuned.module.project.weight - start.module.project.weight).abs().max() > 1e-4
     with pytest.raises(ParameterError, match="target_collection and target_vocabulary: not given"):
         ablations.fine_tune([], make(FineTuneRun))
-    assert set(records.load(place / "smoke/records/fine_tune")["param.learning_rate"]) == {params.learning_rate, 0.5}
+    kept = records.load(place / "smoke/records/main")
+    assert set(kept[kept["kind"] == "fine_tune"]["param.learning_rate"]) == {params.learning_rate, 0.5}

@@ -152,7 +152,7 @@ def test_a_record_holds_the_counts_of_its_predictions_which_are_kept(name, toy, 
     assert record.notes == ["random weights: the number means nothing"]
     monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("predicted again"))
     ((again,),) = measure([of(name, toy)], [toy.drawn], params)
-    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(record, seconds=0)
+    assert dataclasses.replace(again, seconds=0, time="") == dataclasses.replace(record, seconds=0, time="")
 
 
 def test_another_truth_of_the_same_image_is_counted_anew(toy, plain, own_home, tmp_path):
@@ -277,7 +277,7 @@ def test_a_record_of_fmbseg_says_what_its_module_was_trained_with(toy, plain, ow
     module = modules.save(tmp_path / "module.safetensors", toy.result.alignment, described)
     ((record,),) = measure([Method("fmbseg", str(module))], [toy.drawn], plain.model_copy(update={"eval_limit": 1}))
     assert (record.parameters["epochs"], record.parameters["collection"], record.notes) == (99, "theirs", ["a stand-in"])
-    assert record.weights["clip"] == "theirs" and len(record.weights["module"]) == 64
+    assert (record.weights["clip"], record.weights["encoder"], len(record.weights["module"])) == ("theirs", "e", 64)
 
 
 def test_hardware_is_the_device_that_did_the_work(toy, plain, own_home, monkeypatch):
@@ -312,7 +312,7 @@ def test_an_unsharded_run_reads_what_shards_counted_and_gives_exactly_the_whole(
     parts = [measure([Method(CHEAP)], two, plain, shard=i, num_shards=count)[0] for i in range(count)]
     monkeypatch.setattr(evaluate, "predict", lambda m, columns, *_: shifted_truth(m, columns) if columns[0][0].image == broken else 1 / 0)
     (made,) = measure([Method(CHEAP)], two, plain)
-    same = functools.partial(dataclasses.replace, seconds=0.0)
+    same = functools.partial(dataclasses.replace, seconds=0.0, time="")
     assert [same(r) for r in made] == [same(r) for r in whole]
     assert [(r.images, r.failed) for r in whole] == [(6, 1), (4, 0)]
     for i, _ in enumerate(two):

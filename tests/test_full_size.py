@@ -53,6 +53,6 @@ def test_one_image_through_every_step(few_models, smoke, own_home, tmp_path):
     q = smoke(EvaluateRun, **values)
     frame = evaluate.evaluate(evaluate.find_benchmarks(q.benchmarks), q, tmp_path / "module.safetensors")
     assert set(frame["method"]) == {"dense", "stage1", "fmbseg"} and (frame["images"] == 1).all() and frame["failed"].sum() == 0
-    for record in (tmp_path / "smoke" / "records").iterdir():
+    for record in (tmp_path / "smoke/records/main").iterdir():
         used = files.read_json(record)["weights"]
         assert used["clip"] == MODELS["clip"] and ("sam" in used) == ("dense" not in record.name)

@@ -173,17 +173,17 @@ def test_ablations_reach_table_2(reproduced):
 
 @pytest.mark.minutes
 def test_records_say_everything(reproduced):
-    everything = records.load(reproduced / "records")
+    everything = records.load(reproduced / "records/main")
     assert set(everything["kind"]) == {"train", "evaluate", "architecture", "encoder", "loss", "stages", "fine_tune"}
     numbers = everything[everything["kind"] == "evaluate"]
     assert set(numbers["method"]) == set(profiles.load("evaluate", "smoke").methods)
     assert (numbers["images"] == 6).all() and (numbers["failed"] == 0).all() and numbers["miou"].between(0, 100).all()
-    record = files.read_json(reproduced / "records" / "evaluate-fmbseg-drawn.json")
+    record = files.read_json(reproduced / "records/main" / "evaluate-fmbseg-drawn.json")
     assert set(record["iou"]) == {"sky", "grass", "sun", "house"}
     assert record["parameters"]["temperature"] == profiles.load("train", "smoke").temperature
     assert record["weights"]["module"] == files.sha256_of(train.module_path(TrainRun(profile="smoke")))
     assert record["versions"]["torch"] and record["hardware"] and record["protocol"]["window"] == 128
-    stage = files.read_json(reproduced / "records" / "evaluate-stage1-drawn.json")
+    stage = files.read_json(reproduced / "records/main" / "evaluate-stage1-drawn.json")
     assert stage["weights"] == {"clip": "random:ViT-S-32", "sam": "random:tiny_sam"}
 
 

@@ -1,5 +1,6 @@
 """Notebooks run headlessly, and the report of a folder of results."""
 
+import dataclasses
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from fmbseg.runs.records import Record
 
 def planted(kind, method, dataset, miou, images, **more):
     known = {"versions": {"python": "3.11.0", "torch": "9.8.7"}, "revision": "abc123", "hardware": "a machine"}
-    return Record(kind, method, {"seed": 0}, dataset, "planted", images, miou=miou, iou={"cat": miou}, **(known | more))
+    return Record(kind, method, {"seed": more.pop("seed", 0)}, dataset, "planted", images, miou=miou, iou={"cat": miou}, **(known | more))
 
 
 def test_every_parameter_is_checked_before_anything_runs(monkeypatch, tmp_path):
@@ -39,11 +40,11 @@ def test_the_report_holds_the_tables_and_the_figures_of_its_records(tmp_path, mo
         planted("evaluate", "fmbseg", "voc20", 41.53, 1449),
         planted("evaluate", "dense", "embedded_coco_object80", 3.25, 30, notes=["a stand-in"]),
         planted("loss", "tsupcon", "embedded_coco_object80", 2.0, 30),
-        planted("loss", "tsupcon", "embedded_coco_object80", 4.18, 30),
+        planted("loss", "tsupcon", "embedded_coco_object80", 4.18, 30, seed=1),
     ]
     folder = tmp_path / "smoke"
     for i, record in enumerate(made):
-        record.write(folder / "records", f"{record.kind}{i}")
+        record.write(folder / "records" / "main", f"{record.kind}{i}")
     out = reproduce.report(folder, tmp_path / "new" / "page.html")
     text = out.read_text(encoding="utf-8")
     body = re.sub(r"<script.*?</script>|<style.*?</style>", "", text, flags=re.S)
@@ -59,3 +60,17 @@ def test_a_folder_without_records_is_refused_and_nothing_is_written(tmp_path, mo
         with pytest.raises(DataError, match="holds no record"):
             reproduce.report(folder)
     assert list(tmp_path.iterdir()) == []
+    planted("train", "linear", "pool", None, 80).write(tmp_path / "smoke/records/main")
+    with pytest.raises(DataError, match="records/main: holds records of train alone; run notebook 05 or fmbseg evaluate first"):
+        reproduce.report(tmp_path / "smoke")
+    with pytest.raises(DataError, match="records/other: holds no record"):
+        reproduce.report(tmp_path / "smoke", run="other")
+
+
+def test_the_report_is_of_the_run_that_was_asked_for(monkeypatch, tmp_path):
+    dataclasses.replace(planted("evaluate", "dense", "voc20", 1.0, 9), run="mine").write(tmp_path / "smoke/records/mine")
+    given = []
+    monkeypatch.setattr(reproduce, "_execute", lambda name, values, out: given.append(values) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reproduce.report(tmp_path / "smoke", run="mine")
+    assert given == [{"profile": "smoke", "results_dir": str(tmp_path), "run": "mine"}]

@@ -24,8 +24,8 @@ def load(tmp_path, monkeypatch):
 
     def write(*made):
         for i, record in enumerate(made):
-            record.write(tmp_path / record.kind, str(i))
-        return records.load(tmp_path)
+            record.write(tmp_path / "main", str(i))
+        return records.load(tmp_path / "main")
 
     return write
 
@@ -82,6 +82,40 @@ def test_a_difference_stands_only_where_the_whole_split_was_measured(load):
     assert made.loc["City", "why empty"] == "its data set is not under data_root"
     assert made.loc["PC-60", "reproduced"] == 33.0 and math.isnan(made.loc["PC-60", "difference"])
     assert made.loc["PC-60", "why empty"] == "not in the paper" and len(made) == 9
+
+
+def test_two_records_of_one_number_are_refused_and_never_averaged(load):
+    """A quick look beside the whole set is another number, and so is another seed."""
+    quick = planted("evaluate", "fmbseg", "voc20", 10.0, 3, limit=3)
+    frame = load(planted("evaluate", "fmbseg", "voc20", 50.0, 1449), quick, planted("evaluate", "dense", "voc20", 40.0, 1449))
+    cells = tables.table1(frame).loc[("reproduced", "FMbSeg")]
+    assert (cells["PV-20"], cells["PV-20 (n=3)"]) == (50.0, 10.0)
+    assert tables.differences(frame).loc["PV-20", "reproduced"] == 50.0
+    with pytest.raises(DataError, match=r"main/1.json and .*main/3.json: two records of one number \(fmbseg, voc20, 3\)"):
+        tables.table1(load(planted("evaluate", "dense", "voc20", 50.0, 1449), quick, planted("evaluate", "dense", "ade150", 1.0, 9), quick))
+    twice = [planted("loss", "tsupcon", "voc20", value, 9, seed=1) for value in (1.0, 3.0)]
+    with pytest.raises(DataError, match=r"two records of one number \(loss, tsupcon, voc20, 9, 1\); delete one, or give each its run"):
+        tables.table2(load(*twice))
+
+
+def test_each_module_has_a_row_of_its_own(load):
+    first, second = {"module": "a" * 64}, {"module": "b" * 64}
+    frame = load(
+        planted("evaluate", "fmbseg", "voc20", 50.0, 1449, weights=first),
+        planted("evaluate", "fmbseg", "voc21", 30.0, 1449, weights=second, notes=["a note"]),
+        planted("evaluate", "dense", "voc20", 40.0, 1449),
+    )
+    ours = tables.table1(frame)
+    rows = [index for index in ours.index if index[0] != "published"]
+    dense = "dense zero-shot (MaskCLIP style), window"
+    assert set(rows) == {
+        ("reproduced", dense),
+        ("reproduced, module aaaaaaaa", "FMbSeg"),
+        ("reproduced, a note; module bbbbbbbb", "FMbSeg"),
+    }
+    assert ours.loc[("reproduced, module aaaaaaaa", "FMbSeg")][["PV-20"]].tolist() == [50.0]
+    same = load(*[planted("evaluate", "fmbseg", name, 1.0, 1449, weights=first) for name in ("voc20", "voc21")])
+    assert ("reproduced", "FMbSeg") in tables.table1(same).index
 
 
 def test_missing_columns_have_a_reason(load):

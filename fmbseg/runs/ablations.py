@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fmbseg.data.samples import Dataset, Sample
 from fmbseg.errors import ParameterError
-from fmbseg.params import EvaluateParams, RunParams
+from fmbseg.params import RunParams
 from fmbseg.runs import evaluate, label, modules, records, train
 from fmbseg.runs.evaluate import Method
 from fmbseg.runs.label import LabelStore
@@ -43,25 +45,21 @@ def plan(params: CompareRun, kind: str, variants: Mapping[str, Mapping[str, Any]
 def compare(runs: Sequence[Run], kind: str, samples: list[Sample], store: LabelStore, found: Sequence[Dataset]) -> pd.DataFrame:
     """Train and evaluate every run on the same pseudo labels for the same number of steps: a row a run and benchmark.
 
-    Each row is written as a record; modules that are there already, trained with the same inputs, are not trained again.
+    Each row is written as a record, in place of those that the run held of this comparison; modules that are there already,
+    trained with the same inputs, are not trained again.
     """
-    folder, trained = records.results_folder(runs[0].params) / "records" / kind, []
+    trained = []
     for number, run in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}] {run.variant}, seed {run.params.seed}", flush=True)
         trained.append(train.fit(samples, store, run.params, run.path))
     params = runs[0].params
     measured = evaluate.measure([Method("fmbseg", str(r.path)) for r in runs], found, params, params.device, params.workers)
-    for run, of_run, result in zip(runs, measured, trained):
-        for record in of_run:
-            _write(record, folder, kind, run.variant, run.params, f"seed{run.params.seed}", result.seconds)
-    return records.load(folder)
-
-
-def _write(record: records.Record, folder: Path, kind: str, method: str, params: RunParams, suffix: str = "", seconds: float = 0.0) -> None:
-    """A record of an evaluation as one of a comparison, with the parameters and the training seconds of its own run."""
-    parameters = params.part(EvaluateParams) | {"seed": params.seed}
-    made = dataclasses.replace(record, kind=kind, method=method, parameters=parameters, seconds=seconds or record.seconds)
-    made.write(folder, "-".join(records.file_name(part) for part in (method, record.dataset, suffix) if part))
+    made = [
+        dataclasses.replace(record, kind=kind, method=run.variant, seconds=result.seconds)
+        for run, of_run, result in zip(runs, measured, trained)
+        for record in of_run
+    ]
+    return records.keep(made, params, kind)
 
 
 def curves(runs: Sequence[Run]) -> pd.DataFrame:
@@ -81,14 +79,20 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Every variant less the baseline, seed by seed: mean and spread of the difference, and how many seeds it is better with."""
-    wide = frame.pivot_table(index=["dataset", "param.seed"], columns="method", values="miou", sort=False)
+    """Every variant less the baseline, seed by seed: mean and spread of the difference, how many seeds it is better with, and p.
+
+    p: of the exact sign-flip test: of all 2^n choices of signs of the n differences, the share whose mean is as far from
+    zero as the one measured, or farther. It is never under 2 / 2^n: 0.25 with three seeds.
+    """
+    wide = frame.pivot(index=["dataset", "param.seed"], columns="method", values="miou")[list(dict.fromkeys(frame["method"]))]
     rows = []
     for variant in [name for name in wide.columns if name != baseline]:
-        for dataset, difference in (wide[variant] - wide[baseline]).groupby("dataset", sort=False):
+        for dataset, difference in (wide[variant] - wide[baseline]).dropna().groupby("dataset", sort=False):
+            flips = np.array(list(itertools.product((1, -1), repeat=len(difference)))) * difference.to_numpy()
+            p = (abs(flips.mean(axis=1)) >= abs(difference.mean()) - 1e-9).mean()
             better = f"{int((difference > 0).sum())} of {len(difference)}"
-            rows.append((dataset, variant, difference.mean(), difference.std(), better))
-    return pd.DataFrame(rows, columns=["dataset", "variant", f"difference to {baseline}", "spread", "seeds better"])
+            rows.append((dataset, variant, difference.mean(), difference.std(), better, p))
+    return pd.DataFrame(rows, columns=["dataset", "variant", f"difference to {baseline}", "spread", "seeds better", "p"])
 
 
 def encoder_runs(params: CompareRun, encoders: Sequence[str]) -> list[Run]:
@@ -103,10 +107,10 @@ def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -
     A row a method and benchmark, with mIoU, precision of the labelled pixels and coverage; records are written.
     The images to train on have image-level labels where ``image_level_names`` gives them.
     """
-    folder = records.results_folder(params) / "records" / "stages"
+    made = []
     for method in [f"{name}{given}" for given in ("", evaluate.GIVEN) for name in evaluate.STAGES]:
         for record in evaluate.measure([Method(method)], found, params, params.device, params.workers)[0]:
-            _write(record, folder, "stages", method, params)
+            made.append(dataclasses.replace(record, kind="stages"))
     plain = params.model_copy(update={"image_level_names": ""})
     for given, base in (("", plain), (evaluate.GIVEN, params)):
         if given and not params.image_level_names:
@@ -116,8 +120,8 @@ def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -
             path = train.module_path(params, f"stages-{name}{given}")
             train.fit(samples, label.label(samples, staged)[0], staged, path)
             for record in evaluate.measure([Method("fmbseg", str(path))], found, staged, params.device, params.workers)[0]:
-                _write(record, folder, "stages", f"fmbseg on {name}{given}", staged)
-    return records.load(folder)
+                made.append(dataclasses.replace(record, kind="stages", method=f"fmbseg on {name}{given}"))
+    return records.keep(made, params, "stages")
 
 
 def stages_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -150,10 +154,11 @@ def fine_tune(found: Sequence[Dataset], params: FineTuneRun) -> pd.DataFrame:
     tuned = params.model_copy(update=changed)
     samples = label.collection(tuned)
     train.fit(samples, label.label(samples, tuned)[0], tuned, after, before)
-    folder = records.results_folder(params) / "records" / "fine_tune"
     both = [Method("fmbseg", str(path)) for path in (before, after)]
     measured = evaluate.measure(both, found, params, params.device, params.workers)
-    for method, used, of_module in zip(("before", "after"), (params, tuned), measured):
-        for record in of_module:
-            _write(record, folder, "fine_tune", method, used)
-    return records.load(folder)
+    made = [
+        dataclasses.replace(record, kind="fine_tune", method=method)
+        for method, of_module in zip(("before", "after"), measured)
+        for record in of_module
+    ]
+    return records.keep(made, params, "fine_tune")

@@ -285,10 +285,11 @@ def measure(
     seconds = (time.perf_counter() - started) / len(methods)
     made = []
     for method, of_method in zip(methods, confusions):
+        described = modules.load(method.module)[1] if method.module else {}
         made.append([])
         for i, (dataset, space, confusion) in enumerate(zip(datasets, spaces, of_method)):
             failed = sum(column == i for task in tasks for column, _ in task.columns) - numbers[i]
-            record = records.of_evaluation(method.name, dataset, space, params, method.module, device)
+            record = records.of_evaluation(method.name, dataset, space, params, device, method.module, described)
             if num_shards > 1:
                 note = f"shard {shard} of {num_shards} alone"
                 record = dataclasses.replace(record, notes=[*record.notes, note])
@@ -328,7 +329,4 @@ def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | N
             made += of_method
     if params.num_shards > 1:
         return records.frame(made).dropna(axis=1, how="all")
-    folder = records.results_folder(params) / "records"
-    for record in made:
-        record.write(folder)
-    return records.frame(made).dropna(axis=1, how="all")
+    return records.keep(made, params).dropna(axis=1, how="all")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +18,13 @@ import pandas as pd
 import torch
 
 from fmbseg import files
+from fmbseg.data import label_spaces
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset
 from fmbseg.errors import DataError
 from fmbseg.models import clip as clip_models
 from fmbseg.models import sam as sam_models
+from fmbseg.models import texts, vit
 from fmbseg.params import EvaluateParams, Params, RunParams, SegmentParams, TextParams
 from fmbseg.runs import modules
 from fmbseg.schemas import TrainRun
@@ -34,10 +38,11 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "segment-anything", "timm
 
 @dataclass(frozen=True)
 class Record:
-    """One run.
+    """One number, or one training.
 
     kind: "train", "evaluate", or a comparison: "architecture", "encoder", "loss", "stages", "fine_tune"; method: the
-    method or the variant; notes: what a reader of the number has to know.
+    method or the variant; run: the name of the run that it belongs to; limit: the number of images that the data set was
+    cut to, none where it was not; notes: what a reader of the number has to know; deviations: as ``deviations`` gives them.
     """
 
     kind: str
@@ -47,6 +52,7 @@ class Record:
     source: str = ""
     images: int = 0
     failed: int = 0
+    limit: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
     miou: float | None = None
     precision: float | None = None
@@ -58,15 +64,21 @@ class Record:
     revision: str = field(default_factory=lambda: revision())
     hardware: str = field(default_factory=lambda: hardware())
     notes: list[str] = field(default_factory=list)
+    deviations: dict[str, str] = field(default_factory=dict)
+    run: str = "main"
+    time: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     def write(self, folder: str | Path, name: str = "") -> Path:
-        """Write it as JSON under ``folder``, named after kind, method and data set; returns the path."""
+        """Write it as JSON under ``folder``; returns the path. name: of the file, without the ending; none: ``stem``."""
         return files.write_json(Path(folder) / f"{name or self.stem}.json", dataclasses.asdict(self))
 
     @property
     def stem(self) -> str:
-        """Its file's name, without the ending."""
-        return "-".join(part for part in (self.kind, self.method, self.dataset.replace("/", "_").replace(":", "_")) if part)
+        """Its file's name, without the ending: of all that makes it another number than the run's others."""
+        parts = [file_name(part) for part in (self.kind, self.method, self.dataset) if part]
+        if self.kind != "evaluate" and "seed" in self.parameters:
+            parts.append(f"seed{self.parameters['seed']}")
+        return "-".join([*parts, f"n{self.limit}"] if self.limit else parts)
 
 
 def results_folder(params: RunParams) -> Path:
@@ -77,9 +89,16 @@ def results_folder(params: RunParams) -> Path:
     return folder
 
 
+def run_folder(params: RunParams) -> Path:
+    """Where the records of the parameters' run lie."""
+    return results_folder(params) / "records" / params.run
+
+
 def file_name(text: str) -> str:
-    """A name that is safe as a file's."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
+    """A name that is safe as a file's, another one for every text: what had to be changed, or differs in case, has a hash."""
+    if re.fullmatch(r"[a-z0-9_][a-z0-9_.+]{0,79}", text):
+        return text
+    return f"{re.sub('[^A-Za-z0-9_.+-]', '_', text)[:80].lstrip('.')}~{files.digest(text)[:8]}"
 
 
 def figure_path(params: RunParams, name: str) -> Path:
@@ -129,9 +148,39 @@ def notes_of(params: Params) -> list[str]:
     return ["random weights: the number means nothing"] if params.clip.startswith("random:") else []
 
 
+POSITIONS = {
+    "dinov2": "transformers' bicubic (the original scales by a factor)",
+    "dinov2_reg": "transformers' bicubic, antialiased",
+    "dinov3": "none: rotary",
+    "siglip2": "transformers' bicubic",
+}
+
+
+def deviations(params: TextParams, space: LabelSpace, used: Mapping[str, str], encoder: str = "") -> dict[str, str]:
+    """What is ours and no parameter, or easily overlooked, in a number that is made with these weights; docs/profiles.md lists them.
+
+    space: the classes as they are prompted; encoder: the name of the encoder behind a module; empty: none.
+    """
+    renamed = sum(p != (name,) for name, p in list(zip(space.names, space.prompts))[int(space.background) :])
+    found = {
+        "resize_filter": "PIL bicubic, antialiased, but for the evaluated image where the protocol (resize) says otherwise",
+        "renamed_prompts": f"{renamed} of {len(space)} classes are prompted by other words than their name",
+        "template": "with a full stop" if texts.templates(params.templates)[0].endswith(".") else "without a full stop",
+    }
+    if "sam" in used:
+        found["mask_feature"] = "mean of unnormalised features"
+        found["sam_embedding"] = "rounded to fp16"
+    if encoder:
+        found["module_input"] = "standardised per channel"
+        families = {name: POSITIONS[kind.family] for name, kind in vit.VITS.items()}
+        parts = [part.strip().removeprefix("random:") for part in encoder.split("+")]
+        found["position_interpolation"] = "; ".join(families.get(part, "none: convolutional") for part in parts)
+    return found
+
+
 def of_training(params: TrainRun, result: TrainResult, module: Path, **about: Any) -> Record:
     """The record of one training. about: other fields of the record."""
-    described = modules.load(module)[1]
+    described, space = modules.load(module)[1], label_spaces.vocabulary(params.vocabulary, params.words)
     steps = result.steps
     protocol = {
         "first_loss": steps[0]["loss"],
@@ -146,17 +195,25 @@ def of_training(params: TrainRun, result: TrainResult, module: Path, **about: An
         "dataset": params.collection,
         "source": f"{described['images']} unlabelled images",
         "images": described["images"],
+        "limit": params.limit,
         "seconds": round(result.seconds, 1),
         "weights": described["weights"] | {"module": files.sha256_of(module)},
         "hardware": hardware(params.device),
         "notes": described["notes"],
         "protocol": protocol,
+        "deviations": deviations(params, space, described["weights"], described["encoder"]),
+        "run": params.run,
     }
     return Record(**values | about)
 
 
-def of_evaluation(method: str, dataset: Dataset, space: LabelSpace, params: EvaluateParams, module: str, device: str) -> Record:
-    """The record of one number of Table 1, not yet counted. FMbSeg's says what its module was trained with."""
+def of_evaluation(
+    method: str, dataset: Dataset, space: LabelSpace, params: EvaluateParams, device: str, module: str, described: Mapping[str, Any]
+) -> Record:
+    """The record of one number of Table 1, not yet counted. FMbSeg's says what its module was trained with.
+
+    module: its file, empty for the other methods; described: what the file says.
+    """
     protocol = params.part(SegmentParams) | {
         **params.part(TextParams),
         "background": list(space.prompts[0]) if space.background else None,
@@ -164,7 +221,6 @@ def of_evaluation(method: str, dataset: Dataset, space: LabelSpace, params: Eval
     parameters = params.part(EvaluateParams)
     used, notes = used_weights(params, sam=method.startswith("stage")), notes_of(params)
     if module:
-        described = modules.load(module)[1]
         parameters |= described["parameters"]
         used, notes = described["weights"] | {"module": files.sha256_of(module)}, described["notes"]
     return Record(
@@ -173,10 +229,12 @@ def of_evaluation(method: str, dataset: Dataset, space: LabelSpace, params: Eval
         parameters,
         dataset.name,
         dataset.source,
+        limit=params.eval_limit if params.eval_limit and params.eval_limit < len(dataset.samples) else None,
         protocol=protocol,
         weights=used,
         notes=notes,
         hardware=hardware(device),
+        deviations=deviations(params, space, used, described.get("encoder", "")),
     )
 
 
@@ -198,16 +256,40 @@ def counted(record: Record, names: Sequence[str], confusion: Confusion, images: 
     )
 
 
-def load(folder: str | Path) -> pd.DataFrame:
-    """All records under a folder as one tidy frame: a row a run; parameters as ``param.NAME``, IoU as ``iou.CLASS``.
+def keep(made: Sequence[Record], params: RunParams, kind: str = "") -> pd.DataFrame:
+    """Write records into the parameters' run; returns them, and them alone, as a frame.
 
-    Raises DataError when there is none.
+    kind: the comparison that they are all of: what the run held of it before is removed, but for whole data sets where
+    these are a quick look (``eval_limit``).
     """
-    paths = sorted(file for file in Path(folder).rglob("*.json") if not file.name.startswith("."))
-    found = [(str(file), files.read_json(file)) for file in paths]
-    rows = [_row(record, file) for file, record in found if isinstance(record, dict) and "kind" in record]
+    made = [dataclasses.replace(record, run=params.run) for record in made]
+    folder = run_folder(params)
+    written, same = {record.write(folder) for record in made}, {(record.dataset, record.limit) for record in made}
+    for path in set(folder.glob("*.json")) - written if kind else ():
+        record = files.read_json(path)
+        whole = params.eval_limit is None or record["limit"] is not None
+        if record["kind"] == kind and (whole or (record["dataset"], record["limit"]) in same):
+            path.unlink()
+    return frame(made)
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """All records of one run (``run_folder``) as one tidy frame: a row a record; parameters as ``param.NAME``, IoU as ``iou.CLASS``.
+
+    Raises DataError when there is none, and for a record of another run or of none.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob("*.json")):
+        record = files.read_json(path)
+        if record.get("run") != Path(folder).name:
+            raise DataError(
+                f"{path}: belongs to {record.get('run', 'no run')}, and the folder to {Path(folder).name}; delete it or move it"
+            )
+        rows.append(_row(record, str(path)))
     if not rows:
-        raise DataError(f"{folder}: holds no record; run notebooks 04 and 05, or: fmbseg reproduce embedded")
+        older = next(Path(folder).parent.glob("*.json"), None)
+        hint = f" (records such as {older.name}, of an older format, belong to no run and are not read)" if older else ""
+        raise DataError(f"{folder}: holds no record; run notebooks 04 and 05, or: fmbseg reproduce embedded{hint}")
     return pd.DataFrame(rows)
 
 
@@ -218,5 +300,6 @@ def frame(made: Sequence[Record]) -> pd.DataFrame:
 
 def _row(record: dict[str, Any], file: str) -> dict[str, Any]:
     row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))} | {"file": file, "notes": "; ".join(record["notes"])}
+    row["module"] = record["weights"].get("module", "")[:8]
     row |= {f"param.{k}": v for k, v in record["parameters"].items()}
     return row | {f"iou.{k}": v for k, v in record["iou"].items()}

@@ -66,20 +66,23 @@ def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
         raise DataError(f"{name} stopped with an error, told above; its executed copy is {out}. What was computed is kept: run again")
 
 
-def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """One HTML page of a profile's results: notebook 08 run on them, without its code.
+def report(folder: str | Path, out: str | Path | None = None, run: str = "main") -> Path:
+    """One HTML page of a run's results: notebook 08 run on them, without its code.
 
-    folder: such as results/embedded; out: the page, report.html in that folder where it is not given.
-    Raises DataError where the folder holds no records.
+    folder: such as results/embedded; out: the page, report.html in that folder where it is not given; run: whose records.
+    Raises DataError where the folder holds no record of an evaluation of that run.
     """
     folder = Path(folder).absolute()
-    records.load(folder / "records")  # says so where there is none
+    found = records.load(folder / "records" / run)  # says so where there is none
+    if "evaluate" not in set(found["kind"]):
+        kinds = ", ".join(sorted(set(found["kind"])))
+        raise DataError(f"{folder / 'records' / run}: holds records of {kinds} alone; run notebook 05 or fmbseg evaluate first")
     out = Path(out) if out else folder / "report.html"
     from nbconvert import HTMLExporter
 
     with tempfile.TemporaryDirectory() as place:
         executed = Path(place) / "08_tables.ipynb"
-        _execute("08_tables", {"profile": folder.name, "results_dir": str(folder.parent)}, executed)
+        _execute("08_tables", {"profile": folder.name, "results_dir": str(folder.parent), "run": run}, executed)
         page, _ = HTMLExporter(exclude_input=True, embed_images=True).from_filename(str(executed))
     with files.atomic_path(out) as part:
         part.write_text(page, encoding="utf-8")

@@ -9,6 +9,7 @@ import pandas as pd
 
 from fmbseg import files, profiles
 from fmbseg.data.benchmarks import LAYOUTS
+from fmbseg.errors import DataError
 
 COLUMNS = {
     "PV-21": "voc21",
@@ -55,10 +56,27 @@ def published(table: int) -> pd.DataFrame:
     return pd.read_csv(profiles.published_folder() / f"table{table}.csv")
 
 
+def _one_each(records: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The records, one for every value of these columns. Raises DataError that names two of one number: none is averaged away."""
+    columns = [name for name in columns if name in records]
+    for _, doubled in records[records.duplicated(columns, keep=False)].groupby(columns, dropna=False, sort=False):
+        one, two = doubled["file"].iloc[:2]
+        number = ", ".join(str(value) for value in doubled[columns].iloc[0])
+        raise DataError(f"{one} and {two}: two records of one number ({number}); delete one, or give each its run (--set run=NAME)")
+    return records
+
+
 def reproduced(records: pd.DataFrame) -> pd.DataFrame:
-    """Our rows: one a method and column, with what it was measured on. records: as ``records.load`` gives them."""
-    runs = records[records.kind == "evaluate"]
+    """Our rows: one a method and column, with what it was measured on. records: as ``records.load`` gives them.
+
+    Where a method's records are of several modules, the notes name each record's. Raises DataError for two records of one number.
+    """
+    runs = _one_each(records[records.kind == "evaluate"], "method", "dataset", "images")
     frame = runs[["method", "dataset", "miou", "images", "source", "notes"]].copy()
+    several = runs.groupby("method")["module"].transform("nunique") > 1
+    frame.loc[several, "notes"] += ("; module " + runs["module"][several]).where(
+        frame["notes"][several] != "", "module " + runs["module"][several]
+    )
     frame["row"] = frame["method"].map(METHOD_ROWS).fillna(frame["method"])
     order = {method: i for i, method in enumerate(METHOD_ROWS)}
     return frame.sort_values(["dataset", "method"], key=lambda c: c.map(order) if c.name == "method" else c).reset_index(drop=True)
@@ -82,7 +100,8 @@ def origin(notes: str) -> str:
 def table1(records: pd.DataFrame) -> pd.DataFrame:
     """Table 1 as the paper lays it out: published rows, then ours; a column of a subset says its n.
 
-    A cell that was not made is empty; ``missing`` says why. ``differences`` sets ours against the paper's.
+    A cell that was not made is empty; ``missing`` says why. ``differences`` sets ours against the paper's. Where a method was
+    measured with several modules, each has a row of its own. Raises DataError for two records of one cell: none is averaged.
     """
     paper = published(1).assign(origin="published").set_index(["origin", "method"])
     ours = reproduced(records)
@@ -99,7 +118,8 @@ def table1(records: pd.DataFrame) -> pd.DataFrame:
 def differences(records: pd.DataFrame) -> pd.DataFrame:
     """Published, reproduced and difference of FMbSeg for every column of the paper; what is empty says why."""
     paper = published(1).set_index("method").loc["FMbSeg (paper)"]
-    ours = records[(records.kind == "evaluate") & (records.method == "fmbseg")].drop_duplicates("dataset", keep="last").set_index("dataset")
+    mine = records[(records.kind == "evaluate") & (records.method == "fmbseg")].sort_values("images")
+    ours = mine.drop_duplicates("dataset", keep="last").set_index("dataset")  # the whole split before a quick look
     rows = []
     for column, benchmark in COLUMNS.items():
         target = float(paper[column]) if column in paper.index else None
@@ -137,9 +157,10 @@ def table2(records: pd.DataFrame) -> pd.DataFrame:
 
     For CS-171 published, reproduced (mean over the seeds), difference and why it is empty; then, for every benchmark
     that was measured, mean and spread (sample standard deviation over the seeds). Variants of our own follow the paper's.
+    Raises DataError for two records of one number.
     """
     paper = published(2).set_index(["ablation", "variant"])["CS-171"]
-    runs = records[records.kind.isin(list(ABLATIONS))]
+    runs = _one_each(records[records.kind.isin(list(ABLATIONS))], "kind", "method", "dataset", "images", "param.seed")
     rows = {}
     for kind, known in ABLATIONS.items():
         mine = runs[runs.kind == kind]

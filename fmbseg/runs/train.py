@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +94,7 @@ def prealign(params: RunParams) -> Path:
             )
             made = prealignment.prealign(fresh, items, params)
             described = {"key": key, "images": len(samples), "prealigned": len(samples), "classes": [], "indices": [], "curve": {}}
-            modules.save(path, made, _made_with(params) | described)
+            modules.save(path, made, _made_with(params, sam=False) | described)
     parallel.wait()
     return path
 
@@ -260,7 +261,7 @@ def _description(key: str, result: TrainResult, data: PatchDataset, store: Label
     }
 
 
-def _made_with(params: RunParams) -> dict:
+def _made_with(params: RunParams, sam: bool = True) -> dict:
     """What every module's file says: the models that it belongs to, and the parameters, weights and notes of its training."""
     return {
         "encoder": params.encoder,
@@ -270,7 +271,7 @@ def _made_with(params: RunParams) -> dict:
         "text_average": params.text_average,
         "collection": params.collection,
         "parameters": params.part(LabelParams) | params.part(AlignParams) | {"seed": params.seed},
-        "weights": records.used_weights(params) | {"encoder": Models.of(params).encoder.key},
+        "weights": records.used_weights(params, sam) | {"encoder": Models.of(params).encoder.key},
         "notes": records.notes_of(params),
     }
 
@@ -280,7 +281,8 @@ def train(samples: Sequence[Sample], store: LabelStore, params: RunParams, path:
     path = path or module_path(params)
     result = fit(samples, store, params, path)
     if distributed.rank() == 0 and path == module_path(params):
-        records.of_training(params, result, path).write(records.results_folder(params) / "records", "train")
+        record = records.of_training(params, result, path)
+        records.keep([dataclasses.replace(record, failed=len(samples) - record.images)], params)
     return result
 
 

@@ -34,13 +34,12 @@ def loss_curve(steps: pd.DataFrame, smooth: int = 10) -> Figure:
 
 def table_figure(frame: pd.DataFrame) -> Figure:
     """mIoU of every method as bars, one group a column."""
-    wide = frame.pivot_table(index="dataset", columns="row", values="miou", sort=False)
+    wide = frame.pivot_table(index=["dataset", "images"], columns="row", values="miou", sort=False)
     figure = InlineFigure(figsize=(1.5 + 2.2 * len(wide), 3.4), layout="constrained")
     axis = figure.subplots()
     colours = matplotlib.colormaps["cividis"](np.linspace(0.05, 0.95, wide.shape[1]))
     wide.plot.bar(ax=axis, color=colours, edgecolor="0.3", width=0.8, rot=0)
-    numbers = frame.groupby("dataset")["images"].max()
-    axis.set_xticklabels([f"{name.removeprefix('embedded_')}\nn={int(numbers[name])}" for name in wide.index], fontsize=8)
+    axis.set_xticklabels([f"{name.removeprefix('embedded_')}\nn={int(images)}" for name, images in wide.index], fontsize=8)
     axis.set_ylabel("mIoU (%)")
     axis.set_xlabel("; ".join(sorted(set(frame["notes"]) - {""})), fontsize=8)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
