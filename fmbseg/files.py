@@ -203,7 +203,10 @@ def result_of(path: Path) -> str | None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write named tensors as safetensors, atomically; metadata: text beside them."""
+    """Write named tensors as safetensors, atomically.
+
+    metadata: text beside them, under one name, for safetensors writes several in any order.
+    """
     import safetensors.torch
 
     with atomic_path(path) as part:
@@ -225,6 +228,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
             return {key: stream.get_tensor(key) for key in stream.keys()}, dict(stream.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); delete it and run the step that writes it again") from error
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a safetensors file is there and as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def file_sha256(path: str | Path) -> str:

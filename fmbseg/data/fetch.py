@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
@@ -22,7 +23,7 @@ from typing import IO, TYPE_CHECKING
 import yaml
 
 from fmbseg import files
-from fmbseg.errors import WeightsError
+from fmbseg.errors import DataError, WeightsError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,15 +128,26 @@ def key(name: str) -> str:
     folder = require(name)
     if find(name).repository:
         return folder.name[:16]
-    return files.digest(files.read_json(folder / "manifest.json")["files"])
+    if (hashes := _hashes(folder)) is None:
+        raise WeightsError(f"{name}: its manifest.json is damaged; run: fmbseg fetch {name}")
+    return files.digest(hashes)
 
 
 def verify(weight: Weight) -> list[str]:
     """Names of fetched files that are missing or changed; empty when all is well. Not for hub weights."""
-    hashes = files.read_json(weight.folder / "manifest.json")["files"]
+    if (hashes := _hashes(weight.folder)) is None:
+        return ["manifest.json"]
     return [
         name for name, sha256 in hashes.items() if not (weight.folder / name).is_file() or files.file_sha256(weight.folder / name) != sha256
     ]
+
+
+def _hashes(folder: Path) -> dict[str, str] | None:
+    """Names and SHA-256 of the fetched files; None where the manifest is damaged."""
+    try:
+        return dict(files.read_json(folder / "manifest.json")["files"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _hub_file(weight: Weight) -> Path | None:
@@ -178,9 +190,13 @@ def fetch(weight: Weight, again: bool = False) -> Path | None:
             convert_folder(stage)
             hashes = {str(p.relative_to(stage)): files.file_sha256(p) for p in sorted(stage.rglob("*")) if p.is_file()}
             files.write_json(stage / "manifest.json", {"weight": weight.name, "licence": weight.licence, "files": hashes})
-            if weight.folder.exists():
-                shutil.rmtree(weight.folder)
-            stage.rename(weight.folder)
+            with suppress(FileNotFoundError):
+                weight.folder.rename(Path(name) / "former")
+            try:
+                stage.rename(weight.folder)
+            except OSError:
+                if not is_here(weight):  # else another fetch was first
+                    raise
     except OSError as error:
         raise WeightsError(
             f"{weight.name}: could not be written under {files.home()} ({error}); free some space or set FMBSEG_HOME"

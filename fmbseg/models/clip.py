@@ -217,7 +217,7 @@ def assemble_lit() -> Path:
     projection = Path(str(LIT_PROJECTION))
     text, image = fetch.require("all_minilm_l6_v2"), fetch.require("efficientnet_lite2")
     target = files.home() / "weights" / f"{weights_key(LIT)}.safetensors"
-    if target.is_file():
+    if files.is_whole(target):
         return target
     state = {
         f"visual.trunk.{k}": v for k, v in files.read_tensors(image / "model.safetensors")[0].items() if not k.startswith("classifier")

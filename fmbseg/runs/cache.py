@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.query_sam import QueryMask
 from fmbseg.stage1.windows import Window
 from fmbseg.stage2.distributed import rank
+
+T = TypeVar("T")
 
 VERSIONS = {"clip": 3, "sam": 2, "votes": 2, "queries": 2, "masks": 2, "encoder": 2, "labels": 2, "counts": 3, "module": 3}
 """Version of each kept product: raise it when a change of code changes what the step computes."""
@@ -130,12 +132,21 @@ class Cache:
         key = files.digest(files.sha256_of(image), *self.content)
         return self.folder / f"{Path(image).stem[:80]}-{key}{self.suffix}"
 
-    def get(self, image: str | Path, make: Callable[[Path], Any]) -> Path:
-        """The image's file, made by ``make(path)`` when it is not there yet."""
+    def read(self, image: str | Path, make: Callable[[Path], Any], load: Callable[[Path], T]) -> T:
+        """``load`` of the image's file, which ``make(path)`` writes first where it is missing or damaged."""
         path = self.path(image)
-        if not path.is_file():
+        if (found := kept(path, load)) is None:
             make(path)
-        return path
+            found = load(path)
+        return found
+
+
+def kept(path: Path, load: Callable[[Path], T]) -> T | None:
+    """``load(path)``, or None where the file is missing, truncated or otherwise not what this package writes."""
+    try:
+        return load(path)
+    except (DataError, KeyError, IndexError, TypeError, ValueError):
+        return None
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -159,12 +170,15 @@ def clip_features(path: Path, models: Models, params: FeatureParams) -> ImageFea
         made = features.extract(images.read_image(path), models.clip, params)
         crops = [[c.top, c.left, c.height, c.width] for c in made.crops]
         tensors = {"map": made.map.half(), "tokens": made.tokens.half()}
-        files.write_tensors(target, tensors, {"size": json.dumps(made.size), "crops": json.dumps(crops)})
+        files.write_tensors(target, tensors, {"image": json.dumps({"size": made.size, "crops": crops})})
 
-    kept = Cache("clip", ".safetensors", models.clip.key, params.content(FeatureParams))
-    tensors, metadata = files.read_tensors(kept.get(path, make))
-    crops = tuple(Window(*c) for c in json.loads(metadata["crops"]))
-    return ImageFeatures(tuple(json.loads(metadata["size"])), tensors["map"].float(), tensors["tokens"].float(), crops)
+    def load(target: Path) -> ImageFeatures:
+        tensors, metadata = files.read_tensors(target)
+        image = json.loads(metadata["image"])
+        crops = tuple(Window(*c) for c in image["crops"])
+        return ImageFeatures(tuple(image["size"]), tensors["map"].float(), tensors["tokens"].float(), crops)
+
+    return Cache("clip", ".safetensors", models.clip.key, params.content(FeatureParams)).read(path, make, load)
 
 
 def queries(path: Path, space: LabelSpace, models: Models, params: LabelParams, given: Sequence[int] | None = None) -> list[QueryMask]:
@@ -179,8 +193,8 @@ def queries(path: Path, space: LabelSpace, models: Models, params: LabelParams, 
         made = query_sam.query_masks(image, found, detected, texts, models.sam, params)
         files.write_json(target, [_query_row(q) for q in made])
 
-    kept = Cache("queries", ".json", models.clip.key, models.sam.key, content, space.names, space.prompts, given)
-    return [_query_mask(row) for row in files.read_json(kept.get(path, make))]
+    here = Cache("queries", ".json", models.clip.key, models.sam.key, content, space.names, space.prompts, given)
+    return here.read(path, make, lambda target: [_query_mask(row) for row in files.read_json(target)])
 
 
 def _query_row(query: QueryMask) -> dict[str, Any]:
@@ -213,11 +227,13 @@ def automatic_masks(path: Path, models: Models, params: LabelParams) -> list[Aut
         rows = [{"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found]
         files.write_json(target, rows)
 
-    kept = Cache("masks", ".json", models.sam.key, params.content(MaskParams))
-    return [
-        AutomaticMask(decode_rle(row["mask"]), row["predicted_iou"], row["stability"], tuple(row["point"]))
-        for row in files.read_json(kept.get(path, make))
-    ]
+    def load(target: Path) -> list[AutomaticMask]:
+        return [
+            AutomaticMask(decode_rle(row["mask"]), row["predicted_iou"], row["stability"], tuple(row["point"]))
+            for row in files.read_json(target)
+        ]
+
+    return Cache("masks", ".json", models.sam.key, params.content(MaskParams)).read(path, make, load)
 
 
 def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
@@ -226,12 +242,12 @@ def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
     if not params.keep_embeddings:
         segmenter.set_image(image)
         return image
-    kept = Cache("sam", ".safetensors", segmenter.key).path(path)
-    if kept.is_file():
-        segmenter.set_image(image, files.read_tensors(kept)[0]["embedding"])
+    place = Cache("sam", ".safetensors", segmenter.key).path(path)
+    if (embedding := kept(place, lambda target: files.read_tensors(target)[0]["embedding"])) is not None:
+        segmenter.set_image(image, embedding)
     else:
         segmenter.set_image(image)
-        files.write_tensors(kept, {"embedding": segmenter.embedding})
+        files.write_tensors(place, {"embedding": segmenter.embedding})
     return image
 
 
@@ -253,7 +269,8 @@ def prepare_votes(params: LabelParams, workers: int | None = None) -> None:
         if not chosen:
             print(f"votes are taken as they are: {len(found)} images, and reference_images = {params.reference_images}")
         content = [files.sha256_of(sample.image) for sample in chosen]
-        if not path.is_file() or _reference(path)[1] != content:
+        found = kept(path, _reference)
+        if found is None or found[1] != content:
             work = functools.partial(_crop_tokens, models=Models.of(params), params=FeatureParams(**params.part(FeatureParams)))
             paths = [sample.image for sample in chosen]
             several = workers or getattr(params, "workers", 1)
@@ -282,9 +299,10 @@ def _reference(path: Path) -> tuple[torch.Tensor, list[str]]:
 
 def _prepared(params: LabelParams) -> tuple[torch.Tensor, list[str]]:
     path = _reference_path(params)
-    if not path.is_file():
+    if (found := kept(path, _reference)) is None:
         prepare_votes(params)
-    return _reference(path)
+        found = _reference(path)
+    return found
 
 
 def vote_content(params: LabelParams) -> list[str]:
@@ -318,4 +336,4 @@ def encoder_patches(path: Path, models: Models, params: PatchParams) -> torch.Te
         pixels = torch.from_numpy(images.resize(images.read_image(path), (side, side)))[None].to(models.device)
         files.write_tensors(target, {"patches": models.encoder.encode(pixels)[0].half()})
 
-    return files.read_tensors(encoder_cache(models, params).get(path, make))[0]["patches"]
+    return encoder_cache(models, params).read(path, make, lambda target: files.read_tensors(target)[0]["patches"])

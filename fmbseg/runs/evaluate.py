@@ -229,14 +229,16 @@ def _count(
     counted = []
     for method, key in methods:
         caches = [Cache("counts", ".safetensors", key, space.prompts, space.background, sha) for (_, space), sha in zip(columns, shas)]
-        kept = [one.path(task.image) for one in caches]
-        missing = [c for c, path in enumerate(kept) if not path.is_file()]
+        paths = [one.path(task.image) for one in caches]
+        pairs = [cache.kept(path, lambda one: files.read_tensors(one)[0]["counts"].numpy()) for path in paths]
+        missing = [c for c, found in enumerate(pairs) if found is None]
         predictions = predict(method, [columns[c] for c in missing], params, models, seen) if missing else []
         for c, prediction in zip(missing, predictions):
             counts = Confusion(len(columns[c][1]))
             counts.add(truths[c], prediction)
-            files.write_tensors(kept[c], {"counts": torch.from_numpy(counts.nonzero())})
-        counted.append([files.read_tensors(path)[0]["counts"].numpy() for path in kept])
+            pairs[c] = counts.nonzero()
+            files.write_tensors(paths[c], {"counts": torch.from_numpy(pairs[c])})
+        counted.append(pairs)
     return counted
 
 

@@ -16,7 +16,7 @@ from fmbseg.data import collections, images, label_spaces
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Sample
-from fmbseg.errors import DataError
+from fmbseg.errors import DataError, ImageError
 from fmbseg.models import clip, sam
 from fmbseg.params import CollectionParams, LabelParams, RunParams
 from fmbseg.runs import cache, cluster, parallel
@@ -122,30 +122,38 @@ class LabelStore:
         header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": content(params)}
         self.key = files.digest(header)
         path = self.folder / "labels.json"
-        if path.is_file() and files.read_json(path)["key"] != self.key:
+        key = cache.kept(path, lambda header: files.read_json(header)["key"])
+        if key not in (None, self.key):
             raise DataError(f"{folder}: holds pseudo labels made with other words or parameters; give another folder or delete this one")
-        if not path.is_file():
+        if key is None:
             files.write_json(path, {"key": self.key, **header})
 
     def path(self, sample: Sample) -> Path:
         return self.folder / f"{sample.name}.png"
 
+    def _record(self, sample: Sample) -> Path:
+        return self.folder / f"{sample.name}.json"
+
     def has(self, sample: Sample) -> bool:
-        record = self.folder / f"{sample.name}.json"
-        return self.path(sample).is_file() and record.is_file() and files.read_json(record)["sha256"] == files.sha256_of(sample.image)
+        """Whether this image has a whole pseudo label, made with these words and parameters."""
+        made_of = cache.kept(self._record(sample), lambda record: [files.read_json(record)[k] for k in ("key", "sha256")])
+        if made_of != [self.key, files.sha256_of(sample.image)] or not self.path(sample).is_file():
+            return False
+        try:
+            return bool(self.read(sample).size)
+        except ImageError:
+            return False
 
     def check_images(self, samples: Sequence[Sample]) -> None:
         """Raise DataError where the folder holds the label of another image, from another place, under a name of these."""
         for sample in samples:
-            record = self.folder / f"{sample.name}.json"
-            if not record.is_file():
+            of_image = cache.kept(self._record(sample), lambda record: [files.read_json(record)[k] for k in ("image", "sha256")])
+            if of_image is None:
                 continue
-            there = files.read_json(record)
-            moved = Path(there["image"]).absolute() != sample.image.absolute()
-            if moved and there["sha256"] != files.sha256_of(sample.image):
+            image, sha256 = of_image
+            if Path(image).absolute() != sample.image.absolute() and sha256 != files.sha256_of(sample.image):
                 raise DataError(
-                    f"{self.folder}: holds the label of {there['image']} under the name of {sample.image};"
-                    " give each collection a folder of its own"
+                    f"{self.folder}: holds the label of {image} under the name of {sample.image}; give each collection a folder of its own"
                 )
 
     def write(self, sample: Sample, label: PseudoLabel) -> None:
@@ -153,9 +161,10 @@ class LabelStore:
         images.write_label_map(self.path(sample), label.labels, self.space.palette)
         present = np.unique(label.labels[label.labels != IGNORED])
         files.write_json(
-            self.folder / f"{sample.name}.json",
+            self._record(sample),
             {
                 "image": str(sample.image),
+                "key": self.key,
                 "sha256": files.sha256_of(sample.image),
                 "detected": [{"name": d.name, "votes": d.votes} for d in label.detected],
                 "classes": [self.space.names[k] for k in present],
