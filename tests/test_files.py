@@ -130,6 +130,14 @@ def test_json_comes_back(tmp_path):
     assert list(json.loads(path.read_text(encoding="utf-8"))) == ["b", "a"]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_json_of_a_number_that_is_not_finite_is_not_written(tmp_path, number):
+    path = files.write_json(tmp_path / "x.json", {"a": 1.0})
+    with pytest.raises(DataError, match="x.json: a number to be written there is not finite"):
+        files.write_json(path, {"a": [number]})
+    assert files.read_json(path) == {"a": 1.0} and names(tmp_path) == ["x.json"]
+
+
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00", b"text"])
 def test_damaged_json_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)

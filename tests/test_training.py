@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fmbseg import files
+from fmbseg import cli, files
 from fmbseg.data.images import IGNORED
 from fmbseg.errors import DataError, ParameterError, TrainingError
 from fmbseg.models.encoders import load_encoder
@@ -240,11 +240,29 @@ def test_one_direction_for_every_patch_is_no_module():
     training.train(data, CLASSES, texts, dead, params.model_copy(update={"learning_rate": 0.5}))  # it learns to tell them apart
 
 
+def test_one_class_for_every_patch_is_no_module_unless_the_labels_hardly_hold_another():
+    """Patches differ a little around the first text."""
+    data, texts = collection(empty=())
+    module = fresh()
+    with torch.no_grad():
+        module.module.project.weight.mul_(1e-2)
+        module.module.project.bias.copy_(texts[0])
+    params = AlignParams(module="linear", learning_rate=1e-9, images_per_batch=2, epochs=1)
+    with pytest.raises(TrainingError, match="every patch of the last 4 batches comes out as one and the same class; lower"):
+        training.train(data, CLASSES, texts, module, params)
+    rare = [(x, torch.where(y < 0, y, CLASSES[0])) for x, y in data]
+    rare[0][1][0, 0] = CLASSES[1]
+    training.train(rare, CLASSES, texts, module, params)
+    training.train(data, CLASSES, texts, module, params.model_copy(update={"learning_rate": 0.5, "epochs": 20}))
+
+
 @pytest.mark.parametrize("module", ["linear", "mlp", "transformer"])
 @pytest.mark.parametrize("loss", ["tsupcon", "prototype", "supcon"])
 def test_every_loss_and_module_is_the_one_that_is_set(module, loss):
     """The first step's loss is the named one of the fresh module's patches, with its temperature; and the loss falls."""
     data, texts = collection()
+    for x, labels in data:  # the classes differ
+        x[: len(CLASSES)] += 3 * torch.stack([labels == k for k in CLASSES])
     params = AlignParams(module=module, loss=loss, temperature=0.3, epochs=20, images_per_batch=7, learning_rate=0.05)
     made = training.train(data, CLASSES, texts, fresh(module), params)
     patches, labels = next(iter(training.batches(data, 7, seed=0)))
@@ -464,6 +482,14 @@ def test_a_training_that_fails_leaves_the_module_that_is_there_and_its_last_good
     calm = wild.model_copy(update={"learning_rate": 0.01})
     train.fit(toy.samples, toy.store, calm, path)
     assert path.read_bytes() != before and not modules.checkpoint(path).exists()
+
+
+def test_the_command_of_a_training_that_fails_says_one_sentence(home, tmp_path, capsys):
+    command = ["train", "--profile", "smoke", "--limit", "2", "--set", "learning_rate=1e38", "--set", "epochs=3"]
+    assert cli.main([*command, "--set", "reference_images=0", "--out", str(tmp_path / "m.safetensors")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fmbseg: training stopped: ") and "lower learning_rate" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["m.checkpoint.safetensors"]  # of the step before
 
 
 def test_a_module_of_one_direction_is_never_written_however_often_it_is_tried(toy, quick, home, tmp_path):

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from fmbseg import files
 from fmbseg.data import collections, fetch
 from fmbseg.data.samples import Sample
-from fmbseg.errors import DataError, FmbsegError, ParameterError, TrainingError
+from fmbseg.errors import DataError, FmbsegError, ParameterError
 from fmbseg.params import AlignParams, FeatureParams, LabelParams, ModuleParams, Params, PatchParams, PrealignParams, RunParams
 from fmbseg.runs import cache, modules, parallel, records
 from fmbseg.runs.cache import Models
@@ -176,7 +176,7 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
                 data, classes, texts[list(classes)], start, params, params.seed, params.device, tell, state, keeper.after_batch
             )
         except FmbsegError:
-            with suppress(TrainingError):
+            with suppress(FmbsegError):
                 if bar.n < total:
                     keeper.write()  # the last good state
             raise

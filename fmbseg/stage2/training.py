@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +121,7 @@ def train(
     Under torchrun every rank takes its part of each batch, and all end with the same module.
 
     Raises TrainingError, before the step is done, where the loss or its gradient is not finite, and at the end where the
-    weights are not, or every patch comes out as one and the same direction.
+    weights are not, or every patch comes out as one and the same direction or class.
     """
     started = time.perf_counter() - (state.seconds if state else 0.0)
     row_of, texts = rows_of(classes), texts.to(device)
@@ -144,14 +143,16 @@ def train(
         kept = {f"{i}.{k}": v.cpu().clone() for i, of_one in optimiser.state_dict()["state"].items() for k, v in of_one.items()}
         return TrainState(done, weights, kept, at_start, list(steps), time.perf_counter() - started)
 
-    directions: deque[torch.Tensor] = deque(maxlen=LAST_BATCHES)
+    last: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for epoch in range(max(done - 1, 0) // len(loader), params.epochs):  # the epoch of the last batch that is done
         at_start = loader.generator.get_state()
         loader.batch_sampler.skip = done - epoch * len(loader)
         for patches, labels, *dense in loader:
             maps = network(patches.float().to(device))
             z, y = maps.permute(0, 2, 3, 1).flatten(0, 2), row_of[labels.flatten()]
-            directions.append(z.detach().mean(dim=0))
+            if total - done <= LAST_BATCHES:
+                nearest = (z.detach() @ texts.T).argmax(dim=1)
+                last.append(tuple(distributed.gather(one).cpu() for one in (z.detach().mean(dim=0)[None], y.to(device), nearest)))
             loss, value, count = distributed.batch_loss(loss_of, z, y.to(device), texts, params.negatives == "batch")
             if params.dense_weight:
                 pull = params.dense_weight * anchor(maps, dense[0].to(device))
@@ -172,7 +173,7 @@ def train(
                 on_state(take)
     alignment = alignment.cpu().eval()
     _check_weights(alignment.state_dict(), len(steps))
-    _check_directions(directions)
+    _check_predictions(last)
     return TrainResult(alignment, steps, tuple(classes), time.perf_counter() - started)
 
 
@@ -192,6 +193,9 @@ LAST_BATCHES = 10
 SAME_DIRECTION = 1e-5
 """Mean 1 - cos over all pairs of a batch's patches under which all are one direction but for rounding."""
 
+COMMON = 0.1
+"""Share of the labelled patches from which a class is common: a module that gives all of them one class though two are common is of no use."""
+
 REMEDY = "lower learning_rate, or raise temperature"
 
 
@@ -208,11 +212,23 @@ def _check_weights(weights: Mapping[str, torch.Tensor], step: int) -> None:
         raise TrainingError(f"training stopped: weights are not finite after {step} steps; {REMEDY}")
 
 
-def _check_directions(means: Iterable[torch.Tensor]) -> None:
-    """means: (D,) mean of the unit-norm z of each of the last batches; all z of one are one direction where it is of unit norm."""
-    means = list(means)
-    if means and (1 - torch.stack(means).square().sum(dim=1)).max() < SAME_DIRECTION:
+def _check_predictions(last: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """last: of each of the last batches the means of its unit-norm z, (processes, D), the labels and the nearest texts, (n,) each.
+
+    All z are one direction where their mean is of unit norm.
+    """
+    if not last:
+        return
+    means, labels, nearest = (torch.cat(parts) for parts in zip(*last))
+    same = ""
+    if (1 - means.square().sum(dim=1)).max() < SAME_DIRECTION:
+        same = "direction"
+    labelled = labels >= 0
+    shares = labels[labelled].bincount() / max(int(labelled.sum()), 1)
+    if (shares >= COMMON).sum() > 1 and nearest[labelled].unique().numel() == 1:
+        same = same or "class"
+    if same:
         raise TrainingError(
-            f"training stopped: every patch of the last {len(means)} batches comes out as one and the same direction; {REMEDY},"
+            f"training stopped: every patch of the last {len(last)} batches comes out as one and the same {same}; {REMEDY},"
             " or give images that differ"
         )
