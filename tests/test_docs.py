@@ -43,6 +43,17 @@ def test_every_equation_has_its_function():
     assert all("`fmbseg." in row[2] for row in rows)
 
 
+def test_every_test_that_holds_a_promise_exists():
+    """``tests/FILE.py::NAME`` in docs/reliability.md; ``::NAME`` is of the file named before it."""
+    file, found = None, 0
+    for named, name in re.findall(r"`(tests/\w+\.py)?(?:::(\w+))?`", (ROOT / "docs/reliability.md").read_text()):
+        file = named or file
+        text = (ROOT / file).read_text() if file else ""
+        assert text and f"def {name}(" in text if name else True, f"{file}::{name}"
+        found += bool(name)
+    assert found > 10
+
+
 def test_the_docs_build_without_a_warning_or_a_broken_link(built):
     folder, wrong = built
     assert wrong == []

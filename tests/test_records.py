@@ -12,9 +12,9 @@ from fmbseg.data import label_spaces
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import vit
 from fmbseg.params import TextParams
-from fmbseg.runs import evaluate, records, train
+from fmbseg.runs import evaluate, modules, records, train
 from fmbseg.runs.records import Record
-from fmbseg.schemas import EvaluateRun
+from fmbseg.schemas import EvaluateRun, TrainRun
 
 CHEAP = "dense_high_resolution"
 TEXTS = [
@@ -145,6 +145,11 @@ def test_a_training_says_how_many_took_part_and_with_which_encoder(toy, smoke, m
     assert (record["images"], record["failed"]) == (6, 1)
     assert record["weights"]["encoder"].startswith(params.encoder) and len(record["weights"]["module"]) == 64
     assert set(record["deviations"]) == every_deviation()
+
+
+def test_a_pre_aligned_module_names_the_weights_that_it_used_alone(smoke, own_home):
+    described = modules.load(train.prealign(smoke(TrainRun, profile="records", prealign=True, prealign_limit=2, module="linear")))[1]
+    assert set(described["weights"]) == {"clip", "encoder"}  # SAM need not be here
 
 
 def every_deviation():
