@@ -177,7 +177,7 @@ def key_of(product, world, **changed):
 
     def stopping(*given):
         find = lambda path, *_: stop(real(*given).path(path))  # noqa: E731
-        return SimpleNamespace(path=find, get=find)
+        return SimpleNamespace(path=find, read=find)
 
     with world.patch.context() as patch:
         for module in (cache, evaluate):
