@@ -528,8 +528,11 @@ def test_the_curve_in_a_modules_file_is_bounded_and_whole_beside_it(toy, quick, 
     whole = pd.read_csv(tmp_path / "m.curve.csv")
     assert whole.to_dict("records") == made.steps
     assert files.read_json(tmp_path / "m.json")["protocol"]["steps"] == 12
-    again = train.fit(toy.samples, toy.store, params, path)
-    assert [row["step"] for row in again.steps] == [0, 2, 5, 8, 11] and again.steps[-1] == made.steps[-1]
+    assert train.fit(toy.samples, toy.store, params, path).steps == made.steps
+    for other in (b"", b"step,loss\n0,1.5\n"):  # damaged, or another module's
+        (tmp_path / "m.curve.csv").write_bytes(other)
+        again = train.fit(toy.samples, toy.store, params, path)
+        assert [row["step"] for row in again.steps] == [0, 2, 5, 8, 11] and again.steps[-1] == made.steps[-1]
 
 
 def test_weights_that_are_not_finite_are_refused_where_they_are_read(toy, home, tmp_path):

@@ -142,7 +142,8 @@ class Segmenter(segmenter.Segmenter):
         """A trained module with the encoder and the image-text model that it was trained with.
 
         path: the module's file; none: the embedded profile's own, else the one that comes with the repository. templates,
-        average: of the words at test time, as ``class_texts`` has them; none: what it was trained with. Raises DataError where there is no module.
+        average: of the words at test time, as ``class_texts`` has them; none: what it was trained with.
+        Raises DataError where there is no module.
         """
         path = path or default("embedded")
         module, described = load(path)

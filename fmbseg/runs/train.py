@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +186,7 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
         started = modules.load(initial)[1] if initial else {}
         in_use = path == module_path(params)
         if len(result.steps) > CURVE_ROWS:
-            with files.atomic_path(path.with_name(f"{path.stem}.curve.csv")) as part:
+            with files.atomic_path(_curve(path)) as part:
                 pd.DataFrame(result.steps).to_csv(part, index=False)
         modules.save(path, result.alignment, described | {"prealigned": started.get("prealigned", 0)}, keep_former=in_use)
         records.of_training(params, result, path).write(path.parent, path.stem)
@@ -246,9 +247,18 @@ def _read(path: Path, key: str) -> TrainResult | None:
         if described["key"] != key:
             return None
         steps = pd.DataFrame(described["curve"]).to_dict("records")
+        if len(steps) == CURVE_ROWS and _curve(path).is_file():
+            whole = cache.kept(_curve(path), lambda file: pd.read_csv(file).to_dict("records"))
+            if whole and whole[-1].keys() == steps[-1].keys() and math.isclose(whole[-1]["loss"], steps[-1]["loss"]):
+                steps = whole
         return TrainResult(made, steps, tuple(described["indices"]), modules.seconds(path))
     except (DataError, KeyError):
         return None
+
+
+def _curve(path: Path) -> Path:
+    """Where the whole loss curve of a module lies, if its file holds a part of it only."""
+    return path.with_name(f"{path.stem}.curve.csv")
 
 
 def _description(key: str, result: TrainResult, data: PatchDataset, store: LabelStore, params: RunParams) -> dict:
