@@ -220,7 +220,7 @@ def test_the_tables_count_masks_and_labels(pool, params, own_home):
 
 def test_image_level_names_take_the_place_of_detection(pool, smoke, own_home, tmp_path):
     file = tmp_path / "names.json"
-    file.write_text(json.dumps({s.image.stem: ["cat", "dragon"] for s in pool}))
+    file.write_text(json.dumps({s.image.stem: ["Cat", "dragon"] for s in pool}))
     space = label_spaces.vocabulary("voc21")
     params = smoke(LabelParams, image_level_names=str(file), reference_images=0)
     assert label.given_labels(pool[0], space, params) == (space.names.index("cat"),)

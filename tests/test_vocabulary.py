@@ -8,6 +8,7 @@ from fmbseg.data.label_spaces import background_words, label_space, own_words
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import texts as texts_of
 from fmbseg.models.texts import ClassTexts, class_texts
+from fmbseg.stage2 import segmenter
 
 SIZES = {
     "voc21": 21,
@@ -124,6 +125,8 @@ def test_own_words():
         ([" ", ""], "no word given"),
         (["cat", "dog", " cat"], "given more than once: cat;"),
         ("cat,dog,cat", "given more than once: cat;"),
+        (["Traffic Light", "traffic  light"], "given more than once: Traffic Light, traffic light;"),
+        (["cafe\u0301", "caf\u00e9"], "given more than once"),
         (["cat", 3], "give words as text"),
         (["cat", None], "give words as text"),
         ([f"word {i}" for i in range(255)], "255 words; label maps hold at most 254"),
@@ -158,6 +161,55 @@ def test_vocabulary_from_a_text_file(tmp_path):
         label_spaces.vocabulary(str(path))
     with pytest.raises(DataError, match="none.txt: no such file"):
         label_spaces.vocabulary(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("coding, start", [("utf-8", ""), ("utf-8-sig", ""), ("utf-8", " \r\n\r\n")])
+@pytest.mark.parametrize("end", ["", "\r\n", "\n\n \n"])
+def test_words_of_a_file_are_its_lines_in_any_spelling_of_utf_8(tmp_path, coding, start, end):
+    path = tmp_path / "words.txt"
+    path.write_bytes((start + "caf\u00e9\r\n traffic \t light" + end).encode(coding))
+    assert label_spaces.read_words(path) == ["caf\u00e9", "traffic light"]
+    if start:
+        with pytest.raises(DataError, match="words.txt: line 1 is blank"):
+            label_spaces.read_words(path, numbered=True)
+    else:
+        assert label_spaces.read_words(path, numbered=True) == ["caf\u00e9", "traffic light"]
+
+
+@pytest.mark.parametrize("coding", ["latin-1", "utf-16", "utf-16-le"])
+def test_another_encoding_is_refused(tmp_path, coding):
+    path = tmp_path / "words.txt"
+    path.write_bytes("caf\u00e9\ncat".encode(coding))
+    with pytest.raises(DataError, match="words.txt: not UTF-8 text .*; save it as UTF-8"):
+        label_spaces.vocabulary(str(path))
+    with pytest.raises(DataError, match=f"{tmp_path}: cannot be read"):
+        label_spaces.read_words(tmp_path)
+
+
+def test_words_are_compared_in_one_form(tmp_path):
+    assert label_spaces.normal(" Traffic\u00a0 LIGHT ") == "traffic light" and label_spaces.normal("stra\u00dfe") == "strasse"
+    assert label_spaces.is_background("__Background__") and not label_spaces.is_background("back ground")
+    voc = label_space("voc21").with_background_words(("Sky", "CAT", " Potted  Plant", "TVmonitor"))
+    assert voc.prompts[0] == ("Sky",)  # a class by its name or by its words
+    with pytest.raises(ParameterError, match="voc21: every background word is a class of its own"):
+        label_space("voc21").with_background_words(("Cat",))
+    assert segmenter.words_space("Cat, sofa", "wall").names == ("background", "Cat", "sofa")
+    for classes, background in (("Cat, sofa", "cat"), ("cat, Background", "wall")):
+        with pytest.raises(ParameterError, match="background: also among the classes: (Cat|Background);"):
+            segmenter.words_space(classes, background)
+
+
+@pytest.mark.parametrize("name, most", [("random:ViT-B-32", 77), ("lit-efficientnet-lite2-minilm", 64)])
+def test_a_name_that_the_text_tower_cannot_read_to_its_end_is_refused(name, most):
+    """Two long names of one beginning would be one class."""
+    from fmbseg.models.clip import load_clip
+
+    clip = load_clip(name)
+    fits = "cat " * (most - 3) + "dog"  # with the two tokens that begin and end a text
+    one, other = clip.encode_text([fits, fits.replace("dog", "car")])
+    assert (one - other).abs().max() > 1e-4
+    with pytest.raises(ParameterError, match=f"^'cat cat .*longer than the {most} tokens that .* reads of a text; shorten the name"):
+        clip.encode_text(["dog", f"{fits} dog"])
 
 
 @pytest.mark.parametrize("text", ["", "voc21+", "voc21+none"])

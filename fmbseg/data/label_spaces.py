@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +21,39 @@ from fmbseg.errors import DataError, ParameterError
 
 MAX_CLASSES = 254
 """Label maps are 8-bit, and 255 is ignored."""
+
+
+def normal(word: str) -> str:
+    """The form in which words are compared wherever two lists meet: Unicode NFKC, no case, one space between words."""
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold()).split())
+
+
+def is_background(word: str) -> bool:
+    """Whether a class is called background, in any spelling ("Background", "_background_")."""
+    return normal(word.strip("_ ")) == "background"
+
+
+def read_words(path: str | Path, numbered: bool = False) -> list[str]:
+    """The words of a text file, one a line: UTF-8, with or without byte-order mark; spaces at the ends do not count.
+
+    numbered: whether a line's number is its class, as in classes.txt: a blank line between two words is then refused; else
+    blank lines are left out. Raises DataError for it, for another encoding and for a file that cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start + 1}); save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a text file with a word a line") from error
+    if "\0" in text:
+        raise DataError(f"{path}: not UTF-8 text (it holds zero bytes, as UTF-16 does); save it as UTF-8")
+    lines = [" ".join(line.split()) for line in text.rstrip().split("\n")]
+    if numbered and "" in lines[:-1]:
+        line = lines.index("") + 1
+        raise DataError(
+            f"{path}: line {line} is blank, and line n names class n - 1; name that class, or remove the line if no class is meant"
+        )
+    return [word for word in lines if word]
 
 
 @dataclass(frozen=True)
@@ -63,12 +98,15 @@ class LabelSpace:
     def with_background_words(self, words: Sequence[str]) -> LabelSpace:
         """Class 0 prompted by these words instead of its own name; nothing changes where there is no background.
 
-        A word that is a class of its own (COCO-Object's "bed") is left out.
+        A word that is a class of its own (COCO-Object's "bed") is left out. Raises ParameterError when none remains.
         """
         if not self.background:
             return self
-        own = {word for prompts in self.prompts[1:] for word in prompts}
-        return LabelSpace(self.name, self.names, (tuple(w for w in words if w not in own), *self.prompts[1:]), self.palette, True)
+        own = {normal(word) for prompts in (self.names[1:], *self.prompts[1:]) for word in prompts}
+        kept = tuple(word for word in words if normal(word) not in own)
+        if not kept:
+            raise ParameterError(f"{self.name}: every background word is a class of its own; give others, or background_words = name")
+        return LabelSpace(self.name, self.names, (kept, *self.prompts[1:]), self.palette, True)
 
 
 def palette(count: int) -> np.ndarray:
@@ -145,9 +183,9 @@ def own_words(words: Sequence[str], name: str = "words") -> LabelSpace:
     cleaned = [word for word in cleaned if word]
     if not cleaned:
         raise ParameterError(f'{name}: no word given; give at least one, such as "cat, sofa"')
-    repeated = sorted({word for word in cleaned if cleaned.count(word) > 1})
-    if repeated:
-        raise ParameterError(f"{name}: given more than once: {', '.join(repeated)}; give every word once")
+    times = Counter(normal(word) for word in cleaned)
+    if repeated := sorted({word for word in cleaned if times[normal(word)] > 1}):
+        raise ParameterError(f"{name}: given more than once: {', '.join(repeated)}; give every word once (case does not count)")
     if len(cleaned) > MAX_CLASSES:
         raise ParameterError(f"{name}: {len(cleaned)} words; label maps hold at most {MAX_CLASSES}")
     return LabelSpace(name, tuple(cleaned), tuple((word,) for word in cleaned), palette(len(cleaned)))
@@ -163,11 +201,11 @@ def vocabulary(text: str, words: str = "ours") -> LabelSpace:
         path = Path(text)
         if not path.is_file():
             raise DataError(f"{path}: no such file; give a text file with a word a line")
-        try:
-            return own_words(path.read_text(encoding="utf-8").splitlines(), path.name)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+        return own_words(read_words(path), path.name)
     spaces = [label_space(part.strip()).worded(words) for part in text.split("+")]
     if len(spaces) == 1:
         return spaces[0].without_background(text) if spaces[0].background else spaces[0]
-    return own_words(list(dict.fromkeys(p[0] for s in spaces for p in s.prompts[int(s.background) :])), text)
+    own: dict[str, str] = {}
+    for prompts in (p for s in spaces for p in s.prompts[int(s.background) :]):
+        own.setdefault(normal(prompts[0]), prompts[0])
+    return own_words(list(own.values()), text)

@@ -111,8 +111,18 @@ class ImageText:
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str], unit: bool = True) -> torch.Tensor:
         """(N, D) text features of N prompts, of unit norm or as the text tower gives them."""
-        features = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device)).float()
+        features = self.model.encode_text(self._tokens(prompts).to(self.device)).float()
         return F.normalize(features, dim=-1) if unit else features
+
+    def _tokens(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(B, length) token ids. Raises ParameterError for a text that the tower would read the beginning of."""
+        length = self.tokenizer.context_length
+        ids = self.tokenizer(list(prompts), context_length=length + 1)  # one more, which only a text that is too long reaches
+        over = ~torch.isin(ids[:, length - 1], self.tokenizer([""], context_length=length))
+        if over.any():
+            text = prompts[int(over.nonzero()[0])]
+            raise ParameterError(f"{text[:60]!r}...: longer than the {length} tokens that {self.key} reads of a text; shorten the name")
+        return ids[:, :length]
 
     @torch.inference_mode()
     def encode_crops(self, crops: torch.Tensor, path: DensePath = "value", residual: bool = False) -> CropFeatures:

@@ -98,8 +98,9 @@ def given_labels(sample: Sample, space: LabelSpace, params: LabelParams) -> tupl
     names = _image_level_names(params.image_level_names, files.sha256_of(params.image_level_names))
     if sample.image.stem not in names:
         raise DataError(f"{sample}: has no entry in {params.image_level_names}; add its names, or an empty list")
-    classes = {word: k for k, words in enumerate(space.prompts) for word in (space.names[k], *words)}
-    return tuple(sorted({classes[name] for name in names[sample.image.stem] if name in classes}))
+    classes = {label_spaces.normal(word): k for k, words in enumerate(space.prompts) for word in (space.names[k], *words)}
+    given = {label_spaces.normal(str(name)) for name in names[sample.image.stem]}
+    return tuple(sorted({classes[name] for name in given if name in classes}))
 
 
 @functools.lru_cache(maxsize=4)

@@ -225,8 +225,8 @@ def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | 
     if background is None:
         return space
     others = label_spaces.own_words(background, "background")
-    both = sorted(set(space.names) & set(others.names))
-    if both:
+    taken = {label_spaces.normal(word) for word in others.names}
+    if both := [word for word in space.names if label_spaces.normal(word) in taken or label_spaces.is_background(word)]:
         raise ParameterError(f"background: also among the classes: {', '.join(both)}; give every word once")
     colours = np.concatenate([np.zeros((1, 3), np.uint8), space.palette])
     return LabelSpace("words", ("background", *space.names), (others.names, *space.prompts), colours, True)
