@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -143,10 +144,12 @@ def refusal(error, *arguments):
 
 
 def test_missing_parts_are_one_sentence(root):
-    (root / VOC12 / "SegmentationClass/a_1.png").unlink()
-    assert "a_1.jpg: has no mask at" in refusal(DataError, "voc20", str(root))
-    (root / VOC10 / "JPEGImages/a_1.jpg").unlink()
-    assert "the split names 1 images that are not there, such as a_1" in refusal(DataError, "context60", str(root))
+    for stem in ("b_1", "a_1"):
+        (root / VOC12 / f"SegmentationClass/{stem}.png").unlink()
+        (root / VOC10 / f"JPEGImages/{stem}.jpg").unlink()
+    assert "b_1.jpg: has no mask at" in refusal(DataError, "voc20", str(root))
+    message = refusal(DataError, "context60", str(root))
+    assert f"the split names 2 images of 2 that are not there, such as {root / VOC10}/JPEGImages/b_1.jpg" in message
     (root / VOC10 / "ImageSets/SegmentationContext/val.txt").unlink()
     message = refusal(DataError, "context59", str(root))
     assert "split VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt; it comes as VOCtrainval_03-May-2010.tar" in message
@@ -155,6 +158,16 @@ def test_missing_parts_are_one_sentence(root):
     assert "has no mask at" in refusal(DataError, "cityscapes19", str(root))
     next((root / "coco/images").rglob("*.jpg")).unlink()
     assert "no image found" in refusal(DataError, "coco_stuff171", str(root))
+
+
+def test_one_missing_mask_or_image_of_a_split_leaves_the_others(root):
+    (root / VOC12 / "SegmentationClass/b_1.png").unlink()
+    (root / VOC10 / "JPEGImages/b_1.jpg").unlink()
+    for name, error in (("voc21", DataError), ("context60", ImageError)):
+        lost, other = benchmarks.load_benchmark(name, str(root)).samples
+        assert other.truth().shape == (8, 10)
+        with pytest.raises(error, match="b_1"):
+            lost.truth()
 
 
 @pytest.mark.parametrize("name", list(benchmarks.LAYOUTS))
@@ -177,7 +190,7 @@ def folder(tmp_path):
     for stem in ("b", "a"):
         write_image(folder / "images" / f"{stem}.jpg")
         write_mask(folder / "masks" / f"{stem}.png", [0, 1, 2, 255, 0, 0, 0, 0, 0, 0])
-    (folder / "classes.txt").write_text("cat\nsofa\n\nrug \n")
+    (folder / "classes.txt").write_text("cat\nsofa\nrug \n\n")
     return folder
 
 
@@ -198,10 +211,15 @@ def test_class_0_named_background_is_background(folder):
 
 def test_incomplete_folder_is_one_sentence(folder, tmp_path):
     assert "has no images" in refusal(DataError, f"folder:{tmp_path / 'none'}")
-    (folder / "masks/a.png").unlink()
-    assert "a.jpg: has no mask" in refusal(DataError, f"folder:{folder}")
+    shutil.move(folder / "masks/a.png", folder / "masks/a_mask.png")
+    a, b = benchmarks.load_benchmark(f"folder:{folder}").samples
+    assert b.truth().shape == (8, 10)
+    with pytest.raises(DataError, match="a.jpg: has no mask at .*masks/a.png"):
+        a.truth()
+    shutil.move(folder / "masks/b.png", folder / "masks/b_mask.png")
+    assert "a.jpg: has no mask at" in (said := refusal(DataError, f"folder:{folder}")) and "nor have 1 more of 2 images" in said
     (folder / "classes.txt").write_text("\n")
-    assert "no word given" in refusal(ParameterError, f"folder:{folder}")
+    assert "no word given" in refusal(DataError, f"folder:{folder}")
     (folder / "classes.txt").unlink()
     assert "has no classes.txt" in refusal(DataError, f"folder:{folder}")
 
@@ -354,12 +372,12 @@ def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
 
 
 def lines_of(report):
-    return {line.split()[1]: line for line in report.splitlines() if line.startswith(("  ok", "  missing"))}
+    return {line.split()[1]: line for line in report.splitlines() if line.startswith(("  ok", "  missing", "  check"))}
 
 
 def test_doctor_counts_what_is_here_and_names_what_is_missing(root):
     shutil.copytree(root / "camvid", root / "mine")
-    (root / "mine/classes.txt").write_text("a\nb\n")
+    (root / "mine/classes.txt").write_text("a\nb\nc\n")
     shutil.rmtree(root / VOC10 / "SegmentationClassContext")
     shutil.rmtree(root / "cityscapes")
     (root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png").unlink()
@@ -373,7 +391,7 @@ def test_doctor_counts_what_is_here_and_names_what_is_missing(root):
     assert "3 images are here; no masks VOCdevkit/VOC2010/SegmentationClassContext   ->" in told["context60"]
     assert "no images cityscapes/leftImg8bit/val, masks cityscapes/gtFine/val" in told["cityscapes19"]
     assert "ADE_val_00000001.jpg: has no mask at" in told["ade150"]
-    assert "1 images, 2 classes" in told["folder:mine"] and "train2017.zip" in told["coco_stuff_train"]
+    assert "1 images, 3 classes" in told["folder:mine"] and "train2017.zip" in told["coco_stuff_train"]
     sources = report.partition("official sources")[2]
     assert "VOCtrainval_03-May-2010.tar" in sources and "gtFine_trainvaltest.zip" in sources
     assert "VOCtrainval_11-May-2012.tar" not in sources and "ADEChallengeData2016.zip" not in sources
@@ -383,6 +401,50 @@ def test_doctor_counts_what_is_here_and_names_what_is_missing(root):
 def test_the_doctor_command_takes_the_folder(option, root, capsys):
     assert cli.main(["doctor", option, str(root)]) == 0
     assert "2 of the official 1449 images, 21 classes" in capsys.readouterr().out
+
+
+def test_doctor_survives_every_bad_folder(root, monkeypatch):
+    """And says of each what is wrong; nothing that one folder holds hides the others."""
+    sets = ("good", "blank", "latin", "image_for_folder", "half", "unseen", "no_classes", "wrong_size")
+    for name in sets:
+        for stem in ("b", "a"):
+            write_image(root / name / "images" / f"{stem}.jpg")
+            write_mask(root / name / "masks" / f"{stem}.png", [0, 1, 2, 255, 0, 0, 0, 0, 0, 0])
+        (root / name / "classes.txt").write_text("cat\nsofa\nrug\n")
+    (root / "blank/classes.txt").write_text("cat\n\nrug\n")
+    (root / "latin/classes.txt").write_bytes("caf\u00e9\nsofa\nrug\n".encode("latin-1"))
+    shutil.rmtree(root / "image_for_folder/images")
+    write_image(root / "image_for_folder/images.jpg")
+    shutil.move(root / "image_for_folder/images.jpg", root / "image_for_folder/images")
+    (root / "half/masks/b.png").unlink()
+    (root / "unseen/classes.txt").write_text("cat\nsofa\nrug\nlamp\n")
+    (root / "no_classes/classes.txt").unlink()
+    write_mask(root / "wrong_size/masks/b.png", [0, 1, 2])
+    (root / VOC12 / "SegmentationClass/b_1.png").unlink()
+    (root / "locked").mkdir()
+    access, listed = os.access, os.path.exists
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and access(path, mode))
+    monkeypatch.setattr(os.path, "exists", lambda path: "locked" not in str(path) and listed(path))
+    told = lines_of(doctor.report(str(root)))
+    assert {name: told[f"folder:{name}"].split()[0] for name in (*sets, "locked")} == dict(
+        good="ok", blank="missing", latin="missing", image_for_folder="missing", half="check", unseen="check", no_classes="missing",
+        wrong_size="check", locked="missing",
+    )  # fmt: skip
+    for name, sentence in {
+        "blank": "line 2 is blank",
+        "latin": "not UTF-8 text (byte 4); save it as UTF-8",
+        "image_for_folder": "no such folder",
+        "half": "1 of 2 masks cannot be used, such as b.jpg: has no mask at",
+        "unseen": "no counted mask holds lamp;",
+        "no_classes": "has no classes.txt",
+        "wrong_size": "the mask is 3 x 8 pixels and its image 10 x 8",
+    }.items():
+        assert sentence in told[f"folder:{name}"], name
+    assert "1 of the official 1449 images, 21 classes" in told["voc21"] and "1 images or masks are not there" in told["voc21"]
+
+
+def test_doctor_takes_the_folder_data_set_itself(folder):
+    assert "2 images, 3 classes" in lines_of(doctor.report(str(folder)))["folder:mine"]
 
 
 def test_doctor_without_a_data_root_names_every_source():

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmbseg.data import images
-from fmbseg.errors import ImageError
+from fmbseg.data import benchmarks, images
+from fmbseg.errors import DataError, ImageError
+from fmbseg.params import EvaluateParams, make
+from fmbseg.runs import evaluate
+from fmbseg.schemas import EvaluateRun
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 24, 3), dtype=np.uint8)
 
@@ -130,6 +133,102 @@ def test_of_a_damaged_file_only_an_image_error_comes_out(tmp_path):
                     assert i % 4 or read is images.read_mask, "the EXIF block alone spoils no image"
                     assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
     assert all(30 < read < 1900 for read in outcomes.values()), outcomes
+
+
+# ---------------------------------------------------------------- class lists and masks
+
+
+COLUMNS = [0, 1, 2, 3] * 4
+
+
+@pytest.fixture
+def folder_set(tmp_path):
+    """Makes a folder data set: its classes.txt by bytes, and what its masks hold in columns."""
+
+    def make(name, classes=b"grass\ntree\ncow\nsky\n", columns=(COLUMNS, COLUMNS[::-1], COLUMNS), mode="L"):
+        folder = tmp_path / name
+        for part in ("images", "masks"):
+            (folder / part).mkdir(parents=True)
+        for i, column in enumerate(columns):
+            shade = np.arange(16, dtype=np.uint8)[:, None, None] * (5 + i)
+            Image.fromarray(np.broadcast_to(shade, (16, 16, 3)).copy()).save(folder / f"images/{i}.png")
+            Image.fromarray(np.tile(np.array(column, np.uint8), (16, 1))).convert(mode).save(folder / f"masks/{i}.png")
+        (folder / "classes.txt").write_bytes(classes)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def measured(smoke, own_home, tmp_path):
+    """The frame of the dense row on folder data sets, by tiny random models."""
+
+    def measure(*folders):
+        names = [f"folder:{folder}" for folder in folders]
+        params = smoke(EvaluateRun, profile="smoke", methods=["dense"], benchmarks=names, results_dir=str(tmp_path / "results"))
+        return evaluate.evaluate(evaluate.find_benchmarks(names), params)
+
+    return measure
+
+
+def test_a_blank_line_shifts_no_class(folder_set):
+    with pytest.raises(DataError, match=r"blank/classes.txt: line 3 is blank, and line n names class n - 1; .*"):
+        benchmarks.folder_set(folder_set("blank", b"grass\ntree\n\nsky\n"))
+    ends = benchmarks.folder_set(folder_set("ends", b"grass\r\n tree \r\ncow\r\nsky\r\n\r\n \r\n"))
+    assert ends.space.names == benchmarks.folder_set(folder_set("plain")).space.names
+
+
+def test_every_spelling_of_background_is_one_class(folder_set):
+    spellings = (b"background", b"Background", b"\xef\xbb\xbfbackground", b"_background_", b"BACKGROUND ")
+    folders = [folder_set(f"set{i}", spelling + b"\ntree\ncow\nsky\n") for i, spelling in enumerate(spellings)]
+    spaces = [benchmarks.folder_set(folder).space for folder in folders]
+    assert all(space.background and space.names == ("background", "tree", "cow", "sky") for space in spaces)
+    assert all(space.prompts == spaces[0].prompts for space in spaces)
+    params = make(EvaluateParams, {})
+    measured_as = [evaluate.protocol_space(benchmarks.folder_set(folder), params).prompts for folder in [*folders, folder_set("plain")]]
+    assert measured_as[:-1] == measured_as[:1] * 5 and measured_as[-1] != measured_as[0]
+    with pytest.raises(DataError, match="line 2 is 'Background', which is class 0 or none; put it first"):
+        benchmarks.folder_set(folder_set("second", b"tree\nBackground\ncow\nsky\n"))
+
+
+@pytest.mark.parametrize(
+    "name, classes, columns, mode, sentence",
+    [
+        ("binary", b"background\ncow\n", [[0, 255] * 8] * 3, "L", "hold 0 and 255 alone, and 255 is ignored, so 'cow' never counts"),
+        ("from_one", b"grass\ntree\n", [[1, 2] * 8, [1] * 16, [1] * 16], "L", "count from 1 (id 2 occurs, 0 never)"),
+        ("colours", b"grass\ntree\n", [[0, 1] * 8] * 3, "RGB", "3 of 3 masks looked at cannot be read, such as"),
+        ("past", b"grass\ntree\n", [[0, 1] * 8, [0, 128] * 8, [0, 64] * 8], "L", "hold ids past 1, such as 128"),
+    ],
+)
+def test_masks_that_are_coded_otherwise_are_refused(folder_set, name, classes, columns, mode, sentence):
+    with pytest.raises(DataError) as caught:
+        benchmarks.folder_set(folder_set(name, classes, columns, mode))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sound_masks_are_taken_as_they_are(folder_set):
+    for name, columns in {
+        "one_bad": [[0, 1] * 8, [0, 2] * 8, [1] * 16],
+        "ignored": [[0, 255] * 8, [1] * 16],
+        "rare": [[0] * 16] * 3,
+    }.items():
+        found = benchmarks.folder_set(folder_set(name, b"grass\ntree\n", columns))
+        np.testing.assert_array_equal(found.samples[0].truth()[0], columns[0])
+
+
+def test_a_class_that_no_mask_holds_is_said(folder_set, measured, capsys):
+    measured(folder_set("unseen", b"grass\ntree\ncow\nsky\nhorse\n"), folder_set("plain"))
+    said = capsys.readouterr().err
+    assert "unseen: no counted mask holds horse;" in said and "plain: no counted" not in said
+
+
+def test_one_missing_mask_is_a_failure_of_one_image(folder_set, measured, capsys):
+    folder = folder_set("gap")
+    (folder / "masks/1.png").unlink()
+    frame = measured(folder)
+    assert frame["images"][0] == 2 and frame["failed"][0] == 1
+    captured = capsys.readouterr()
+    assert f"1.png: has no mask at {folder / 'masks/1.png'}" in captured.out + captured.err
 
 
 # ---------------------------------------------------------------- folders of images

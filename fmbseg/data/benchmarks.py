@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from fmbseg.data import embedded, images, label_spaces
 from fmbseg.data.embedded import EMBEDDED
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace, label_space
 from fmbseg.data.samples import Dataset, Sample, Table, lookup, read_index, shifted
-from fmbseg.errors import DataError, ParameterError
+from fmbseg.errors import DataError, ImageError, ParameterError
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,31 @@ class Layout:
         return sum(1 for _ in (root / self.folder).glob(self.pattern))
 
 
-def pair(paths: Sequence[Path], mask_of: Callable[[Path], Path], table: Table) -> Iterator[Sample]:
-    """Samples of images with their masks; table: raw id of a mask -> class. Raises DataError for an image without a mask."""
-    for path in paths:
-        mask = mask_of(path)
-        if not mask.is_file():
-            raise DataError(f"{path.name}: has no mask at {mask}; every image of the split needs one")
-        yield Sample(path.stem, path, functools.partial(read_index, mask, table, path))
+def pair(paths: Sequence[Path], mask_of: Callable[[Path], Path], table: Table) -> list[Sample]:
+    """Samples of images with their masks; table: raw id of a mask -> class.
+
+    An image whose mask is missing fails when its truth is read. Raises DataError where more than half have none: the masks
+    are elsewhere.
+    """
+    masks = [mask_of(path) for path in paths]
+    if 2 * len(missing := [(p, m) for p, m in zip(paths, masks) if not m.is_file()]) > len(paths):
+        path, mask = missing[0]
+        raise DataError(f"{path.name}: has no mask at {mask}, nor have {len(missing) - 1} more of {len(paths)} images; put them there")
+    return [Sample(p.stem, p, functools.partial(read_index, m, table, p), m) for p, m in zip(paths, masks)]
 
 
 def _of_split(base: Path, split: str) -> list[Path]:
-    """The images of a VOC split file, in its order."""
-    stems = (base / split).read_text(encoding="utf-8").split()
+    """The images of a VOC split file, in its order. Raises DataError where more than half are not there."""
+    stems = [stem for line in label_spaces.read_words(base / split) for stem in line.split()]
     found = [base / "JPEGImages" / f"{stem}.jpg" for stem in stems]
-    missing = [path.stem for path in found if not path.is_file()]
-    if missing:
-        raise DataError(f"{base / split}: the split names {len(missing)} images that are not there, such as {missing[0]}")
+    if 2 * len(missing := [path for path in found if not path.is_file()]) > len(found):
+        raise DataError(f"{base / split}: the split names {len(missing)} images of {len(found)} that are not there, such as {missing[0]}")
     return found
 
 
 def _voc(split: str, masks: str, classes: int, base: Path, space: LabelSpace) -> list[Sample]:
     table = lookup({raw: raw for raw in range(classes + 1)}) if space.background else shifted(classes)
-    return list(pair(_of_split(base, split), lambda p: base / masks / f"{p.stem}.png", table))
+    return pair(_of_split(base, split), lambda p: base / masks / f"{p.stem}.png", table)
 
 
 def _coco(base: Path, space: LabelSpace) -> list[Sample]:
@@ -76,12 +82,12 @@ def _coco(base: Path, space: LabelSpace) -> list[Sample]:
         raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items() if index != IGNORED}
         raw_ids[IGNORED] = stuff
     table = lookup(raw_ids, known=range(182))
-    return list(pair(sorted(base.glob("images/val2017/*.jpg")), lambda p: base / "annotations/val2017" / f"{p.stem}.png", table))
+    return pair(sorted(base.glob("images/val2017/*.jpg")), lambda p: base / "annotations/val2017" / f"{p.stem}.png", table)
 
 
 def _ade(base: Path, space: LabelSpace) -> list[Sample]:
     paths = sorted(base.glob("images/validation/*.jpg"))
-    return list(pair(paths, lambda p: base / "annotations/validation" / f"{p.stem}.png", shifted(150)))
+    return pair(paths, lambda p: base / "annotations/validation" / f"{p.stem}.png", shifted(150))
 
 
 def _cityscapes(base: Path, space: LabelSpace) -> list[Sample]:
@@ -89,17 +95,17 @@ def _cityscapes(base: Path, space: LabelSpace) -> list[Sample]:
         return base / "gtFine/val" / path.parent.name / f"{path.stem.removesuffix('_leftImg8bit')}_gtFine_labelIds.png"
 
     table = lookup(label_spaces.assets()["id_maps"]["cityscapes19_ids"], known=range(34))
-    return list(pair(sorted(base.glob("leftImg8bit/val/*/*_leftImg8bit.png")), mask_of, table))
+    return pair(sorted(base.glob("leftImg8bit/val/*/*_leftImg8bit.png")), mask_of, table)
 
 
 def _camvid(base: Path, space: LabelSpace) -> list[Sample]:
     """A folder data set whose classes.txt spells the classes CamVid's way, in any order."""
     spelled = label_spaces.assets()["id_maps"]["camvid11_names"]
-    given = (base / "classes.txt").read_text(encoding="utf-8").split()
-    if unknown := [name for name in given if name not in spelled]:
+    given = label_spaces.read_words(base / "classes.txt", numbered=True)
+    if unknown := [name for name in given if label_spaces.normal(name) not in spelled]:
         raise DataError(f"{base / 'classes.txt'}: {unknown[0]!r} is no class of CamVid's 11; they are {', '.join(spelled)}")
-    table = lookup({raw: space.names.index(spelled[name]) for raw, name in enumerate(given)})
-    return list(pair(images.find_images(base / "images"), lambda p: base / "masks" / f"{p.stem}.png", table))
+    table = lookup({raw: space.names.index(spelled[label_spaces.normal(name)]) for raw, name in enumerate(given)})
+    return pair(images.find_images(base / "images"), lambda p: base / "masks" / f"{p.stem}.png", table)
 
 
 _VOC12 = Layout(
@@ -208,23 +214,83 @@ BENCHMARKS = (*LAYOUTS, *EMBEDDED, "drawn")
 FOLDER_PARTS = ("images", "masks", "classes.txt")
 
 
-def folder_set(folder: Path) -> Dataset:
-    """A folder of images/ID.jpg, masks/ID.png and classes.txt (line n is class n); a class 0 named "background" is background.
+CHECKED = 200
+"""How many masks of a folder data set, evenly spread, are looked at when it is loaded."""
 
-    Raises DataError for what is missing, ParameterError for a classes.txt that is no list of words.
+
+def folder_set(folder: Path) -> Dataset:
+    """A folder of images/ID.jpg, masks/ID.png and classes.txt (line n names class n - 1; class 0 may be "background").
+
+    Raises DataError for what is missing, for a classes.txt that cannot be meant, and for masks coded in another way.
     """
     for part in FOLDER_PARTS:
-        if not (folder / part).exists():
+        if not os.path.exists(folder / part):
             raise DataError(f"{folder}: has no {part}; a folder data set holds images/, masks/ and classes.txt (a class a line)")
-    space = label_spaces.own_words((folder / "classes.txt").read_text(encoding="utf-8").splitlines(), folder.name)
-    if space.names[0] == "background":
-        space = LabelSpace(space.name, space.names, space.prompts, space.palette, True)
-    table = lookup({index: index for index in range(len(space))})
+    space = _folder_space(folder)
     paths = images.find_images(folder / "images")
     if repeated := sorted(stem for stem, count in Counter(path.stem for path in paths).items() if count > 1):
         raise DataError(f"{folder / 'images'}: several images are named {repeated[0]}; a mask belongs to one image, so rename them")
-    samples = pair(paths, lambda p: folder / "masks" / f"{p.stem}.png", table)
+    samples = pair(paths, lambda p: folder / "masks" / f"{p.stem}.png", lookup({index: index for index in range(len(space))}))
+    _check_coding(folder, space, [sample.mask for sample in samples[:: -(-len(samples) // CHECKED)]])
     return Dataset(folder.name, space, tuple(samples), str(folder.name))
+
+
+def _folder_space(folder: Path) -> LabelSpace:
+    path = folder / "classes.txt"
+    words = label_spaces.read_words(path, numbered=True)
+    try:
+        space = label_spaces.own_words(words, str(path))
+    except ParameterError as error:
+        raise DataError(str(error)) from error
+    others = [k for k, word in enumerate(words) if label_spaces.is_background(word)]
+    if others and others[-1] > 0:
+        raise DataError(
+            f"{path}: line {others[-1] + 1} is {words[others[-1]]!r}, which is class 0 or none; put it first, or name it otherwise"
+        )
+    names = ("background", *space.names[1:]) if others else space.names
+    return LabelSpace(folder.name, names, tuple((name,) for name in names), space.palette, bool(others))
+
+
+def _check_coding(folder: Path, space: LabelSpace, masks: Sequence[Path]) -> None:
+    """Raise DataError where these masks are no index masks, count from 1, are 0 and 255, or hold ids of no class."""
+    held, errors, undefined = np.zeros(256, bool), [], 0
+    for mask in masks:
+        try:
+            found = np.bincount(images.read_mask(mask).ravel(), minlength=256) > 0
+        except ImageError as error:
+            errors.append(error)
+            continue
+        held |= found
+        undefined += found[len(space) : IGNORED].any()
+    ids, read = set(np.flatnonzero(held[:IGNORED]).tolist()), len(masks) - len(errors)
+    if 2 * len(errors) > len(masks):
+        raise DataError(f"{folder}: {len(errors)} of {len(masks)} masks looked at cannot be read, such as {errors[0]}")
+    if ids and min(ids) > 0 and max(ids) == len(space):
+        raise DataError(
+            f"{folder}: its masks count from 1 (id {len(space)} occurs, 0 never), and line n of classes.txt names class n - 1;"
+            " make every id one less, or put what id 0 means first in classes.txt"
+        )
+    if len(space) == 2 and ids == {0} and held[IGNORED]:
+        raise DataError(
+            f"{folder}: its masks hold 0 and 255 alone, and 255 is ignored, so {space.names[1]!r} never counts; write 1 for 255"
+        )
+    if 2 * undefined > read:
+        raise DataError(
+            f"{folder}: {undefined} of {read} masks looked at hold ids past {len(space) - 1}, such as {max(ids)}, and classes.txt has"
+            f" {len(space)} lines; give every id its line, and {IGNORED} what is to be ignored"
+        )
+
+
+def unseen(dataset: Dataset, pixels: np.ndarray) -> str:
+    """One sentence on the classes of a folder data set that no counted mask holds; empty where all are there.
+
+    pixels: (K,) pixels of the truth, by class.
+    """
+    absent = [name for name, n in zip(dataset.space.names, pixels) if n == 0]
+    if dataset.name in BENCHMARKS or not absent:
+        return ""
+    named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    return f"{dataset.name}: no counted mask holds {named}; see that classes.txt and the ids of the masks belong together"
 
 
 def load_benchmark(name: str, data_root: str = "") -> Dataset:

@@ -19,12 +19,14 @@ from fmbseg.errors import DataError
 class Sample:
     """An image, with a name that is unique in its set, and how its truth is read where there is one.
 
-    truth: returns (height, width) ``uint8`` class indices of the data set's label space, 255 ignored.
+    truth: returns (height, width) ``uint8`` class indices of the data set's label space, 255 ignored; mask: the file that
+    it reads, where that is an index mask.
     """
 
     name: str
     image: Path
     truth: Callable[[], np.ndarray] | None = None
+    mask: Path | None = None
 
     def __str__(self) -> str:
         return str(self.image)
@@ -62,8 +64,11 @@ def shifted(classes: int) -> Table:
 def read_index(path: Path, table: Table, image: Path) -> np.ndarray:
     """Truth from an index PNG, its raw ids sent through a table: (height, width) ``uint8``.
 
-    Raises ImageError when the mask is not of the size of its image, DataError when it holds an id that the data set does not define.
+    Raises ImageError when the mask is not of the size of its image, DataError when there is none or it holds an id that the
+    data set does not define.
     """
+    if not path.is_file():
+        raise DataError(f"{image.name}: has no mask at {path}; put it there, or take the image away")
     mask = images.read_mask(path, images.image_size(image))
     truth = np.array(table, dtype=np.int16)[mask]
     if (truth < 0).any():

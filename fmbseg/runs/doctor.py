@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fmbseg import files
@@ -12,9 +14,16 @@ from fmbseg.data import benchmarks, fetch
 from fmbseg.errors import FmbsegError
 from fmbseg.runs import records
 
+LOOKED_AT = 2000
+"""How many masks of a folder data set, evenly spread, are read: seconds."""
+
 
 def _line(good: bool, what: str, how: str = "") -> str:
     return f"  {'ok     ' if good else 'missing'}  {what}{'' if good else '   ->  ' + how}"
+
+
+def _found(what: str, wrong: str) -> str:
+    return f"  check    {what}   ->  {wrong}" if wrong else _line(True, what)
 
 
 def report(data_root: str = "") -> str:
@@ -48,8 +57,11 @@ def _data(data_root: str) -> list[str]:
         try:
             found = benchmarks.load_benchmark(name, data_root)
             official = f" of the official {layout.images}" if layout else ""
-            lines.append(_line(True, f"{name:28s}{len(found.samples)}{official} images, {len(found.space)} classes"))
-        except FmbsegError as error:
+            incomplete = [s for s in found.samples if not (s.image.is_file() and (s.mask is None or s.mask.is_file()))]
+            what = f"{name:28s}{len(found.samples) - len(incomplete)}{official} images, {len(found.space)} classes"
+            gaps = f"{len(incomplete)} images or masks are not there, such as {incomplete[0]}" if incomplete else ""
+            lines.append(_found(what, gaps))
+        except (FmbsegError, OSError) as error:
             missing = layout.missing(root) if layout and root else []
             if layout and (missing or not root):
                 wanted[layout.folder] = layout.source
@@ -59,8 +71,7 @@ def _data(data_root: str) -> list[str]:
             else:
                 lines.append(_line(False, name, str(error).removeprefix(f"{name}: ")))
     if root:
-        for folder in sorted(p for p in root.glob("*") if all((p / part).exists() for part in benchmarks.FOLDER_PARTS)):
-            lines.append(_folder_line(folder))
+        lines += [_folder_line(folder) for folder in (root, *sorted(root.glob("*"))) if _may_be_set(folder)]
     lines += ["", "images to train on"]
     there = benchmarks.TRAIN.count(root) if root else 0
     lines.append(
@@ -72,9 +83,25 @@ def _data(data_root: str) -> list[str]:
     return lines
 
 
+def _may_be_set(folder: Path) -> bool:
+    """Whether it is meant as a folder data set: it has two of the three parts, or nobody can look into it."""
+    there = sum(os.path.exists(folder / part) for part in benchmarks.FOLDER_PARTS)
+    return folder.is_dir() and (there >= 2 or not os.access(folder, os.R_OK | os.X_OK))
+
+
 def _folder_line(folder: Path) -> str:
+    """A folder data set with what is wrong with its classes and masks, of which at most LOOKED_AT are read."""
     try:
         found = benchmarks.folder_set(folder)
-        return _line(True, f"{'folder:' + folder.name:28s}{len(found.samples)} images, {len(found.space)} classes")
-    except FmbsegError as error:
+        pixels, failed = np.zeros(256, int), []
+        looked_at = found.samples[:: -(-len(found.samples) // LOOKED_AT)]
+        for sample in looked_at:
+            try:
+                pixels += np.bincount(sample.truth().ravel(), minlength=256)
+            except FmbsegError as error:
+                failed.append(f"{error}")
+        told = [f"{len(failed)} of {len(looked_at)} masks cannot be used, such as {failed[0]}"] if failed else []
+        told += [absent] if (absent := benchmarks.unseen(found, pixels[: len(found.space)])) else []
+        return _found(f"{'folder:' + folder.name:28s}{len(found.samples)} images, {len(found.space)} classes", "; ".join(told))
+    except (FmbsegError, OSError) as error:
         return _line(False, f"folder:{folder.name}", str(error))

@@ -24,7 +24,7 @@ from fmbseg.data import benchmarks, images, label_spaces
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset, Sample
-from fmbseg.errors import DataError, ParameterError, WeightsError
+from fmbseg.errors import DataError, ImageError, ParameterError, WeightsError, tell
 from fmbseg.models import clip, encoders, sam
 from fmbseg.params import (
     DetectParams,
@@ -284,6 +284,9 @@ def measure(
         cluster.each(work, tasks, workers, float(device.startswith("cuda")))
     title = f"{', '.join(dict.fromkeys(m.name for m in methods))} on {', '.join(d.name for d in datasets)}"
     parallel.each(work, tasks, title, workers if engine == "processes" else 1, take)
+    for dataset, confusion in zip(datasets, confusions[0]):
+        if absent := benchmarks.unseen(dataset, confusion.counts.sum(axis=1)):
+            tell(absent)
     seconds = (time.perf_counter() - started) / len(methods)
     made = []
     for method, of_method in zip(methods, confusions):
@@ -305,7 +308,7 @@ def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
     for name in names:
         try:
             found.append(benchmarks.load_benchmark(name, data_root))
-        except (DataError, WeightsError) as error:
+        except (DataError, ImageError, WeightsError) as error:
             parallel.leave_out(parallel.Failure(name, str(error)))
     if not found:
         raise DataError(f"none of {', '.join(names)} is here; set data_root, or run: fmbseg fetch")
