@@ -35,6 +35,7 @@ Names = Annotated[tuple[str, ...], _AsTuple]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+DensePath = Literal["value", "plain", "kk", "qq", "qqkk", "selfcal"]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _AsTuple, Field(min_length=1)]
 
 
@@ -93,8 +94,10 @@ class FeatureParams(ModelParams):
     crop_size: Count = Field(224, description="ours: side of a crop in pixels of the scaled image")
     crop_stride: Count = Field(112, description="ours: pixels from one crop to the next")
     crop_input: int | None = Field(None, ge=32, description="ours: side to which a crop is scaled for the tower; none: its own")
-    path: Literal["value", "plain"] = Field("value", description="dense features by the last block's values, or its plain tokens")
-    residual: bool = Field(False, description="ours: keep the last block's residual and MLP after the values")
+    path: DensePath = Field(
+        "value", description="dense features by the last block's values, its plain tokens, or later work's attention: models/dense_paths.py"
+    )
+    residual: bool = Field(False, description="ours: keep the last block's residual and MLP after values or attention")
     crop_batch: Count = Field(16, description="crops through the tower at once")
 
 

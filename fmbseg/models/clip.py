@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import open_clip
 import torch
@@ -23,14 +23,12 @@ from fmbseg.models import dense_paths
 from fmbseg.models.dense_paths import LastBlock
 from fmbseg.models.precision import Precision, autocast
 from fmbseg.models.precision import key as precision_key
-from fmbseg.params import check_device
+from fmbseg.params import DensePath, check_device
 
 LIT = "lit-efficientnet-lite2-minilm"
 """The embedded profile's stand-in for CLIP. Trained with image-level names: see its model card."""
 
 CLIP_NAMES = {LIT: "", "clip_vitl14": "ViT-L-14-quickgelu openai", "clip_vitb16": "ViT-B-16-quickgelu openai"}
-
-DensePath = Literal["value", "plain"]
 
 
 @dataclass(frozen=True)
@@ -128,37 +126,55 @@ class ImageText:
     def encode_crops(self, crops: torch.Tensor, path: DensePath = "value", residual: bool = False) -> CropFeatures:
         """Class token and dense features of (B, height, width, 3) ``uint8`` crops, in one pass through the tower.
 
-        path: "value" (the paper's) or "plain" (the projected patch tokens it calls sub-optimal). A tower without
-        attention has one path only: its last feature map through the projection.
+        path: "value" (the paper's), "plain" (the projected patch tokens it calls sub-optimal) or one of later work, by
+        the function of its name in ``dense_paths``. A tower without attention has one path only: its last feature map
+        through the projection, which "value" and "plain" name alike. Raises ParameterError for a path it has not.
         """
+        self._check_path(path, residual)
         x = normalise(crops.to(self.device), self.mean, self.std)
         with autocast(self.device, self.precision):
             found = self._encode(x, path, residual)
         return CropFeatures(found.tokens.float(), found.maps.float())
 
+    def _check_path(self, path: DensePath, residual: bool) -> None:
+        if path not in get_args(DensePath):
+            raise ParameterError(f"path = {path!r}: no such dense path; known are {', '.join(get_args(DensePath))}")
+        if self.blocks is None and path not in ("value", "plain"):
+            raise ParameterError(f"path = {path!r}: {self.key} has no attention, so it has one path only; give path=value or another clip")
+        if path == "selfcal" and (residual or not self._has_class_token or len(self.blocks) < 2):
+            raise ParameterError(
+                f"path = 'selfcal' for {self.key}, residual = {residual}: it takes a tower of two blocks or more with a class token, and"
+                " no residual; give path=kk, or residual=false"
+            )
+
     def _encode(self, x: torch.Tensor, path: DensePath, residual: bool) -> CropFeatures:
         if self.blocks is None:
             features = self.tower.trunk.forward_features(x)
             return CropFeatures(self.tower.head(features.mean(dim=(2, 3))), self._project_map(features))
-        tokens, last_input, last_output = self._pass(x)
-        dense = last_output
-        if path == "value":
+        tokens, *inputs, last_output = self._pass(x, every_block=path == "selfcal")
+        grid = x.shape[-2] // self.stride, x.shape[-1] // self.stride
+        if path == "plain":
+            dense = last_output
+        elif path == "selfcal":
+            dense = dense_paths.selfcal(LastBlock.of(self.blocks[-1]), inputs, grid)
+        else:
             block = LastBlock.of(self.blocks[-1])
-            dense = dense_paths.value(block, last_input)
-            dense = block.whole(last_input, dense) if residual else dense
-        height, width = x.shape[-2] // self.stride, x.shape[-1] // self.stride
-        projected = self._project(dense[:, self.prefix :])
-        return CropFeatures(tokens, projected.transpose(1, 2).reshape(len(tokens), -1, height, width))
+            added = dense_paths.kk(block, inputs[-1], grid) if path == "kk" else dense_paths.BY_NAME[path](block, inputs[-1])
+            dense = block.whole(inputs[-1], added) if residual else added
+        projected = self._project(dense[:, -grid[0] * grid[1] :])
+        return CropFeatures(tokens, projected.transpose(1, 2).reshape(len(tokens), -1, *grid))
 
-    def _pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, D) image features of the model's own forward pass, and the (B, N, W) input and output of its last block."""
+    def _pass(self, x: torch.Tensor, every_block: bool = False) -> list[torch.Tensor]:
+        """(B, D) image features of the model's own forward pass, then the (B, N, W) input and output of its last block.
+
+        every_block: the inputs of all blocks but the first come before that output.
+        """
         caught: list[torch.Tensor] = []
-        hooks = [
-            self.blocks[-1].register_forward_pre_hook(lambda _, args: caught.append(args[0])),
-            self.blocks[-1].register_forward_hook(lambda _, args, out: caught.append(out)),
-        ]
+        watched = self.blocks[1:] if every_block else self.blocks[-1:]
+        hooks = [block.register_forward_pre_hook(lambda _, args: caught.append(args[0])) for block in watched]
+        hooks.append(self.blocks[-1].register_forward_hook(lambda _, args, out: caught.append(out)))
         try:
-            return self.model.encode_image(x), *caught
+            return [self.model.encode_image(x), *caught]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -177,6 +193,10 @@ class ImageText:
     def prefix(self) -> int:
         """How many tokens of a transformer stand before the patches."""
         return 1 if isinstance(self.tower, VisionTransformer) else self.tower.trunk.num_prefix_tokens
+
+    @property
+    def _has_class_token(self) -> bool:
+        return isinstance(self.tower, VisionTransformer) or getattr(self.tower.trunk, "cls_token", None) is not None
 
     @functools.cached_property
     def stride(self) -> int:

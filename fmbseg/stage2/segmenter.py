@@ -19,7 +19,7 @@ from fmbseg.errors import ParameterError
 from fmbseg.models.clip import ImageText
 from fmbseg.models.encoders import Encoder
 from fmbseg.models.texts import ClassTexts, class_texts
-from fmbseg.params import SegmentParams
+from fmbseg.params import DensePath, SegmentParams
 from fmbseg.stage1.windows import Window, placing, side_by_side, windows
 from fmbseg.stage2.alignment import Alignment
 
@@ -58,7 +58,7 @@ class DenseClip:
     enlarge: the window is scaled by this before the tower (a tower of large stride sees more that way; ours).
     """
 
-    def __init__(self, clip: ImageText, path: str = "value", enlarge: float = 1.0, residual: bool = False):
+    def __init__(self, clip: ImageText, path: DensePath = "value", enlarge: float = 1.0, residual: bool = False):
         self.clip, self.path, self.enlarge, self.residual = clip, path, enlarge, residual
         self.key = f"{clip.key} {path}{' residual' if residual else ''} x{enlarge:g}"
 
