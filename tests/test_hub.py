@@ -241,8 +241,10 @@ def test_half_a_repository_is_not_here(hub):
         encoder_module.load_encoder("dinov2_vits14")
 
 
-def test_gated_weights_say_that_the_licence_comes_first(hub):
-    with pytest.raises(WeightsError, match="accept its licence on its page and set HF_TOKEN"):
+def test_gated_weights_say_that_access_comes_first(hub):
+    with pytest.raises(
+        WeightsError, match="ask for access on its page .granted by hand: it may take days and may be refused. and set HF_TOKEN"
+    ):
         fetch.fetch(fetch.find("dinov3_vitb16"))
     with pytest.raises(WeightsError) as caught:
         fetch.fetch(fetch.find("dinov2_vitb14"))
@@ -259,6 +261,25 @@ def test_only_what_is_loaded_is_fetched_and_a_repository_without_it_is_refused(n
         fetch.fetch(fetch.find(name))
     ((repository, patterns),) = asked
     assert repository == fetch.find(name).repository and wanted in patterns and not any("*" in p or p.endswith(".bin") for p in patterns)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_hub_file_of_another_hash_is_refused_and_only_what_was_fetched_is_deleted(before, hub, monkeypatch):
+    import huggingface_hub
+
+    def put(repository, allow_patterns=None):
+        return hub(repository, {"open_clip_model.safetensors": {"a": torch.ones(2)}}) / "open_clip_model.safetensors"
+
+    row = fetch.find("clip_vitb16")
+    path = put(row.repository) if before else None
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", (lambda *_, **__: None) if before else put)
+    with pytest.raises(WeightsError, match="open_clip_model.safetensors does not match the known sha256 of timm/vit_base_patch16_clip_224"):
+        fetch.fetch(row)
+    assert fetch.is_here(row) == before
+    path = path or put(row.repository)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
+    fetch.fetch(dataclasses.replace(row, sha256=files.file_sha256(path)))
+    fetch.fetch(dataclasses.replace(row, sha256=""))
 
 
 TINY_CLIP = {

@@ -49,7 +49,8 @@ class Weight:
     """One entry of the table: weights or images that some profile needs, from an archive, a hub's repository or a URL.
 
     use: "image-text", "encoder", "SAM" or "images", or several joined by ", "; profiles: those that need it; sha256: of the
-    file at ``url``; open_clip: "ARCHITECTURE TAG" of an image-text model of the hub.
+    file at ``url``, or of the repository's weight file where it is known; open_clip: "ARCHITECTURE TAG" of an image-text
+    model of the hub.
     """
 
     name: str
@@ -294,16 +295,27 @@ def _fetch_hub(weight: Weight) -> None:
     from huggingface_hub import snapshot_download
 
     wanted = ["open_clip_model.safetensors"] if weight.open_clip else ["config.json", "model.safetensors", "preprocessor_config.json"]
+    here = _hub_file(weight)
     try:
         snapshot_download(weight.repository, allow_patterns=wanted)
     except Exception as error:  # the hub's client raises a dozen kinds for a network that is not there
-        gated = "accept its licence on its page and set HF_TOKEN, " if "gated" in weight.licence else ""
+        asked = "ask for access on its page (granted by hand: it may take days and may be refused) and set HF_TOKEN, "
+        gated = asked if "gated" in weight.licence else ""
         raise WeightsError(
             f"{weight.name}: {weight.repository} could not be fetched from its hub ({type(error).__name__}); {gated}"
             f"check the network, or put it into the hub's cache by hand, and run: fmbseg fetch {weight.name}"
         ) from error
     if not is_here(weight):
         raise WeightsError(f"{weight.name}: {weight.repository} lacks {' or '.join(wanted[:2])}; put them into the hub's cache by hand")
+    found = _hub_file(weight)
+    if weight.sha256 and found.name == wanted[0] and files.file_sha256(found) != weight.sha256:
+        if found != here:  # what lay there before, perhaps put there by hand, is not ours to delete
+            found.resolve().unlink()
+            found.unlink(missing_ok=True)  # the link to it in the hub's cache
+        raise WeightsError(
+            f"{weight.name}: {found} does not match the known sha256 of {weight.repository}; do not use it, delete it if it is there"
+            f" and run: fmbseg fetch {weight.name}"
+        )
 
 
 # ---------------------------------------------------------------- conversion to safetensors
