@@ -209,6 +209,9 @@ class OptimiserParams(Params):
     momentum: Share = Field(0.9, description="ours; SGD only")
     weight_decay: Float = Field(1e-4, ge=0, description="ours")
     epochs: Count = Field(10, description="the paper's")
+    start_share: Share = Field(
+        0.0, description="ours: share of the weights that training began with (pre-aligned, or trained before) in the module it ends with"
+    )
     images_per_batch: Count = Field(5, description="the paper's; of all GPUs together")
     negatives: Literal["batch", "device"] = Field(
         "batch", description="ours, several GPUs only: patches are contrasted with the whole batch, or with their own GPU's part of it"

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fmbseg.params import AlignParams, ModuleParams
+from fmbseg.runs import train
 from fmbseg.stage2 import prealign, training
 from fmbseg.stage2.prealign import NormalEquations
 
@@ -117,3 +118,36 @@ def test_the_anchor_alone_keeps_an_anchored_module_at_its_target(images):
     assert prealign.anchor(result.alignment(patches), target) < 0.8 * prealign.anchor(start(patches), target)
     plain = training.train([item[:2] for item in data], [0], torch.ones(1, OUT), start, params.model_copy(update={"dense_weight": 0.0}))
     assert plain.steps == [] and all(torch.equal(a, b) for a, b in zip(plain.alignment.parameters(), start.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "transformer"])
+def test_the_average_is_that_of_the_last_layers_directions_and_of_the_layers_before(kind):
+    """A start of small weights has its share all the same; 0 is the trained module, 1 has the start's outputs where M is linear."""
+    params = ModuleParams(module=kind, heads=1)
+    start, trained = (training.new_module([torch.randn(WIDTH, 3, 3)], WIDTH, OUT, params, seed) for seed in (0, 1))
+    trained.mean.copy_(start.mean), trained.std.copy_(start.std)
+    with torch.no_grad():
+        start.module.project.weight.mul_(0.01), start.module.project.bias.mul_(0.01)
+    before, after = start.state_dict(), trained.state_dict()
+    made = prealign.average(start, trained, 0.3).state_dict()
+    norms = [one["module.project.weight"].square().sum().sqrt() for one in (before, after)]
+    for name in made:
+        own = before[name] * (norms[1] / norms[0]) if "project" in name else before[name]
+        assert torch.allclose(made[name], 0.3 * own + 0.7 * after[name], atol=1e-6), name
+    assert all(torch.equal(value, after[name]) for name, value in prealign.average(start, trained, 0.0).state_dict().items())
+    if kind == "linear":
+        x = torch.randn(2, WIDTH, 3, 3)
+        assert torch.allclose(prealign.average(start, trained, 1.0)(x), start(x), atol=1e-5)
+
+
+def test_training_ends_with_the_average_of_start_and_end(toy, tmp_path, monkeypatch):
+    """``start_share`` counts where there is a start to keep, and is in the key: another share is another module."""
+    monkeypatch.setenv("FMBSEG_HOME", str(toy.home))
+    params = toy.params.model_copy(update={"epochs": 1})
+    alone, shared = (
+        train.fit(toy.samples, toy.store, params.model_copy(update={"start_share": share}), tmp_path / "m.safetensors", toy.path).alignment
+        for share in (0.0, 0.5)
+    )
+    expected = prealign.average(toy.result.alignment, alone, 0.5).state_dict()
+    assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in shared.state_dict().items())
+    assert not torch.equal(shared.module.project.weight, alone.module.project.weight)

@@ -181,6 +181,8 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
                 if bar.n < total:
                     keeper.write()  # the last good state
             raise
+    if initial and params.start_share:
+        result = dataclasses.replace(result, alignment=prealignment.average(start, result.alignment, params.start_share))
     if distributed.rank() == 0:
         described = _description(key, result, data, store, params)
         started = modules.load(initial)[1] if initial else {}

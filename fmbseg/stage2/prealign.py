@@ -80,3 +80,21 @@ def prealign(fresh: Alignment, items: Iterable[tuple[torch.Tensor, torch.Tensor]
 def anchor(z: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """mean_i (1 - z_i . d_i) over the patches of (B, D, h, w) unit-norm z and targets: what ``dense_weight`` weighs in training."""
     return (1 - (z * target).sum(dim=1)).mean()
+
+
+@torch.no_grad()
+def average(start: Alignment, trained: Alignment, share: float) -> Alignment:
+    """A module between the one that training began with and the one that it ended with (ours, after Wortsman et al. 2022):
+
+        share |W_T| / |W_0| W_0 + (1 - share) W_T        for weight W and bias of the last layer, both by the weights' norms
+
+    and the plain average of the layers before it. Labels lift the classes that they name and take from the others; what
+    the start knew of those stays where a share of it does. share: in [0, 1]; 0 is the trained module.
+    """
+    made, before = copy.deepcopy(trained), start.state_dict()
+    scale = trained.module.project.weight.norm() / start.module.project.weight.norm()
+    for name, after in made.state_dict().items():
+        if name not in ("mean", "std"):
+            factor = scale if name.startswith("module.project.") else 1.0
+            after.copy_(share * factor * before[name].to(after.device) + (1 - share) * after)
+    return made
