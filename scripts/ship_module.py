@@ -1,8 +1,8 @@
-"""Make the module that comes with the repository: pre-aligned on a folder of unlabelled images, weights in fp16.
+"""Make the module that comes with the repository, from a folder of unlabelled images, weights in fp16.
 
-    python scripts/ship_module.py FOLDER --name "what the images are" --set precision=bf16 --set prealign_limit=1400
+    python scripts/ship_module.py FOLDER --name "what the images are" --set limit=null --set start_share=0.5 ...
 
-The choice of pre-alignment alone, and its numbers, are in fmbseg/assets/fmbseg-embedded.md.
+All parameters of the one that is there, and its numbers, are in fmbseg/assets/fmbseg-embedded.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from fmbseg import cli, files, profiles
-from fmbseg.runs import modules, train
+from fmbseg.runs import label, modules, train
 
 
 def main() -> None:
@@ -23,12 +23,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=modules.SHIPPED)
     options = parser.parse_args()
     p = profiles.load("train", "embedded", {"collection": str(options.folder)} | cli.settings(options.set))
-    alignment, described = modules.load(train.prealign(p))
-    described["collection"] = options.name
-    described["parameters"] |= {"collection": options.name, "data_root": "", "limit": None}
+    samples, path = label.collection(p), train.module_path(p, "shipped")
+    train.fit(samples, label.label(samples, p)[0], p, path)
+    alignment, described = modules.load(path)
+    described |= {"collection": options.name, "curve": {}}
+    described["parameters"] |= {"collection": options.name, "data_root": ""}
     tensors = {name: value if name in ("mean", "std") else value.half() for name, value in alignment.state_dict().items()}
     files.write_tensors(options.out, tensors, {"fmbseg": json.dumps(described)})
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, pre-aligned on {described['prealigned']} images")
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, trained on {described['images']} images")
 
 
 if __name__ == "__main__":
