@@ -5,9 +5,11 @@ import pkgutil
 import re
 
 import pytest
+import yaml
 from conftest import ROOT
 
 import fmbseg
+from fmbseg.params import EvaluateParams, make
 
 EQUATIONS = (ROOT / "docs" / "equations.md").read_text()
 NAMES = sorted(
@@ -41,6 +43,12 @@ def test_every_equation_has_its_function():
     parts = ", ".join(row[0] for row in rows)
     assert all(part in parts for part in ("3.1", "3.2", "3.3", "4.1", "Eq. 1", "Eq. 2", "Eq. 3", "Eq. 4", "Table 1"))
     assert all("`fmbseg." in row[2] for row in rows)
+
+
+def test_every_protocol_can_be_set_as_the_page_says():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/protocols.md").read_text(), re.DOTALL)
+    made = [make(EvaluateParams, yaml.safe_load(block)) for block in blocks]
+    assert [p.templates for p in made] == ["nine", "eighty", "one"] and [p.path for p in made] == ["value", "qqkk", "value"]
 
 
 def test_every_test_that_holds_a_promise_exists():
