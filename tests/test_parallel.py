@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fmbseg import files
-from fmbseg.errors import DataError, ParameterError, StorageError, WorkerLost
+from fmbseg.errors import DataError, ParameterError, StorageError, WeightsError, WorkerLost
 from fmbseg.runs import parallel
 
 
@@ -191,9 +191,12 @@ def test_an_error_that_bytes_or_size_can_cause_is_the_items(error):
     assert len(done.failures) == 1 and parallel.reason(error) == done.failures[0].reason
 
 
-def test_a_place_that_cannot_be_written_ends_the_run():
-    with pytest.raises(StorageError):
-        parallel.each(raises, [StorageError("full")], "test")
+@pytest.mark.parametrize("kind", [StorageError, ParameterError, WeightsError])
+def test_what_would_come_again_at_every_item_ends_the_run(kind):
+    """A full disk, a parameter that does not fit, weights that are missing: told once, not once an image."""
+    with pytest.raises(kind) as caught:
+        parallel.each(raises, [kind("x")], "test")
+    assert not hasattr(caught.value, "__notes__")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -26,15 +26,16 @@ from joblib.externals.loky import get_reusable_executor, process_executor
 from tqdm import tqdm
 
 from fmbseg import files
-from fmbseg.errors import FmbsegError, ParameterError, StorageError, WorkerLost
+from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError, WorkerLost
 from fmbseg.stage2.distributed import rank, size
 
 T = TypeVar("T")
 
-EXPECTED = (FmbsegError, OSError, MemoryError, torch.OutOfMemoryError, struct.error, zlib.error, EOFError)
+EXPECTED = (ImageError, DataError, OSError, MemoryError, torch.OutOfMemoryError, struct.error, zlib.error, EOFError)
 """Exceptions that an item can cause, by its bytes or its size: it is left out and the others go on.
 
-StorageError is none of them, for it would come again at every item. Anything else is a bug: it ends the run and names the item.
+Other errors of ours (a parameter, weights, a full disk) would come again at every item: they end the run. Anything else is a
+bug: it ends the run and names the item.
 """
 
 IDLE_SECONDS = 300
@@ -174,14 +175,14 @@ def guarded(function: Callable[[T], Any], item: T) -> Any:
     except BaseException as error:
         if is_expected(error):
             return Failure(str(item), reason(error))
-        if not isinstance(error, (StorageError, KeyboardInterrupt)):
+        if not isinstance(error, (FmbsegError, KeyboardInterrupt)):
             error.add_note(f"this happened at {item}")
         raise
 
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error is one item's own (``EXPECTED``; torch tells a CPU's want of memory as a RuntimeError)."""
-    return isinstance(error, EXPECTED) and not isinstance(error, StorageError) or "can't allocate memory" in str(error)
+    return isinstance(error, EXPECTED) or "can't allocate memory" in str(error)
 
 
 def reason(error: BaseException) -> str:
