@@ -109,7 +109,9 @@ def check_place(path: str | Path, folder: bool, name: str) -> None:
 
 
 LONGEST_NAME = 200
-"""Bytes of a name before its suffix: file systems allow 255 for the whole."""
+"""Bytes of a name before its suffix: file systems allow 255 (``WHOLE_NAME``) for the whole."""
+
+WHOLE_NAME = 255
 
 
 def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[Path]:
@@ -119,7 +121,7 @@ def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[P
     longer than file systems allow are cut and get a key. taken: names, in lower case, that nobody gets.
     """
     spellings = [[path.with_suffix(""), path, path.with_name(f"{path.name}-{digest(str(path))[:8]}")] for path in paths]
-    spellings = [[_short_enough(spelling) for spelling in of_one] for of_one in spellings]
+    spellings = [[Path(*map(short_name, spelling.parts)) for spelling in of_one] for of_one in spellings]
     level = [0] * len(paths)
     while True:
         names = [of_one[i] for of_one, i in zip(spellings, level)]
@@ -134,7 +136,7 @@ def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[P
 
 def flat_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
     """``distinct_names`` in one folder: "/" becomes "__"."""
-    return [str(_short_enough(Path("__".join(name.parts)))) for name in distinct_names(paths, taken)]
+    return [short_name("__".join(name.parts)) for name in distinct_names(paths, taken)]
 
 
 def folded(name: str) -> str:
@@ -142,12 +144,10 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _short_enough(path: Path) -> Path:
-    def short(part: str) -> str:
-        coded = part.encode(errors="surrogateescape")
-        return part if len(coded) <= LONGEST_NAME else coded[: LONGEST_NAME - 17].decode(errors="ignore") + "-" + digest(part)
-
-    return Path(*map(short, path.parts))
+def short_name(text: str, limit: int = LONGEST_NAME) -> str:
+    """A name of at most ``limit`` bytes of UTF-8, another one for every text: a longer text is cut and gets a key of its whole."""
+    coded = text.encode(errors="surrogateescape")
+    return text if len(coded) <= limit else coded[: limit - 17].decode(errors="ignore") + "-" + digest(text)
 
 
 @functools.cache

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fmbseg import cli
 from fmbseg.data import benchmarks, images
 from fmbseg.errors import DataError, ImageError
 from fmbseg.params import EvaluateParams, make
-from fmbseg.runs import evaluate
-from fmbseg.schemas import EvaluateRun
+from fmbseg.runs import evaluate, label
+from fmbseg.runs.cache import Cache
+from fmbseg.schemas import EvaluateRun, LabelRun
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 24, 3), dtype=np.uint8)
 
@@ -217,9 +219,12 @@ def test_sound_masks_are_taken_as_they_are(folder_set):
 
 
 def test_a_class_that_no_mask_holds_is_said(folder_set, measured, capsys):
-    measured(folder_set("unseen", b"grass\ntree\ncow\nsky\nhorse\n"), folder_set("plain"))
+    words = b"grass\ntree\ncow\nsky\nhorse\n"
+    measured(folder_set("unseen", words), folder_set("plain"), folder_set("from_one", words, [[1, 2] * 8, [3] * 16]))
     said = capsys.readouterr().err
-    assert "unseen: no counted mask holds horse;" in said and "plain: no counted" not in said
+    assert "unseen: no counted mask holds horse; see that its ids do not count from 1, for line n of classes.txt names class n - 1" in said
+    assert "from_one: no counted mask holds grass, horse; id 0 never occurs, so its ids look counted from 1" in said
+    assert "plain: no counted" not in said
 
 
 def test_one_missing_mask_is_a_failure_of_one_image(folder_set, measured, capsys):
@@ -261,3 +266,35 @@ def test_first_frame_of_an_animation_counts(tmp_path):
 def test_a_path_that_is_too_long_is_an_image_error(tmp_path):
     with pytest.raises(ImageError):
         images.read_image(tmp_path / ("a" * 300 + ".jpg"))
+
+
+LONG = ("猫" * 82, "猫" * 81 + "犬", "é" * 124 + "a", "a" * 250 + "b", "a" * 250 + "c")
+"""Stems of 246 to 251 bytes: with .png they are names that file systems still allow, with our suffixes most are not."""
+
+
+@pytest.mark.parametrize("stem", ["a", "a" * 100, "猫" * 75])
+def test_the_cache_names_its_files_by_stem_and_key(stem, tmp_path):
+    (tmp_path / f"{stem}.png").touch()
+    name = Cache("clip", ".safetensors", 1).path(tmp_path / f"{stem}.png").name
+    assert name.startswith(f"{stem[:80]}-") and len(name) == len(stem[:80]) + 1 + 16 + len(".safetensors")
+
+
+def test_images_of_long_names_are_labelled_evaluated_and_segmented(folder_set, measured, smoke, toy, tmp_path, capsys):
+    folder = folder_set("long", columns=[COLUMNS] * len(LONG))
+    for i, stem in enumerate(LONG):
+        for part in ("images", "masks"):
+            (folder / part / f"{i}.png").rename(folder / part / f"{stem}.png")
+    frame = measured(folder)
+    assert frame["images"][0] == len(LONG) and frame["failed"][0] == 0
+    params = smoke(LabelRun, profile="smoke", collection=str(folder / "images"), reference_images=0)
+    for samples, where in ((label.collection(params), "own"), (benchmarks.folder_set(folder).samples, "whole_names")):
+        store, failures = label.label(samples, params, tmp_path / where)
+        assert not failures and all(store.has(sample) for sample in samples)
+        assert len(list((tmp_path / where).glob("*.png"))) == len(LONG)
+        for sample in samples:
+            store.fail(sample, "a reason")
+            store.succeed(sample)
+    out = tmp_path / "cut"
+    words = ["--classes", "sun, house", "--profile", "smoke", "--module", str(toy.path)]
+    assert cli.main(["segment", str(folder / "images"), *words, "--out", str(out)]) == 0, capsys.readouterr()
+    assert len(list(out.glob("*.labels.png"))) == len(list(out.glob("*.json"))) == len(LONG)

@@ -24,6 +24,22 @@ def test_atomic_path_writes_whole_files(tmp_path):
     assert path.read_text() == "whole" and names(path.parent) == ["x.json"]
 
 
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u732b", "\U0001f408", "\udcff"])
+def test_a_name_is_bounded_in_bytes_and_stays_unique(letter, tmp_path):
+    def size(name):
+        return len(name.encode(errors="surrogateescape"))
+
+    whole = letter * (100 // size(letter))
+    assert files.short_name(whole, size(whole)) == whole
+    for limit in (50, size(whole) - 1):
+        short = {files.short_name(whole + end, limit) for end in ("", "x", "y")}
+        assert len(short) == 3 and all(size(name) <= limit for name in short)
+        assert letter == "\udcff" or all(size(name) > limit - 4 for name in short)  # bytes that are no text are not kept
+    longest = letter * (250 // size(letter))
+    files.write_json(tmp_path / f"{longest}.json", 1)  # also under its temporary name
+    assert names(tmp_path) == [f"{longest}.json"]
+
+
 def test_error_while_writing_leaves_what_was_there(tmp_path):
     path = tmp_path / "x.json"
     for before in ([], ["x.json"]):

@@ -282,7 +282,7 @@ def _check_coding(folder: Path, space: LabelSpace, masks: Sequence[Path]) -> Non
 
 
 def unseen(dataset: Dataset, pixels: np.ndarray) -> str:
-    """One sentence on the classes of a folder data set that no counted mask holds; empty where all are there.
+    """One sentence on the classes of a folder data set that no counted mask holds, as of masks that count from 1; else empty.
 
     pixels: (K,) pixels of the truth, by class.
     """
@@ -290,7 +290,8 @@ def unseen(dataset: Dataset, pixels: np.ndarray) -> str:
     if dataset.name in BENCHMARKS or not absent:
         return ""
     named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-    return f"{dataset.name}: no counted mask holds {named}; see that classes.txt and the ids of the masks belong together"
+    looks = "see that its ids do not count from 1" if pixels[0] else "id 0 never occurs, so its ids look counted from 1"
+    return f"{dataset.name}: no counted mask holds {named}; {looks}, for line n of classes.txt names class n - 1"
 
 
 def load_benchmark(name: str, data_root: str = "") -> Dataset:

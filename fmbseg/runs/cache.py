@@ -130,7 +130,8 @@ class Cache:
     def path(self, image: str | Path) -> Path:
         """Where the product of this image file lies, whether it is there or not."""
         key = files.digest(files.sha256_of(image), *self.content)
-        return self.folder / f"{Path(image).stem[:80]}-{key}{self.suffix}"
+        rest = f"-{key}{self.suffix}"
+        return self.folder / f"{files.short_name(Path(image).stem[:80], files.WHOLE_NAME - len(rest))}{rest}"
 
     def read(self, image: str | Path, make: Callable[[Path], Any], load: Callable[[Path], T]) -> T:
         """``load`` of the image's file, which ``make(path)`` writes first where it is missing or damaged."""

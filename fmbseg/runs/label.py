@@ -115,7 +115,7 @@ class LabelStore:
     """A folder of pseudo labels: NAME.png (8-bit, 255 unlabelled) and NAME.json an image, and labels.json for all.
 
     labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. An image
-    that failed has its reason in failed/NAME.json until it succeeds.
+    that failed has its reason in failed/NAME.json until it succeeds. NAME is the sample's, cut where files cannot be named so.
     """
 
     def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
@@ -130,10 +130,13 @@ class LabelStore:
             files.write_json(path, {"key": self.key, **header})
 
     def path(self, sample: Sample) -> Path:
-        return self.folder / f"{sample.name}.png"
+        return self.folder / f"{_name(sample)}.png"
 
     def _record(self, sample: Sample) -> Path:
-        return self.folder / f"{sample.name}.json"
+        return self.folder / f"{_name(sample)}.json"
+
+    def _failed(self, sample: Sample) -> Path:
+        return self.failed / f"{_name(sample)}.json"
 
     def has(self, sample: Sample) -> bool:
         """Whether this image has a whole pseudo label, made with these words and parameters."""
@@ -174,10 +177,10 @@ class LabelStore:
         )
 
     def fail(self, sample: Sample, reason: str) -> None:
-        files.write_json(self.failed / f"{sample.name}.json", {"image": str(sample.image), "reason": reason})
+        files.write_json(self._failed(sample), {"image": str(sample.image), "reason": reason})
 
     def succeed(self, sample: Sample) -> None:
-        if (failed := self.failed / f"{sample.name}.json").is_file():
+        if (failed := self._failed(sample)).is_file():
             failed.unlink()
 
     def read(self, sample: Sample) -> np.ndarray:
@@ -185,6 +188,10 @@ class LabelStore:
         if not self.path(sample).is_file():
             raise DataError(f"{sample.name}: has no pseudo label in {self.folder}; run Stage 1 (notebook 03 or fmbseg label) first")
         return images.read_mask(self.path(sample))
+
+
+def _name(sample: Sample) -> str:
+    return files.short_name(sample.name, files.WHOLE_NAME - len(".json"))
 
 
 def label_folder(params: LabelParams) -> Path:
