@@ -11,7 +11,7 @@ from fmbseg import files
 from fmbseg.data import label_spaces
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import vit
-from fmbseg.params import TextParams
+from fmbseg.params import TextParams, make
 from fmbseg.runs import evaluate, modules, records, train
 from fmbseg.runs.records import Record
 from fmbseg.schemas import EvaluateRun, TrainRun
@@ -172,3 +172,10 @@ def test_deviations_are_those_of_the_parts_that_were_used():
 def test_docs_list_every_deviation():
     page = (ROOT / "docs/profiles.md").read_text()
     assert all(f"`{name}`" in page for name in every_deviation())
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "n" * 300])
+def test_a_results_dir_that_cannot_be_made_is_one_sentence(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ParameterError, match="results_dir .*: cannot be made"):
+        records.results_folder(make(EvaluateRun, {"results_dir": str(tmp_path / place)}))

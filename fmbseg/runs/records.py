@@ -21,7 +21,7 @@ from fmbseg import files
 from fmbseg.data import label_spaces
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset
-from fmbseg.errors import DataError
+from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import clip as clip_models
 from fmbseg.models import sam as sam_models
 from fmbseg.models import texts, vit
@@ -82,10 +82,13 @@ class Record:
 
 
 def results_folder(params: RunParams) -> Path:
-    """Where this profile's records, tables and figures go (made if it is not there)."""
+    """Where this profile's records, tables and figures go (made if it is not there). Raises ParameterError where it cannot be made."""
     folder = Path(params.results_dir).expanduser()
     folder = (folder if folder.is_absolute() else files.working_root() / folder) / params.profile
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError(f"results_dir {folder}: cannot be made ({error.strerror}); give a place that can be written") from error
     return folder
 
 
