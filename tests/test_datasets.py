@@ -8,7 +8,8 @@ from PIL import Image
 from fmbseg import cli, files
 from fmbseg.data import benchmarks, collections, fetch, images, label_spaces, samples
 from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
-from fmbseg.runs import doctor
+from fmbseg.runs import doctor, label
+from fmbseg.schemas import StagesRun, TrainRun
 from fmbseg.stage2.metrics import Confusion
 
 VOC12, VOC10 = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
@@ -314,53 +315,83 @@ def test_drawn_images_are_the_same_every_time(own_home):
 # ---------------------------------------------------------------- unlabelled images
 
 
-@pytest.fixture
-def fresh():
-    collections._evaluation_images.cache_clear()
-    yield
-    collections._evaluation_images.cache_clear()
-
-
-def test_pool_holds_no_evaluation_image(fresh):
+def test_pool_holds_no_evaluation_image():
     pool = collections.load_collection("embedded_pool")
     assert len(pool) == len({s.name for s in pool}) == 255 and all("/" not in s.name for s in pool)
     evaluated = [s.image for name in collections.EMBEDDED for s in benchmarks.load_benchmark(name).samples]
-    assert not {s.image.stem for s in pool} & {p.stem for p in evaluated}
     assert not {files.file_sha256(s.image) for s in pool} & {files.file_sha256(p) for p in evaluated}
 
 
-def test_evaluation_images_are_left_out_of_a_folder(fresh, sample, tmp_path):
+def test_evaluation_images_are_left_out_of_a_folder(sample, tmp_path, capsys):
     folder = tmp_path / "images"
     write_image(folder / "deep" / "mine.jpg", value=1)
     write_image(folder / "deep" / "own.jpg", value=2)
     write_image(folder / "other" / "own.jpg", value=3)
     write_image(folder / f"{sample.image.stem}.png", value=4)  # its file name
     shutil.copy(sample.image, folder / "renamed.jpg")  # its bytes
+    bytes_ = sample.image.read_bytes()
+    (folder / "same_size.jpg").write_bytes(bytes_[:-1] + bytes([bytes_[-1] ^ 1]))
     found = collections.load_collection(str(folder))
-    assert [s.name for s in found] == ["deep__mine", "deep__own", "other__own"] and all(s.truth is None for s in found)
-    for path in folder.glob("*/*.jpg"):
-        path.unlink()
+    assert [s.name for s in found] == [sample.image.stem, "deep__mine", "deep__own", "other__own", "same_size"]
+    assert all(s.truth is None for s in found) and collections.left_out(str(folder)) == 1
+    assert f"{folder}: left out 1 of 6 images, which are evaluated on (the same bytes)" in capsys.readouterr().err
+    for one in found:
+        one.image.unlink()
     with pytest.raises(DataError, match="every image in it is an evaluation image"):
         collections.load_collection(str(folder))
 
 
-def test_images_of_the_data_root_are_left_out(fresh, root, tmp_path):
+def test_images_of_the_runs_own_folder_benchmarks_are_left_out(folder, smoke, tmp_path):
+    (tmp_path / "train").mkdir()
+    shutil.copy(folder / "images/a.jpg", tmp_path / "train/renamed.jpg")
+    write_image(tmp_path / "train/a.jpg", value=7)
+    write_image(folder / "images/b.jpg", value=8)
+    names = {"collection": str(tmp_path / "train"), "benchmarks": [f"folder:{folder}"]}
+    assert [s.name for s in label.collection(smoke(StagesRun, **names))] == ["a"]
+    assert collections.left_out(str(tmp_path / "train"), "", (f"folder:{folder}",)) == 1
+    assert len(label.collection(smoke(TrainRun, **names))) == 2  # a step that measures nothing
+
+
+def test_only_files_of_one_size_are_hashed(folder, tmp_path, monkeypatch):
+    for i in range(5):
+        write_image(tmp_path / f"train/{i}.jpg", size=(8 + 40 * i, 10), value=i)
+    shutil.copy(folder / "images/a.jpg", tmp_path / "train/copy.jpg")
+    monkeypatch.setattr(collections, "EMBEDDED", ())
+    hashed, sha256_of = [], files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    collections.load_collection(str(tmp_path / "train"), evaluated=(f"folder:{folder}",))
+    size = (folder / "images/a.jpg").stat().st_size
+    assert tmp_path / "train/copy.jpg" in hashed and len(hashed) < 8 and {path.stat().st_size for path in hashed} == {size}
+    assert len(hashed) == len(set(hashed))
+
+
+def test_files_that_cannot_be_read_are_left_out_and_told(tmp_path, capsys):
+    write_image(tmp_path / "images/a.jpg", value=1)
+    (tmp_path / "images/b.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert [s.name for s in collections.load_collection(str(tmp_path / "images"))] == ["a"]
+    assert f"{tmp_path / 'images/b.jpg'}: left out, for it cannot be read (No such file" in capsys.readouterr().err
+    (tmp_path / "images/a.jpg").unlink()
+    with pytest.raises(DataError, match="none of its 1 images can be read, such as .*b.jpg"):
+        collections.load_collection(str(tmp_path / "images"))
+
+
+def test_images_of_the_data_root_are_left_out(root, tmp_path):
     shutil.copy(next((root / "ADEChallengeData2016/images").rglob("*.jpg")), tmp_path / "renamed.jpg")
     write_image(tmp_path / "images" / "mine.jpg", value=33)
     shutil.move(tmp_path / "renamed.jpg", tmp_path / "images" / "renamed.jpg")
     write_image(tmp_path / "images" / "ADE_val_00000001.jpg", value=34)
-    assert [s.name for s in collections.load_collection(str(tmp_path / "images"), str(root))] == ["mine"]
+    assert [s.name for s in collections.load_collection(str(tmp_path / "images"), str(root))] == ["ADE_val_00000001", "mine"]
     assert len(collections.load_collection(str(tmp_path / "images"))) == 3
 
 
-def test_voc_images_are_those_that_nothing_evaluates_on(fresh, root):
+def test_voc_images_are_those_that_nothing_evaluates_on(root):
     write_image(root / "VOCdevkit/VOC2012/JPEGImages/mine.jpg", value=9)  # the others have the evaluated images' bytes
     assert [s.name for s in collections.load_collection("voc_images", str(root))] == ["mine"]
     with pytest.raises(DataError, match="voc_images: not under .*JPEGImages; it comes as VOCtrainval"):
         collections.load_collection("voc_images", str(root / "none"))
 
 
-def test_coco_stuff_train_lies_under_the_data_root(fresh, root):
+def test_coco_stuff_train_lies_under_the_data_root(root):
     write_image(root / "coco/images/train2017/000000000009.jpg", value=7)
     assert [s.name for s in collections.load_collection("coco_stuff_train", str(root))] == ["000000000009"]
     shutil.rmtree(root / "coco/images/train2017")
@@ -458,7 +489,7 @@ def test_missing_folder_is_one_sentence(name):
         collections.load_collection(name)
 
 
-def test_names_stay_unique_where_only_the_suffix_differs(fresh, tmp_path):
+def test_names_stay_unique_where_only_the_suffix_differs(tmp_path):
     write_image(tmp_path / "images/a.jpg", value=1)
     write_image(tmp_path / "images/a.png", value=2)
     found = collections.load_collection(str(tmp_path / "images"))

@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 from fmbseg import files
-from fmbseg.data import label_spaces
+from fmbseg.data import collections, label_spaces
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import vit
 from fmbseg.params import TextParams, make
@@ -138,11 +138,12 @@ def test_a_training_says_how_many_took_part_and_with_which_encoder(toy, smoke, m
     monkeypatch.setenv("FMBSEG_HOME", str(toy.home))
     params = toy.params.model_copy(update={"profile": "records", "results_dir": str(tmp_path), "epochs": 1})
     lost = dataclasses.replace(toy.samples[0], name="never labelled")
+    monkeypatch.setitem(collections._left_out, ("drawn", "", ()), 3)
     train.train([*toy.samples, lost], toy.store, params)
     (name,) = names(params)
     record = files.read_json(records.run_folder(params) / name)
     assert name == f"train-{params.module}-drawn-seed0.json"
-    assert (record["images"], record["failed"]) == (6, 1)
+    assert (record["images"], record["failed"], record["left_out"]) == (6, 1, 3)
     assert record["weights"]["encoder"].startswith(params.encoder) and len(record["weights"]["module"]) == 64
     assert set(record["deviations"]) == every_deviation()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fmbseg import files
@@ -12,20 +12,21 @@ from fmbseg.data import benchmarks, embedded, fetch, images
 from fmbseg.data.benchmarks import LAYOUTS
 from fmbseg.data.embedded import EMBEDDED
 from fmbseg.data.samples import Sample
-from fmbseg.errors import DataError, WeightsError
+from fmbseg.errors import DataError, ImageError, WeightsError, tell
 
 POOL = ("pool_objects_scenes", "pool_coco_45", "pool_pets_streets")
 COLLECTIONS = {"embedded_pool": POOL, "embedded_objects": POOL, "embedded_coco": ("pool_coco_45",)}
 
 
-def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | None = None) -> list[Sample]:
+def load_collection(name: str, data_root: str = "", evaluated: Sequence[str] = ()) -> list[Sample]:
     """Unlabelled images: a collection's name, or any folder of images.
 
     Collections: ``embedded_pool`` (255), ``embedded_objects`` (155 of them), ``embedded_coco`` (45 of them, of COCO),
     ``coco_stuff_train`` and ``voc_images`` (both under data_root) and ``drawn``.
 
-    An image that is also in an evaluation set that is here (same bytes or same file name) is left out. evaluation: names of
-    those sets; none: all known ones. Raises WeightsError, DataError or ImageError when the collection is not here or empty.
+    An image that is also in an evaluation set that is here (the same bytes, whatever its name) is left out, and how many are is
+    told. So is a file that cannot be read. evaluated: benchmarks of the run, beside all known ones. Raises WeightsError,
+    DataError or ImageError when the collection is not here, or nothing of it is left.
     """
     if name == "drawn":
         return [Sample(s.name, s.image) for s in embedded.drawn().samples]
@@ -39,19 +40,44 @@ def load_collection(name: str, data_root: str = "", evaluation: Sequence[str] | 
         own = {"coco_stuff_train": benchmarks.train_folder, "voc_images": benchmarks.voc_folder}
         root = own[name](under) if name in own else Path(name).expanduser()
         found = images.find_images(root)
-    stems, hashes = _evaluation_images(tuple(evaluation or (*EMBEDDED, *(LAYOUTS if data_root else ()))), data_root)
-    kept = [p for p in found if p.stem not in stems and files.sha256_of(p) not in hashes]
+    sizes, others = _sizes(found), _sizes(_evaluation_images((*EMBEDDED, *(LAYOUTS if data_root else ()), *evaluated), data_root))
+    if not sizes:
+        raise DataError(f"{name}: none of its {len(found)} images can be read, such as {found[0]}; put them back, or give others")
+    both = set(sizes.values()) & set(others.values())  # only files of one size can have the same bytes
+    hashes = {files.sha256_of(p) for p, size in others.items() if size in both}
+    kept = [p for p, size in sizes.items() if size not in both or files.sha256_of(p) not in hashes]
+    _left_out[name, data_root, tuple(evaluated)] = len(sizes) - len(kept)
     if not kept:
         raise DataError(f"{name}: every image in it is an evaluation image; give others to train on")
+    if len(kept) < len(sizes):
+        tell(f"{name}: left out {len(sizes) - len(kept)} of {len(sizes)} images, which are evaluated on (the same bytes)")
     names = files.flat_names([p.relative_to(root) for p in kept], taken=("labels",))  # labels.json is a label folder's own
     return [Sample(name, p) for name, p in zip(names, kept)]
 
 
-@functools.lru_cache(maxsize=4)
-def _evaluation_images(names: tuple[str, ...], data_root: str) -> tuple[frozenset[str], frozenset[str]]:
-    """File names (those long enough to tell an image) and hashes of the evaluation images that are here."""
-    here = []
-    for name in names:
-        with contextlib.suppress(DataError, WeightsError):  # a benchmark that is not here
-            here += [sample.image for sample in benchmarks.load_benchmark(name, data_root).samples]
-    return frozenset(p.stem for p in here if len(p.stem) > 8), frozenset(files.sha256_of(p) for p in here)
+_left_out: dict[tuple[str, str, tuple[str, ...]], int] = {}
+
+
+def left_out(name: str, data_root: str = "", evaluated: Sequence[str] = ()) -> int | None:
+    """How many images ``load_collection`` of the same arguments left out, for they are evaluated on; None where it was not called."""
+    return _left_out.get((name, data_root, tuple(evaluated)))
+
+
+def _evaluation_images(names: Iterable[str], data_root: str) -> list[Path]:
+    found = []
+    for name in dict.fromkeys(names):
+        with contextlib.suppress(DataError, ImageError, WeightsError):  # a benchmark that is not here
+            found += [sample.image for sample in benchmarks.load_benchmark(name, data_root).samples]
+    return found
+
+
+def _sizes(paths: Iterable[Path]) -> dict[Path, int]:
+    """Bytes of each file, in their order; one that cannot be opened is told and is not among them."""
+    found = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                found[path] = os.fstat(stream.fileno()).st_size
+        except OSError as error:
+            tell(f"{path}: left out, for it cannot be read ({error.strerror})")
+    return found

@@ -28,7 +28,8 @@ from fmbseg.stage1.pseudo_labels import PseudoLabel
 
 def collection(params: CollectionParams) -> list[Sample]:
     """The unlabelled images that the parameters name, evenly spaced where there is a limit."""
-    return parallel.evenly_spaced(collections.load_collection(params.collection, params.data_root), params.limit)
+    found = collections.load_collection(params.collection, params.data_root, getattr(params, "benchmarks", ()))
+    return parallel.evenly_spaced(found, params.limit)
 
 
 def make_features(samples: Sequence[Sample], params: RunParams) -> list[Failure]:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from fmbseg import files
-from fmbseg.data import label_spaces
+from fmbseg.data import collections, label_spaces
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset
 from fmbseg.errors import DataError, ParameterError
@@ -42,7 +42,8 @@ class Record:
 
     kind: "train", "evaluate", or a comparison: "architecture", "encoder", "loss", "stages", "fine_tune"; method: the
     method or the variant; run: the name of the run that it belongs to; limit: the number of images that the data set was
-    cut to, none where it was not; notes: what a reader of the number has to know; deviations: as ``deviations`` gives them.
+    cut to, none where it was not; left_out: images of the collection that a training could not use, for they are evaluated
+    on; notes: what a reader of the number has to know; deviations: as ``deviations`` gives them.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Record:
     images: int = 0
     failed: int = 0
     limit: int | None = None
+    left_out: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
     miou: float | None = None
     precision: float | None = None
@@ -199,6 +201,7 @@ def of_training(params: TrainRun, result: TrainResult, module: Path, **about: An
         "source": f"{described['images']} unlabelled images",
         "images": described["images"],
         "limit": params.limit,
+        "left_out": collections.left_out(params.collection, params.data_root, getattr(params, "benchmarks", ())),
         "seconds": round(result.seconds, 1),
         "weights": described["weights"] | {"module": files.sha256_of(module)},
         "hardware": hardware(params.device),

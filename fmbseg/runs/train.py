@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from fmbseg import files
-from fmbseg.data import collections, fetch
+from fmbseg.data import fetch
 from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, FmbsegError, ParameterError
 from fmbseg.params import AlignParams, FeatureParams, LabelParams, ModuleParams, Params, PatchParams, PrealignParams, RunParams
-from fmbseg.runs import cache, modules, parallel, records
+from fmbseg.runs import cache, label, modules, parallel, records
 from fmbseg.runs.cache import Models
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage2 import distributed, training
@@ -75,7 +75,7 @@ def prealign(params: RunParams) -> Path:
     """
     path = prealigned_path(params)
     if distributed.rank() == 0:
-        samples = parallel.evenly_spaced(collections.load_collection(params.collection, params.data_root), params.prealign_limit)
+        samples = label.collection(params.model_copy(update={"limit": params.prealign_limit}))
         models = Models.of(params)
         key = _key(params, (PatchParams, ModuleParams, PrealignParams, FeatureParams), samples)
         if _read(path, key) is None:
