@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -16,6 +18,7 @@ from PIL import Image
 from fmbseg import files
 from fmbseg.data.images import IGNORED, resize_map
 from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.errors import tell
 from fmbseg.models.sam import AutomaticMask
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.label_masks import LabelledMask
@@ -23,6 +26,31 @@ from fmbseg.stage1.query_sam import QueryMask
 from fmbseg.stage1.windows import Window
 
 SIMILARITY = "viridis"  # one hue order, even lightness: readable without colour vision and in print
+
+
+SCRIPTS = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Hiragino", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode", "Noto Sans")
+"""How the names of fonts begin that have other scripts than Latin, Greek and Cyrillic."""
+
+
+@functools.cache
+def fonts() -> list[str]:
+    """DejaVu Sans, then what is here of fonts of other scripts: matplotlib takes each letter from the first that has it."""
+    here = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *sorted(name for name in here if name.startswith(SCRIPTS))]
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    return frozenset().union(*(font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in fonts()))
+
+
+def readable(name: str, index: int) -> str:
+    """A class's name as matplotlib can write it: as it is, or "class INDEX" where no font here has its letters, which is said once."""
+    if any(ord(letter) not in _letters() for letter in name):
+        tell(f"no font here has the letters of some class names: figures say class numbers; install {SCRIPTS[0]} or {SCRIPTS[1]}")
+        return f"class {index}"
+    plain = name.replace("$", r"\$")  # no formula
+    return f"\u200b{plain}" if plain.startswith("_") else plain  # a legend leaves out what begins with "_"
 
 
 class InlineFigure(Figure):
@@ -78,9 +106,10 @@ def legend(axis: Axes, labels: Sequence[np.ndarray], space: LabelSpace, limit: i
     """Names of the classes that occur, the largest first."""
     counts = sum(np.bincount(one.ravel(), minlength=256) for one in labels)[: len(space)]
     shown = [k for k in np.argsort(-counts) if counts[k] > 0][:limit]
-    handles = [Patch(facecolor=space.palette[k] / 255, edgecolor="0.3", label=space.names[k]) for k in shown]
+    handles = [Patch(facecolor=space.palette[k] / 255, edgecolor="0.3", label=readable(space.names[k], k)) for k in shown]
     if handles:
-        axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, fontsize=7, frameon=False, borderaxespad=0)
+        prop = {"family": fonts(), "size": 7}
+        axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, prop=prop, frameon=False, borderaxespad=0)
 
 
 def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: float = 0.02) -> None:
@@ -95,7 +124,8 @@ def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: fl
             continue
         nearest = np.argmin((rows - np.median(rows)) ** 2 + (columns - np.median(columns)) ** 2)
         box = {"facecolor": "white", "alpha": 0.75, "pad": 1.0, "lw": 0}
-        axis.text(columns[nearest], rows[nearest], space.names[k], ha="center", va="center", fontsize=7, bbox=box, clip_on=True)
+        style = {"ha": "center", "va": "center", "fontsize": 7, "family": fonts(), "bbox": box, "clip_on": True}
+        axis.text(columns[nearest], rows[nearest], readable(space.names[k], k), **style)
 
 
 def enlarge(labels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
