@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +266,77 @@ def test_labels_as_coco_annotations_read_by_pycocotools(trained, capsys, monkeyp
             pixels += mask.sum()
         assert (back == labels).all()
     assert pixels > 0 and len({a["id"] for a in coco.dataset["annotations"]}) == len(coco.dataset["annotations"])
+
+
+def test_a_read_only_home_with_everything_in_it_serves_label_evaluate_and_segment(trained, capsys, monkeypatch, tmp_path):
+    """No file is opened for writing under FMBSEG_HOME: what is there is read, and results go where they were asked for."""
+    home, module, image = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+
+    def results(folder):
+        label = ["label", "--profile", "smoke", "--out", str(folder / "labels")]
+        evaluate = ["evaluate", "--profile", "smoke", "--set", f"results_dir={folder}", "--set", "methods=[dense, stage1.1, fmbseg]"]
+        evaluate += ["--module", str(module)]
+        segment = [
+            "segment",
+            str(image),
+            "--module",
+            str(module),
+            "--profile",
+            "smoke",
+            "--classes",
+            "sky, grass",
+            "--out",
+            str(folder / "cut"),
+        ]
+        for command in (label, evaluate, segment):
+            status, _, err = told(capsys, *command)
+            assert status == 0, err
+        records = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "smoke" / "records" / "main").glob("*.json"))}
+        written = {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+        return {stem: (record["miou"], record["iou"]) for stem, record in records.items()}, written
+
+    before = results(tmp_path / "before")
+    kept, made = {path: path.stat().st_mtime_ns for path in home.rglob("*")}, tempfile.mkstemp
+
+    def refused(*args, **kwargs):
+        if Path(kwargs.get("dir") or args[2]).is_relative_to(home):
+            raise OSError(errno.EROFS, "Read-only file system", str(home))
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    assert results(tmp_path / "after") == before and len(before[0]) == 3 and len(before[1]) > 6
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == kept
+
+
+def test_train_and_evaluate_end_with_status_3_and_name_what_they_left_out(trained, capsys, monkeypatch, tmp_path):
+    home, module, _ = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    folder = tmp_path / "set"
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    (folder / "classes.txt").write_text("sky\ngrass\nsun\nhouse\n")
+    for sample in benchmarks.load_benchmark("drawn").samples[:3]:
+        (folder / "images" / sample.image.name).write_bytes(sample.image.read_bytes())
+        Image.fromarray(sample.truth()).save(folder / "masks" / sample.image.name)
+    broken = folder / "images" / "broken.png"
+    broken.write_bytes(b"no image")
+    Image.new("L", (8, 8)).save(folder / "masks" / "broken.png")
+    out = ["--set", f"results_dir={tmp_path / 'results'}"]
+    status, printed, _ = told(
+        capsys, "evaluate", "--profile", "smoke", "--methods", "dense", "--benchmarks", f"folder:{folder}", "--module", str(module), *out
+    )
+    assert status == 3 and "1 left out:" in printed and f"{broken}: cannot be read as an image" in printed
+    status, printed, _ = told(
+        capsys, "train", str(folder / "images"), "--profile", "smoke", "--limit", "9", "--out", str(tmp_path / "m.safetensors"), *out
+    )
+    assert status == 3 and "trained on 3 of 4 images" in printed and f"{broken}: cannot be read as an image" in printed
+
+
+def test_ctrl_c_is_status_130(capsys, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "settings", stopped)
+    status, _, err = told(capsys, "evaluate", "--profile", "smoke")
+    assert status == 130 and err == "fmbseg: stopped; what was computed is kept\n"

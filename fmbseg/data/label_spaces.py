@@ -202,6 +202,8 @@ def vocabulary(text: str, words: str = "ours") -> LabelSpace:
         if not path.is_file():
             raise DataError(f"{path}: no such file; give a text file with a word a line")
         return own_words(read_words(path), path.name)
+    if Path(text).is_file():
+        raise DataError(f"{text}: not taken for a list of words; give a text file with a word a line, whose name ends in .txt")
     spaces = [label_space(part.strip()).worded(words) for part in text.split("+")]
     if len(spaces) == 1:
         return spaces[0].without_background(text) if spaces[0].background else spaces[0]

@@ -68,7 +68,10 @@ def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
     """Read a module and its metadata. Raises DataError when there is none, or the file is not one that ``save`` wrote."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no trained module there; run notebook 04 or: fmbseg train")
-    tensors, metadata = files.read_tensors(path)
+    try:
+        tensors, metadata = files.read_tensors(path)
+    except DataError as error:
+        raise DataError(f"{path}: no alignment module, or a damaged one; give the file that training wrote, or train it again") from error
     if "fmbseg" not in metadata:
         raise DataError(f"{path}: not an alignment module of fmbseg; give the file that training wrote")
     try:
