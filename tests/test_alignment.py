@@ -92,7 +92,7 @@ def test_file_that_is_no_module_is_refused(tmp_path):
     with pytest.raises(DataError, match="none.safetensors: no trained module there; run notebook 04 or: fmbseg train"):
         modules.load(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("not tensors")
-    with pytest.raises(DataError, match="text.safetensors: damaged"):
+    with pytest.raises(DataError, match="text.safetensors: no alignment module, or a damaged one; give the file"):
         modules.load(tmp_path / "text.safetensors")
 
 

@@ -62,7 +62,8 @@ class ImageText:
         self.mean, self.std = open_clip.get_model_preprocess_cfg(model)["mean"], open_clip.get_model_preprocess_cfg(model)["std"]
         self.blocks = self._blocks()
         self.image_size = int(self.tower.image_size[0])
-        self._probe()
+        if device != "meta":  # which has no numbers
+            self._probe()
 
     def _blocks(self) -> Sequence[nn.Module] | None:
         """The tower's transformer blocks; None for a tower without attention."""
