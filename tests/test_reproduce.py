@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -74,3 +75,15 @@ def test_the_report_is_of_the_run_that_was_asked_for(monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError):
         reproduce.report(tmp_path / "smoke", run="mine")
     assert given == [{"profile": "smoke", "results_dir": str(tmp_path), "run": "mine"}]
+
+
+@pytest.mark.parametrize("name, seconds, runs", [(reproduce.WIDGETS, 700, 2), (reproduce.WIDGETS, 10, 1), ("08_tables", 700, 1)])
+def test_the_notebook_of_widgets_is_begun_anew_once_where_a_cell_does_not_end(monkeypatch, tmp_path, name, seconds, runs):
+    """What failed sooner, or is another notebook, is not run again: it would fail again."""
+    begun, clock = [], iter(range(0, 10 * seconds, seconds))
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda command: begun.append(command) or SimpleNamespace(returncode=1))
+    monkeypatch.setattr(reproduce.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(reproduce.files, "project_root", lambda: tmp_path)
+    with pytest.raises(DataError, match="stopped with an error"):
+        reproduce._execute(name, {"profile": "smoke"}, tmp_path / "out.ipynb")
+    assert len(begun) == runs and ("--execution-timeout" in begun[0]) == (name == reproduce.WIDGETS)
