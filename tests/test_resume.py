@@ -370,7 +370,8 @@ def test_a_script_without_a_main_guard_works_and_a_closed_terminal_leaves_no_wor
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    script = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment, **pipes)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # also where the tests run under nohup
+    script = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment, **pipes, **heard)
     assert script.stdout.readline() == b"begun\n"  # once: the workers do not run the script
     workers = [int(pid) for pid in script.stdout.readline().split()]
     assert 1 <= len(workers) <= 2 and script.pid not in workers
