@@ -213,7 +213,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
         try:
             safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=dict(metadata or {}))
         except safetensors.SafetensorError as error:  # its own error for a full disk
-            raise StorageError(f"{path}: cannot be written ({error}); free some space, then run again: what was written is kept") from error
+            raise _storage_error(Path(path), OSError(errno.ENOSPC, str(error))) from error
     return Path(path)
 
 

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,25 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_configure(config):
     config.addinivalue_line("markers", "minutes: takes a minute or more; leave it out with -m 'not minutes'")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def gone(workers):
+    """Wait until these processes have ended; fail where one has not after 20 seconds."""
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:  # one that ended and was not yet waited for does not count
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return True
 
 
 @pytest.fixture(scope="session")

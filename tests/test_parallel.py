@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import alive, gone
 
 from fmbseg import files
 from fmbseg.errors import DataError, ParameterError, StorageError, WeightsError, WorkerLost
@@ -154,24 +155,6 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     gone(workers)
-
-
-def gone(workers):
-    end = time.monotonic() + 20
-    while any(alive(pid) for pid in workers) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(alive(pid) for pid in workers)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    try:  # one that ended and was not yet waited for does not count
-        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return True
 
 
 # ---------------------------------------------------------------- whose fault an error is

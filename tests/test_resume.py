@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 import zipfile
 from functools import partial
@@ -17,7 +16,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, gone
 
 from fmbseg import cli, files
 from fmbseg.data import benchmarks, fetch
@@ -377,14 +376,4 @@ def test_a_script_without_a_main_guard_works_and_a_closed_terminal_leaves_no_wor
     assert 1 <= len(workers) <= 2 and script.pid not in workers
     script.send_signal(signal.SIGHUP)
     assert script.wait(20) == -signal.SIGHUP
-    until = time.monotonic() + 20
-    while any(_alive(pid) for pid in workers) and time.monotonic() < until:
-        time.sleep(0.2)
-    assert not any(_alive(pid) for pid in workers)
-
-
-def _alive(pid):
-    try:
-        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    gone(workers)

@@ -305,9 +305,7 @@ def load_benchmark(name: str, data_root: str = "") -> Dataset:
         return embedded.drawn()
     if name.startswith("folder:"):
         root, path = Path(data_root or ".").expanduser(), Path(name.removeprefix("folder:")).expanduser()
-        own = (
-            f"folder:{path.relative_to(root) if path.is_relative_to(root) else path}"  # the path as asked for tells sets of one name apart
-        )
+        own = f"folder:{path.relative_to(root) if path.is_relative_to(root) else path}"  # tells sets of one base name apart
         return dataclasses.replace(folder_set(root / path), name=own, source=own)
     if name not in LAYOUTS:
         raise ParameterError(f"benchmark {name!r}: unknown; known are {', '.join(BENCHMARKS)}, and folder:PATH")

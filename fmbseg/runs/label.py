@@ -136,13 +136,16 @@ class LabelStore:
     def _record(self, sample: Sample) -> Path:
         return self.folder / f"{_name(sample)}.json"
 
+    def _said(self, sample: Sample, *names: str) -> list | None:
+        """What the image's record says under these names; None where it is missing or damaged."""
+        return cache.kept(self._record(sample), lambda record: [files.read_json(record)[name] for name in names])
+
     def _failed(self, sample: Sample) -> Path:
         return self.failed / f"{_name(sample)}.json"
 
     def has(self, sample: Sample) -> bool:
         """Whether this image has a whole pseudo label, made with these words and parameters."""
-        made_of = cache.kept(self._record(sample), lambda record: [files.read_json(record)[k] for k in ("key", "sha256")])
-        if made_of != [self.key, files.sha256_of(sample.image)] or not self.path(sample).is_file():
+        if self._said(sample, "key", "sha256") != [self.key, files.sha256_of(sample.image)] or not self.path(sample).is_file():
             return False
         try:
             return bool(self.read(sample).size)
@@ -152,10 +155,9 @@ class LabelStore:
     def check_images(self, samples: Sequence[Sample]) -> None:
         """Raise DataError where the folder holds the label of another image, from another place, under a name of these."""
         for sample in samples:
-            of_image = cache.kept(self._record(sample), lambda record: [files.read_json(record)[k] for k in ("image", "sha256")])
-            if of_image is None:
+            if (said := self._said(sample, "image", "sha256")) is None:
                 continue
-            image, sha256 = of_image
+            image, sha256 = said
             if Path(image).absolute() != sample.image.absolute() and sha256 != files.sha256_of(sample.image):
                 raise DataError(
                     f"{self.folder}: holds the label of {image} under the name of {sample.image}; give each collection a folder of its own"
