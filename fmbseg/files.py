@@ -120,11 +120,9 @@ def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[P
     No two are the same after "/" has become "__", however a file system spells letters and folds their case. Parts that are
     longer than file systems allow are cut and get a key. taken: names, in lower case, that nobody gets.
     """
-    spellings = [[path.with_suffix(""), path, path.with_name(f"{path.name}-{digest(str(path))[:8]}")] for path in paths]
-    spellings = [[Path(*map(short_name, spelling.parts)) for spelling in of_one] for of_one in spellings]
     level = [0] * len(paths)
+    names = [_spelled(path, 0) for path in paths]
     while True:
-        names = [of_one[i] for of_one, i in zip(spellings, level)]
         alike = [folded("__".join(name.parts)) for name in names]
         times = Counter(alike)
         again = [k for k, one in enumerate(alike) if level[k] < 2 and (times[one] > 1 or one in taken)]
@@ -132,6 +130,12 @@ def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[P
             return names
         for k in again:
             level[k] += 1
+            names[k] = _spelled(paths[k], level[k])
+
+
+def _spelled(path: Path, level: int) -> Path:
+    spelling = path.with_suffix("") if level == 0 else path if level == 1 else path.with_name(f"{path.name}-{digest(str(path))[:8]}")
+    return Path(*map(short_name, spelling.parts))
 
 
 def flat_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[str]:

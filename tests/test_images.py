@@ -174,6 +174,8 @@ def test_find_images_lists_images_below_sorted(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
     assert images.find_images(tmp_path) == [tmp_path / "a/c.png", tmp_path / "a/d.webp", tmp_path / "b.JPG"]
+    saved(tmp_path / "a-b.png", COLOUR)  # "-" comes before "/" in a text, and after the folder in a path
+    assert images.find_images(tmp_path)[0] == tmp_path / "a/c.png" and images.find_images(tmp_path)[2] == tmp_path / "a-b.png"
 
 
 def test_folder_without_images_is_refused(tmp_path):

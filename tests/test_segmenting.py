@@ -95,3 +95,10 @@ def test_flat_names_of_a_collection():
     names = files.flat_names(paths, taken=("labels",))
     assert len({files.folded(name) for name in names}) == len(paths) and names[-1] == "plain" and names[4] == "labels.jpg"
     assert files.flat_names(paths, taken=("labels",)) == names and files.flat_names([Path("a/b.jpg")]) == ["a__b"]
+
+
+def test_only_names_that_meet_are_spelled_again(monkeypatch):
+    spelled, plain = [], files._spelled
+    monkeypatch.setattr(files, "_spelled", lambda path, level: spelled.append((path.name, level)) or plain(path, level))
+    assert files.flat_names([Path(name) for name in ("a.jpg", "b.jpg", "b.png", "c.jpg")]) == ["a", "b.jpg", "b.png", "c"]
+    assert spelled == [("a.jpg", 0), ("b.jpg", 0), ("b.png", 0), ("c.jpg", 0), ("b.jpg", 1), ("b.png", 1)]

@@ -51,7 +51,9 @@ def load_collection(name: str, data_root: str = "", evaluated: Sequence[str] = (
         raise DataError(f"{name}: every image in it is an evaluation image; give others to train on")
     if len(kept) < len(sizes):
         tell(f"{name}: left out {len(sizes) - len(kept)} of {len(sizes)} images, which are evaluated on (the same bytes)")
-    names = files.flat_names([p.relative_to(root) for p in kept], taken=("labels",))  # labels.json is a label folder's own
+    names = files.flat_names(
+        [Path(str(p).removeprefix(os.path.join(root, ""))) for p in kept], taken=("labels",)
+    )  # labels.json is a label folder's own
     return [Sample(name, p) for name, p in zip(names, kept)]
 
 
@@ -76,8 +78,9 @@ def _sizes(paths: Iterable[Path]) -> dict[Path, int]:
     found = {}
     for path in paths:
         try:
-            with open(path, "rb") as stream:
-                found[path] = os.fstat(stream.fileno()).st_size
+            opened = os.open(path, os.O_RDONLY)
+            found[path] = os.fstat(opened).st_size
+            os.close(opened)
         except OSError as error:
             tell(f"{path}: left out, for it cannot be read ({error.strerror})")
     return found

@@ -172,19 +172,20 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder; give a folder of images ({', '.join(SUFFIXES)})")
-    here = list(_files(folder))
-    if skipped := Counter(suffix for path in here if (suffix := path.suffix.lower()) in UNREAD):
+    here = [(path, os.path.splitext(path)[1].lower()) for path in _files(folder)]  # text: a Path is slow to make and to compare
+    if skipped := Counter(suffix for _, suffix in here if suffix in UNREAD):
         tell(
             f"{folder}: skipped {', '.join(f'{n} {s}' for s, n in sorted(skipped.items()))}, which is not read here; convert them to JPEG or PNG"
         )
-    found = sorted(path for path in here if path.suffix.lower() in SUFFIXES and not files.is_result(path))
+    of_images = sorted((path for path, suffix in here if suffix in SUFFIXES), key=lambda path: path.split(os.sep))
+    found = [path for path in map(Path, of_images) if not files.is_result(path)]
     if not found:
         raise ImageError(f"{folder}: holds no image; accepted are {', '.join(SUFFIXES)}")
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Files under a folder in no order, hidden ones left out. A folder that several links lead to is entered once."""
+def _files(folder: Path) -> Iterator[str]:
+    """Paths of the files under a folder in no order, hidden ones left out. A folder that several links lead to is entered once."""
 
     def unlisted(error: OSError) -> None:
         tell(f"{error.filename}: left out, for it cannot be listed ({error.strerror})")
@@ -197,7 +198,7 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         entered.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(top, name) for name in names if not name.startswith("."))
+        yield from (os.path.join(top, name) for name in names if not name.startswith("."))
 
 
 def target_size(height: int, width: int, short_side: int, long_limit: int, multiple: int = 1) -> tuple[int, int]:
