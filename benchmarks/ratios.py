@@ -21,9 +21,11 @@ import torch.nn.functional as F
 
 from fmbseg import profiles
 from fmbseg.data import benchmarks, images, label_spaces
-from fmbseg.runs import modules, records
+from fmbseg.data.samples import Sample
+from fmbseg.runs import modules, records, train
+from fmbseg.runs.cache import Models
 from fmbseg.runs.modules import Segmenter
-from fmbseg.stage2 import losses, metrics
+from fmbseg.stage2 import losses, metrics, training
 from fmbseg.stage2.segmenter import words_space
 
 from throughput import hardware  # isort: skip
@@ -137,7 +139,40 @@ def counting(turns: int) -> list[dict]:
     return [row("count an image of 640 x 480, 171 classes / torchmetrics' MulticlassJaccardIndex", 0.15, *taken.values())]
 
 
-MEASURED = {"loss": loss, "segment": segment, "counting": counting}
+# ---------------------------------------------------------------- training
+
+
+class Truth:
+    """What a training reads of a label store: here the truth of an evaluation set, so that every patch counts."""
+
+    def read(self, sample: Sample) -> np.ndarray:
+        return sample.truth()
+
+
+def training_step(turns: int) -> list[dict]:
+    """A training of 20 images, 1 epoch (4 steps of 5 images, read from the cache), against the bare steps on the same batches in memory."""
+    dataset, rows = benchmarks.load_benchmark("embedded_coco_panoptic133"), []
+    for module in ("linear", "transformer"):
+        params = profiles.load("train", "embedded", {"module": module, "epochs": 1})
+        data = train.PatchDataset(train.prepare(dataset.samples, params), Truth(), params)
+        classes, texts = data.classes(), Models.of(params).texts(dataset.space).prototypes()
+        texts, table, loss_of = texts[list(classes)], training.rows_of(classes), training.loss_function(params)
+        start = training.new_module((data.patches(i) for i in range(len(data))), data.width, texts.shape[1], params)
+        loaded = [(patches.float(), table[y.flatten()]) for patches, y in training.batches(data, params.images_per_batch, params.seed)]
+
+        def bare(start=start, loaded=loaded, texts=texts, loss_of=loss_of, epochs=params.epochs) -> None:
+            for patches, y in loaded * epochs:
+                start.zero_grad()
+                z = start(patches).permute(0, 2, 3, 1).flatten(0, 2)
+                loss_of(z[y >= 0], y[y >= 0], texts).backward()
+
+        taken = best(turns, train=lambda given=(data, classes, texts, start, params): training.train(*given), bare=bare)
+        what = f"training step, {module} module, input included / its forward and backward plus loss"
+        rows.append(row(what, 1.3, *taken.values()))
+    return rows
+
+
+MEASURED = {"loss": loss, "segment": segment, "counting": counting, "training": training_step}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

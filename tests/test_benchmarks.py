@@ -15,7 +15,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)
     yield
-    for name in ("costs", "throughput"):
+    for name in ("costs", "ratios", "throughput"):
         sys.modules.pop(name, None)
 
 
