@@ -39,10 +39,6 @@ def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[st
     return folder
 
 
-WIDGETS, WIDGETS_SECONDS = "09_explore_similarity", 600
-"""The notebook of widgets: rarely, their messages and the kernel wait for each other; a cell that does not end is begun anew, once."""
-
-
 def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
     import yaml
 
@@ -51,7 +47,7 @@ def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "papermill",
+        "fmbseg.runs.headless",
         str(root / "notebooks" / f"{name}.ipynb"),
         str(out),
         "--cwd",
@@ -65,12 +61,7 @@ def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
         "-y",
         yaml.safe_dump(dict(values)),
     ]
-    started = time.perf_counter()
-    if name == WIDGETS:
-        command += ["--execution-timeout", str(WIDGETS_SECONDS)]
     run = subprocess.run(command)
-    if run.returncode != 0 and name == WIDGETS and time.perf_counter() - started > WIDGETS_SECONDS:
-        run = subprocess.run(command)
     if run.returncode != 0:
         raise DataError(f"{name} stopped with an error, told above; its executed copy is {out}. What was computed is kept: run again")
 
