@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--classes-file",
                 dest="vocabulary",
                 metavar="FILE.txt",
-                help="words to look for, one a line (default: the profile's vocabulary)",
+                help="classes to look for, one a line: a word, or 'name: word, word' (default: the profile's vocabulary)",
             )
             sub.add_argument("--limit", type=int, help="how many images, evenly spread")
             sub.add_argument("--workers", type=int, help="processes of one thread each")
@@ -348,7 +348,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     common(sub)
     sub.add_argument("images", nargs="+", help="images, folders of images, or patterns such as 'photos/*.jpg'")
-    sub.add_argument("--classes", required=True, help="words, separated by commas")
+    sub.add_argument(
+        "--classes",
+        required=True,
+        help="words, separated by commas; a class of several words: 'person=person|man|woman, cat'; or FILE.txt as for label",
+    )
     sub.add_argument("--background", help="words that together are class 0, background")
     sub.add_argument(
         "--out",

@@ -117,6 +117,26 @@ def test_own_words():
     assert len(own_words([f"word {i}" for i in range(254)]).palette) == 254
 
 
+def test_a_class_of_several_words_has_one_name(tmp_path):
+    names, prompts = ("person", "cat", "traffic light"), (("Man", "woman", "person"), ("cat",), ("lamp", "signal"))
+    file = tmp_path / "words.txt"
+    file.write_text("person: Man, woman ,person, man\ncat\ntraffic  light:lamp,signal\n")
+    several = [
+        own_words("person=Man|woman|person, cat,traffic light = lamp | signal"),
+        own_words({"person": ["Man", "woman", "person"], "cat": ["cat"], "traffic light": ["lamp", "signal"]}),
+        label_spaces.vocabulary(str(file)),
+        segmenter.words_space(str(file)),
+    ]
+    for space in several:
+        assert space.names == names
+        assert [tuple(map(label_spaces.normal, w)) for w in space.prompts] == [tuple(map(label_spaces.normal, w)) for w in prompts]
+    assert several[0].worded("verbatim").prompts == several[0].prompts
+    space = segmenter.words_space("person=man|woman", "wall=brick|plaster, floor")
+    assert space.names == ("background", "person") and space.prompts == (("brick", "plaster", "floor"), ("man", "woman"))
+    with pytest.raises(ParameterError, match="background: also among the classes: person;"):
+        segmenter.words_space("person=man|woman", "wall, Woman")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -129,6 +149,9 @@ def test_own_words():
         (["cafe\u0301", "caf\u00e9"], "given more than once"),
         (["cat", 3], "give words as text"),
         (["cat", None], "give words as text"),
+        ("person=man, man", "words of two classes given more than once: man;"),
+        ("person=, cat", "person has no name or no word; write name= word| word"),
+        ("=man, cat", "man has no name or no word"),
         ([f"word {i}" for i in range(255)], "255 words; label maps hold at most 254"),
     ],
 )

@@ -239,16 +239,17 @@ def _folder_space(folder: Path) -> LabelSpace:
     path = folder / "classes.txt"
     words = label_spaces.read_words(path, numbered=True)
     try:
-        space = label_spaces.own_words(words, str(path))
+        space = label_spaces.own_words(words, str(path), lines=True)
     except ParameterError as error:
         raise DataError(str(error)) from error
-    others = [k for k, word in enumerate(words) if label_spaces.is_background(word)]
+    others = [k for k, word in enumerate(words) if label_spaces.is_background(word.partition(":")[0])]
     if others and others[-1] > 0:
         raise DataError(
             f"{path}: line {others[-1] + 1} is {words[others[-1]]!r}, which is class 0 or none; put it first, or name it otherwise"
         )
     names = ("background", *space.names[1:]) if others else space.names
-    return LabelSpace(folder.name, names, tuple((name,) for name in names), space.palette, bool(others))
+    prompts = (("background",), *space.prompts[1:]) if others else space.prompts
+    return LabelSpace(folder.name, names, prompts, space.palette, bool(others))
 
 
 def _check_coding(folder: Path, space: LabelSpace, masks: Sequence[Path]) -> None:

@@ -9,7 +9,7 @@ import functools
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -82,10 +82,10 @@ class LabelSpace:
 
         Raises ParameterError where that list has not the benchmark.
         """
-        if words == "ours":
+        if words == "ours" or self.name not in SPACES:
             return self
         own = {}
-        if words != "verbatim" and self.name in SPACES:
+        if words != "verbatim":
             lists, space = word_lists()[words], _WITHOUT_BACKGROUND.get(self.name, self.name)
             if space not in lists:
                 raise ParameterError(
@@ -173,26 +173,43 @@ def label_space(name: str) -> LabelSpace:
     return LabelSpace(name, names, tuple(tuple(entry["prompts"].get(n, [n])) for n in names), colours, background)
 
 
-def own_words(words: Sequence[str], name: str = "words") -> LabelSpace:
-    """Any list of words as a label space. Raises ParameterError for an empty, repeated or over-long list."""
+def own_words(words: Sequence[str] | Mapping[str, Sequence[str]], name: str = "words", lines: bool = False) -> LabelSpace:
+    """Any list of classes as a label space. Of a class with several prompt words the most similar word counts.
+
+    words: of each class its name, which is its word, or its name and its words: "person=person|man|woman", as a list or as one
+    text with commas between the classes; {"person": ["person", "man"]}; or (``lines``) "person: person, man", as a file has it.
+    Raises ParameterError for an empty, repeated or over-long list, and for a word of two classes.
+    """
     if isinstance(words, str):
         words = words.split(",")
-    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+    equals, between = (":", ",") if lines else ("=", "|")
+    if isinstance(words, Mapping):
+        entries = list(words.items())
+    elif isinstance(words, Sequence) and all(isinstance(word, str) for word in words):
+        parts = (word.partition(equals) for word in words)
+        entries = [(own, of_own.split(between) if equal else [own]) for own, equal, of_own in parts]
+    else:
         raise ParameterError(f"{name}: got {words!r}; give words as text, such as ['cat', 'sofa']")
-    cleaned = [" ".join(word.split()) for word in words]
-    cleaned = [word for word in cleaned if word]
-    if not cleaned:
+    classes = [(" ".join(own.split()), [word for each in of_own if (word := " ".join(each.split()))]) for own, of_own in entries]
+    classes = [(own, of_own) for own, of_own in classes if own or of_own]
+    if not classes:
         raise ParameterError(f'{name}: no word given; give at least one, such as "cat, sofa"')
-    times = Counter(normal(word) for word in cleaned)
-    if repeated := sorted({word for word in cleaned if times[normal(word)] > 1}):
-        raise ParameterError(f"{name}: given more than once: {', '.join(repeated)}; give every word once (case does not count)")
-    if len(cleaned) > MAX_CLASSES:
-        raise ParameterError(f"{name}: {len(cleaned)} words; label maps hold at most {MAX_CLASSES}")
-    return LabelSpace(name, tuple(cleaned), tuple((word,) for word in cleaned), palette(len(cleaned)))
+    if half := [own or ", ".join(of_own) for own, of_own in classes if not own or not of_own]:
+        raise ParameterError(f"{name}: {half[0]} has no name or no word; write name{equals} word{between} word")
+    distinct = [{normal(word): word for word in of_own} for _, of_own in classes]
+    for what, given in (("", [own for own, _ in classes]), ("words of two classes ", [w for of_own in distinct for w in of_own.values()])):
+        times = Counter(map(normal, given))
+        if repeated := sorted({word for word in given if times[normal(word)] > 1}):
+            raise ParameterError(f"{name}: {what}given more than once: {', '.join(repeated)}; give every word once (case does not count)")
+    if len(classes) > MAX_CLASSES:
+        raise ParameterError(f"{name}: {len(classes)} words; label maps hold at most {MAX_CLASSES}")
+    names, prompts = tuple(own for own, _ in classes), tuple(tuple(of_own.values()) for of_own in distinct)
+    return LabelSpace(name, names, prompts, palette(len(classes)))
 
 
 def vocabulary(text: str, words: str = "ours") -> LabelSpace:
-    """A training vocabulary: a label space's name, several joined by "+", or a text file (.txt) with a word a line.
+    """A training vocabulary: a label space's name, several joined by "+", or a text file (.txt) with a word a line,
+    or "name: word, word".
 
     words: of label spaces, as ``LabelSpace.worded`` has it. Of joined spaces each prompt word is a class of its own; backgrounds are left out. Raises ParameterError for an unknown name
     or a list that is no vocabulary, DataError for a file that cannot be read.
@@ -201,7 +218,7 @@ def vocabulary(text: str, words: str = "ours") -> LabelSpace:
         path = Path(text)
         if not path.is_file():
             raise DataError(f"{path}: no such file; give a text file with a word a line")
-        return own_words(read_words(path), path.name)
+        return own_words(read_words(path), path.name, lines=True)
     if Path(text).is_file():
         raise DataError(f"{text}: not taken for a list of words; give a text file with a word a line, whose name ends in .txt")
     spaces = [label_space(part.strip()).worded(words) for part in text.split("+")]

@@ -21,7 +21,7 @@ from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams, SegmentParams
 from fmbseg.stage2 import segmenter
 from fmbseg.stage2.alignment import Alignment
-from fmbseg.stage2.segmenter import AlignedEncoder, Segmentation
+from fmbseg.stage2.segmenter import AlignedEncoder, Segmentation, Words
 from fmbseg.stage2.training import TrainState
 
 
@@ -157,7 +157,7 @@ class Segmenter(segmenter.Segmenter):
         return cls(embedder, clip, params, templates or described.get("templates", "one"), average or described.get("text_average", "unit"))
 
     def segment(
-        self, image: np.ndarray | str | Path, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None
+        self, image: np.ndarray | str | Path, classes: Words | LabelSpace, background: Sequence[str] | str | None = None
     ) -> Segmentation:
         """As ``stage2.Segmenter.segment``, also of an image file."""
         return super().segment(images.read_image(image) if isinstance(image, (str, Path)) else image, classes, background)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -188,13 +188,11 @@ class Segmenter:
         across = placing((w.left for w in embedded.windows), one.width, of_one[2], width, self.params.interpolation)
         return Placed(patches, down, across)
 
-    def segment(
-        self, image: np.ndarray, classes: Sequence[str] | str | LabelSpace, background: Sequence[str] | str | None = None
-    ) -> Segmentation:
+    def segment(self, image: np.ndarray, classes: Words | LabelSpace, background: Sequence[str] | str | None = None) -> Segmentation:
         """Segment a (height, width, 3) RGB ``uint8`` image into any words.
 
-        classes: words, one comma-separated string, or a label space; background: words that together are class 0,
-        "background". Raises ParameterError for an empty or repeated list.
+        classes: words, one comma-separated string, {name: words}, a .txt file, or a label space (``words_space``); background:
+        words that together are class 0, "background". Raises ParameterError for an empty or repeated list.
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
         embedded = self.embed(image)
@@ -211,6 +209,7 @@ def describe(result: Segmentation) -> dict:
             {
                 "name": result.space.names[k],
                 "index": int(k),
+                "words": list(result.space.prompts[k]),
                 "pixels": int(where.sum()),
                 "share": round(float(where.mean()), 4),
                 "mean_similarity": round(float(resize_map(one, where.shape)[0, 0].numpy()[where].mean()), 4),
@@ -219,17 +218,29 @@ def describe(result: Segmentation) -> dict:
     return {"height": result.labels.shape[0], "width": result.labels.shape[1], "classes": sorted(found, key=lambda c: -c["pixels"])}
 
 
-def words_space(classes: Sequence[str] | str, background: Sequence[str] | str | None = None) -> LabelSpace:
-    """Words, and background words as one class 0, as a label space."""
-    space = label_spaces.own_words(classes, "classes")
+Words = Sequence[str] | str | Mapping[str, Sequence[str]]
+
+
+def words_space(classes: Words, background: Sequence[str] | str | None = None) -> LabelSpace:
+    """Classes as ``own_words`` takes them, or the name of a .txt file, and background words as one class 0, as a label space."""
+    if isinstance(classes, str) and classes.endswith(".txt"):
+        space = label_spaces.vocabulary(classes)
+    else:
+        space = label_spaces.own_words(classes, "classes")
     if background is None:
         return space
     others = label_spaces.own_words(background, "background")
-    taken = {label_spaces.normal(word) for word in others.names}
-    if both := [word for word in space.names if label_spaces.normal(word) in taken or label_spaces.is_background(word)]:
+    taken = {label_spaces.normal(word) for prompts in others.prompts for word in prompts}
+    both = [
+        name
+        for name, words in zip(space.names, space.prompts)
+        if label_spaces.is_background(name) or any(label_spaces.normal(word) in taken for word in words)
+    ]
+    if both:
         raise ParameterError(f"background: also among the classes: {', '.join(both)}; give every word once")
     colours = np.concatenate([np.zeros((1, 3), np.uint8), space.palette])
-    return LabelSpace("words", ("background", *space.names), (others.names, *space.prompts), colours, True)
+    prompts = (tuple(word for words in others.prompts for word in words), *space.prompts)
+    return LabelSpace("words", ("background", *space.names), prompts, colours, True)
 
 
 def label_map(similarity: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> np.ndarray:
