@@ -92,6 +92,21 @@ def test_official_layouts(name, row, root):
     assert counts.counts.sum() == 8 * (truth[0] != 255).sum()
 
 
+@pytest.mark.parametrize(
+    "name, folder, other", [("ade150", "ADEChallengeData2016", "ade/ADEChallengeData2016"), ("coco_stuff171", "coco", "coco_stuff164k")]
+)
+def test_either_name_of_a_root_is_read(name, folder, other, root):
+    expected = benchmarks.load_benchmark(name, str(root)).samples
+    (root / other).parent.mkdir(exist_ok=True)
+    (root / folder).rename(root / other)
+    made = benchmarks.load_benchmark(name, str(root)).samples
+    assert [s.name for s in made] == [s.name for s in expected] and (made[0].truth() != 255).any()
+    (root / folder).mkdir()  # what is not whole does not hide what is
+    assert benchmarks.load_benchmark(name, str(root)).samples[0].image == made[0].image
+    write_image(root / other / "images/train2017/1.jpg")
+    assert name == "ade150" or benchmarks.train_folder(root) == root / other / "images/train2017"
+
+
 @pytest.mark.parametrize("name", ["voc21", "context59"])
 def test_the_split_says_which_images_and_in_which_order(name, root):
     assert [s.name for s in benchmarks.load_benchmark(name, str(root)).samples] == ["b_1", "a_1"]

@@ -29,7 +29,7 @@ class Layout:
 
     folder: its top folder; images: how many its validation split has; parts: {what: path in the folder} of all that must be
     there; pattern: glob of its images in the folder; read: (folder, label space) -> its samples; source: where it officially
-    comes from, in words.
+    comes from, in words; other: the folder's name in mmsegmentation's and TCL's layout, where it is another.
     """
 
     folder: str
@@ -38,14 +38,21 @@ class Layout:
     pattern: str
     read: Callable[[Path, LabelSpace], list[Sample]]
     source: str
+    other: str = ""
+
+    def base(self, root: Path) -> Path:
+        """Its top folder under the data root, by the name of the two that is whole there; ``folder`` where neither is."""
+        names = [name for name in (self.folder, self.other) if name]
+        whole = (root / name for name in names if all((root / name / path).exists() for path in self.parts.values()))
+        return next(whole, root / self.folder)
 
     def missing(self, root: Path) -> list[str]:
         """The parts that are not under the data root, as "masks VOCdevkit/..."."""
-        return [f"{what} {self.folder}/{path}" for what, path in self.parts.items() if not (root / self.folder / path).exists()]
+        return [f"{what} {self.folder}/{path}" for what, path in self.parts.items() if not (self.base(root) / path).exists()]
 
     def count(self, root: Path) -> int:
         """How many images of it are under the data root, of any split that its image folder holds."""
-        return sum(1 for _ in (root / self.folder).glob(self.pattern))
+        return sum(1 for _ in self.base(root).glob(self.pattern))
 
 
 def pair(paths: Sequence[Path], mask_of: Callable[[Path], Path], table: Table) -> list[Sample]:
@@ -114,7 +121,8 @@ _VOC12 = Layout(
     {"images": "JPEGImages", "masks": "SegmentationClass", "split": "ImageSets/Segmentation/val.txt"},
     "JPEGImages/*.jpg",
     functools.partial(_voc, "ImageSets/Segmentation/val.txt", "SegmentationClass", 20),
-    "VOCtrainval_11-May-2012.tar from the PASCAL VOC 2012 site, unpacked in the data root",
+    "VOCtrainval_11-May-2012.tar from the PASCAL VOC 2012 site (where it is down: d2l-data.s3-accelerate.amazonaws.com has the file, sha1"
+    " 4e443f8a2eca6b1dac8a6c57641b67dd40621a49), unpacked in the data root",
 )
 _CONTEXT = Layout(
     "VOCdevkit/VOC2010",
@@ -123,7 +131,8 @@ _CONTEXT = Layout(
     "JPEGImages/*.jpg",
     functools.partial(_voc, "ImageSets/SegmentationContext/val.txt", "SegmentationClassContext", 59),
     "VOCtrainval_03-May-2010.tar from the PASCAL VOC 2010 site, unpacked in the data root; masks and split are made from"
-    " trainval_merged.json of the PASCAL-Context site by mmsegmentation's pascal_context.py (it needs the Detail API)",
+    " codalabuser.blob.core.windows.net/public/trainval_merged.json by mmsegmentation's"
+    " tools/dataset_converters/pascal_context.py, which needs the Detail API (github.com/zhanghang1989/detail-api; on no index)",
 )
 _COCO = Layout(
     "coco",
@@ -133,6 +142,7 @@ _COCO = Layout(
     _coco,
     "val2017.zip from the COCO site, unpacked in coco/images, and stuffthingmaps_trainval2017.zip from the COCO-Stuff"
     " repository, unpacked in coco/annotations",
+    "coco_stuff164k",
 )
 _CITYSCAPES = Layout(
     "cityscapes",
@@ -149,6 +159,7 @@ _ADE = Layout(
     "images/validation/*.jpg",
     _ade,
     "ADEChallengeData2016.zip from the MIT Scene Parsing Benchmark site, unpacked in the data root",
+    "ade/ADEChallengeData2016",
 )
 _CAMVID = Layout(
     "camvid",
@@ -180,6 +191,7 @@ TRAIN = Layout(
     "images/train2017/*.jpg",
     lambda base, space: [],
     "train2017.zip from the COCO site, unpacked in coco/images (none of its annotations is used)",
+    "coco_stuff164k",
 )
 """COCO-Stuff train: the images that the paper trains on, without any label."""
 
@@ -188,7 +200,7 @@ def train_folder(root: Path) -> Path:
     """The folder of TRAIN's images. Raises DataError with their official source when it is not there."""
     if missing := TRAIN.missing(root):
         raise DataError(f"coco_stuff_train: not under {root}: {', '.join(missing)}; it comes as {TRAIN.source}")
-    return root / TRAIN.folder / "images/train2017"
+    return TRAIN.base(root) / "images/train2017"
 
 
 def voc_folder(root: Path) -> Path:
@@ -204,9 +216,9 @@ def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
     layout = LAYOUTS[name]
     if missing := layout.missing(root):
         raise DataError(f"{name}: not under {root}: {', '.join(missing)}; it comes as {layout.source}")
-    samples = layout.read(root / layout.folder, space)
+    samples = layout.read(layout.base(root), space)
     if not samples:
-        raise DataError(f"{name}: no image found at {root / layout.folder / layout.pattern}; the layout is not the official one")
+        raise DataError(f"{name}: no image found at {layout.base(root) / layout.pattern}; the layout is not the official one")
     return samples
 
 
