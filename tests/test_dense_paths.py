@@ -317,6 +317,8 @@ def test_a_tower_without_attention_has_one_path(path):
         {"layers": 1, "width": 32, "heads": 2},
     )
     clip = framed(model, std=0.05)
+    with pytest.raises(ParameterError, match="residual = True: tiny has no attention"):
+        clip.encode_crops(crops(), residual=True)
     for given in (lambda: clip.encode_crops(crops(), path), lambda: DenseClip(clip, path).embed(crops())):
         with pytest.raises(ParameterError, match=f"path = '{path}': tiny has no attention, so it has one path only; give path=value"):
             given()
@@ -329,5 +331,7 @@ def test_what_a_tower_has_not_is_refused():
         assert clip.encode_crops(crops(), "kk").maps.isfinite().all()
     with pytest.raises(ParameterError, match="residual = True.*residual=false"):
         own().encode_crops(crops(), "selfcal", residual=True)
+    with pytest.raises(ParameterError, match="residual = True: path = 'plain' keeps .* change nothing; leave residual out"):
+        own().encode_crops(crops(), "plain", residual=True)
     with pytest.raises(ParameterError, match="path = 'query': no such dense path; known are value, plain"):
         load_clip("random:ViT-S-32").encode_crops(torch.zeros(1, 224, 224, 3, dtype=torch.uint8), "query")

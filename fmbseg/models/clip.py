@@ -142,6 +142,9 @@ class ImageText:
             raise ParameterError(f"path = {path!r}: no such dense path; known are {', '.join(get_args(DensePath))}")
         if self.blocks is None and path not in ("value", "plain"):
             raise ParameterError(f"path = {path!r}: {self.key} has no attention, so it has one path only; give path=value or another clip")
+        if residual and (path == "plain" or self.blocks is None):
+            whose = "path = 'plain' keeps the last block's residual and MLP" if self.blocks is not None else f"{self.key} has no attention"
+            raise ParameterError(f"residual = True: {whose}, so it would change nothing; leave residual out, or give path=value and a ViT")
         if path == "selfcal" and (residual or not self._has_class_token or len(self.blocks) < 2):
             raise ParameterError(
                 f"path = 'selfcal' for {self.key}, residual = {residual}: it takes a tower of two blocks or more with a class token, and"
