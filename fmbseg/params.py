@@ -7,11 +7,14 @@ reads it). An unknown key, a wrong type or a value out of range is refused by on
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import functools
+from collections.abc import Container, Mapping
+from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fmbseg.errors import ParameterError
 
@@ -29,6 +32,7 @@ def _number(value: Any) -> Any:
 SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
 SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
 COLLECTION_ONLY = {"collection", "data_root", "limit", "eval_limit"}  # which images, not what is made of each
+NAMES_OTHERS = {"protocol"}  # sets other parameters, which count
 
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Names = Annotated[tuple[str, ...], _AsTuple]
@@ -50,7 +54,7 @@ class Params(BaseModel):
 
     def content(self, *schemas: type[Params]) -> dict[str, Any]:
         """The fields of inherited schemas that change what is computed: what a cache key has to cover."""
-        names = {name for schema in schemas for name in schema.model_fields} - SPEED_ONLY - SEVERAL_ONLY - COLLECTION_ONLY
+        names = {name for schema in schemas for name in schema.model_fields} - SPEED_ONLY - SEVERAL_ONLY - COLLECTION_ONLY - NAMES_OTHERS
         return {name: getattr(self, name) for name in sorted(names)}
 
     def table(self) -> pd.DataFrame:
@@ -218,9 +222,26 @@ class OptimiserParams(Params):
     )
 
 
+@functools.cache
+def protocols() -> dict[str, dict[str, Any]]:
+    """{protocol: {parameter: value}}, as ``assets/protocols.yaml`` holds them."""
+    return yaml.safe_load((resources.files("fmbseg") / "assets" / "protocols.yaml").read_text(encoding="utf-8"))
+
+
+def with_protocol(values: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """Values, and beneath them what the ``protocol`` among them sets of the known parameters."""
+    name = values.get("protocol")
+    of_protocol = protocols().get(name, {}) if isinstance(name, str) else {}
+    return {key: value for key, value in of_protocol.items() if key in known} | dict(values)
+
+
 class SegmentParams(ModelParams):
     """Deployment (Sec. 3.3) and the evaluation protocol."""
 
+    protocol: Literal["", "tcl", "sclip", "paper"] = Field(
+        "",
+        description="sets words, templates, background, resize and windows at once, as assets/protocols.yaml has it; what is typed beside it counts",
+    )
     segment_short_side: Count = Field(448, description="the image's short side, unless the long one would pass the limit")
     segment_long_limit: Count = Field(2048, description="the image's long side at most")
     resize: Literal["pil_bicubic", "cv2_bilinear"] = Field(
@@ -230,9 +251,18 @@ class SegmentParams(ModelParams):
     window_stride: Count = Field(224, description="pixels from one window to the next")
     window_batch: Count = Field(1, description="windows through the encoder at once")
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of similarities, to the image's own size")
-    background_words: Literal["stuff", "name", "sclip"] | Names = Field(
+    background_words: Literal["stuff", "name", "tcl", "sclip", "clearclip", "naclip", "proxyclip", "scclip"] | Names = Field(
         "stuff", description="ours: class 0 of the columns with background: a rule of assets/background.yaml, or a list of words"
     )
+    word_maximum: Literal["before", "after"] = Field(
+        "before",
+        description="ours: of several words of a class the best counts: in each patch, before interpolation, or at each pixel (SCLIP)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_protocol(cls, values: Any) -> Any:
+        return with_protocol(values, cls.model_fields) if isinstance(values, Mapping) else values
 
 
 class CollectionParams(DataParams):

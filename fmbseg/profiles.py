@@ -12,7 +12,7 @@ import yaml
 
 from fmbseg import files
 from fmbseg.errors import ParameterError
-from fmbseg.params import RunParams, check_device, make
+from fmbseg.params import RunParams, check_device, make, with_protocol
 from fmbseg.schemas import NOTEBOOKS, STEPS
 
 
@@ -72,12 +72,12 @@ def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) ->
         if path.stem not in {"shared", *(s.notebook for s in STEPS.values())}:
             names = ", ".join(s.notebook for s in STEPS.values() if s.notebook)
             raise ParameterError(f"{path}: no step reads it; a profile holds shared.yaml and files named {names}")
+    everywhere = {name for one in STEPS.values() for name in one.schema.model_fields}
     shared = read_yaml(folder / "shared.yaml") if (folder / "shared.yaml").is_file() else {}
     if parent := shared.pop("extends", None):
         if parent not in known or parent == profile:
             raise ParameterError(f"{folder / 'shared.yaml'}: extends = {parent!r}: no such other profile; known are {', '.join(known)}")
-        shared = read_yaml(folder.parent / parent / "shared.yaml") | shared
-    everywhere = {name for one in STEPS.values() for name in one.schema.model_fields}
+        shared = read_yaml(folder.parent / parent / "shared.yaml") | with_protocol(shared, everywhere)
     for key in shared.keys() - everywhere:
         raise ParameterError(f"{folder / 'shared.yaml'}: unknown parameter {key!r}; no step has it")
     own_file = folder / f"{notebook}.yaml"
@@ -85,7 +85,9 @@ def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) ->
         own_file = folder.parent / parent / f"{notebook}.yaml"
     own = read_yaml(own_file) if own_file.is_file() else {}
     make(schema, own, str(own_file))
-    values = {k: v for k, v in shared.items() if k in schema.model_fields} | own | {"profile": profile} | dict(overrides or {})
+    values: dict[str, Any] = {}
+    for layer in ({k: v for k, v in shared.items() if k in schema.model_fields}, own, {"profile": profile}, overrides or {}):
+        values |= with_protocol(layer, schema.model_fields)  # a protocol counts over what lies beneath it, and not over what is beside it
     return make(schema, values, f"{step} ({profile})")
 
 

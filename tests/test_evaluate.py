@@ -208,7 +208,7 @@ def test_background_words_are_a_rule_or_a_list():
         rule: evaluate.protocol_space(found, make(EvaluateParams, {"background_words": rule})).prompts
         for rule in ("stuff", "name", "sclip")
     }
-    assert prompts["stuff"][0] == label_spaces.background_words("stuff", "voc21") and prompts["name"][0] == ("background",)
+    assert prompts["stuff"][0] == label_spaces.background_rule("stuff", "voc21").words and prompts["name"][0] == ("background",)
     assert "sands" in prompts["sclip"][0]
     given = make(EvaluateParams, {"background_words": ["wall", "sky", "cat"]})
     assert evaluate.protocol_space(found, given).prompts == (("wall", "sky"), *space.prompts[1:])  # a class stays a class
@@ -227,6 +227,7 @@ def test_every_rule_is_in_the_record_and_in_the_key(toy, plain, own_home, smoke)
         "segment_long_limit": 512,
         "resize": "cv2_bilinear",
         "window_stride": 96,
+        "word_maximum": "after",
         "residual": True,
     }
     words = {"words": "verbatim", "background_words": ("wall",)}  # what they say is in the key of the counts

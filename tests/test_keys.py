@@ -22,6 +22,7 @@ from fmbseg.data.samples import Sample
 from fmbseg.models import clip, encoders, sam
 from fmbseg.models.precision import key as precision_key
 from fmbseg.params import (
+    NAMES_OTHERS,
     SEVERAL_ONLY,
     SPEED_ONLY,
     AlignParams,
@@ -35,6 +36,7 @@ from fmbseg.params import (
     QueryParams,
     SegmentParams,
     make,
+    protocols,
 )
 from fmbseg.runs import cache, evaluate, label, modules, train
 from fmbseg.runs.evaluate import Method
@@ -57,7 +59,7 @@ CROPS = {"short_side", "long_limit", "crop_size", "crop_stride", "crop_input"}
 IMAGES = {"collection", "data_root", "limit", "eval_limit"}
 TEXTS = {"templates", "text_average"}
 WORDS = {"words"}  # where the words themselves are inputs
-WINDOWS = of(SegmentParams, less=["background_words"])
+WINDOWS = of(SegmentParams, less=["background_words", "protocol"])  # a protocol is the values that it sets
 STAGE = of(FeatureParams, QueryParams) | TEXTS
 CLIP, SAM, ENCODER = {"clip's weights"}, {"SAM's weights"}, {"the encoder's weights"}
 COUNTED = {"image", "truth", "words", "background", "version of counts"}
@@ -94,7 +96,7 @@ PRODUCTS = {
         of(LabelParams, less=IMAGES), {"image", "words", "names"} | STAGED - {"truth", "background", "version of counts"} | VOTES
     ),
     "dense": Product(WINDOWS | TEXTS | of(FeatureParams, less=CROPS) | {"dense_enlarge"}, COUNTED | CLIP | {"version of clip"}),
-    "dense_high_resolution": Product(of(FeatureParams) | TEXTS | {"interpolation"}, COUNTED | CLIP | {"version of clip"}),
+    "dense_high_resolution": Product(of(FeatureParams) | TEXTS | {"interpolation", "word_maximum"}, COUNTED | CLIP | {"version of clip"}),
     "stage1.1": Product(STAGE | of(DetectParams, less=WORDS), STAGED | VOTES),
     "stage1.2": Product(
         STAGE | of(DetectParams, MaskParams, less=WORDS), STAGED | VOTES
@@ -239,9 +241,18 @@ def test_a_key_changes_with_every_parameter_of_its_product_and_with_no_other(pro
     assert key_of(product, world) == before
     params = make(Everything, world.values)
     changed = {
-        name for name in Everything.model_fields if key_of(product, world, **{name: other(world, name, getattr(params, name))}) != before
+        name
+        for name in set(Everything.model_fields) - NAMES_OTHERS
+        if key_of(product, world, **{name: other(world, name, getattr(params, name))}) != before
     }
     assert changed == PRODUCTS[product].parameters | PRODUCTS[product].wider
+
+
+def test_a_protocol_is_no_part_of_a_key_but_what_it_sets_is(world):
+    named, typed = {"protocol": "sclip"}, protocols()["sclip"]
+    for product in PRODUCTS:
+        assert key_of(product, world, **named) == key_of(product, world, **typed) == key_of(product, world, **typed | named)
+    assert key_of("dense", world, **named) != key_of("dense", world)
 
 
 def repaint(path):

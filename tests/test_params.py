@@ -1,3 +1,5 @@
+from typing import get_args
+
 import nbformat
 import papermill
 import pytest
@@ -107,6 +109,25 @@ def test_number_without_a_dot_is_read_as_a_number():
         assert (made.learning_rate, made.weight_decay) == (1e-4, 1e-4)
     assert params.make(LossParams, {"text_weight": "1e-2"}).text_weight == 0.01
     assert isinstance(params.make(OptimiserParams, {"learning_rate": 1}).learning_rate, float)
+
+
+@pytest.mark.parametrize("name", ["tcl", "sclip", "paper"])
+def test_a_protocol_sets_its_parameters_and_what_is_typed_beside_it_counts(name):
+    made, sets = params.make(EvaluateRun, {"protocol": name, "window": 96}), params.protocols()[name]
+    assert set(params.protocols()) | {""} == set(get_args(params.SegmentParams.model_fields["protocol"].annotation))
+    assert made.window == 96 and made.protocol == name and "interpolation" in sets
+    assert {key: getattr(made, key) for key in sets if key != "window"} == {k: v for k, v in sets.items() if k != "window"}
+    assert params.make(params.SegmentParams, {"protocol": name}).resize == "cv2_bilinear"  # what the schema has of it
+    assert "protocol = 'tlc': input should be '', 'tcl'" in refusal(EvaluateRun, protocol="tlc")
+
+
+def test_a_protocol_counts_over_the_files_beneath_it_and_not_over_what_is_beside_it(project):
+    project("mine", **{"shared": {"templates": "plain", "window": 64}, "05_evaluate": {"protocol": "tcl", "window_stride": 32}})
+    made = profiles.load("evaluate", "mine")
+    assert (made.templates, made.window, made.window_stride) == ("nine", 448, 32)
+    made = profiles.load("evaluate", "mine", {"protocol": "sclip", "templates": "one"})
+    assert (made.templates, made.window, made.window_stride, made.words) == ("one", 224, 112, "sclip")
+    assert profiles.load("train", "mine").templates == "plain"
 
 
 def test_parameters_are_read_only():

@@ -1,5 +1,7 @@
 """Deployment: windows, similarities, the label map, words and background words."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from fmbseg import files
 from fmbseg.data import images, label_spaces
 from fmbseg.data.images import resize_map
+from fmbseg.data.label_spaces import Background, LabelSpace
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models.clip import load_clip
 from fmbseg.models.encoders import load_encoder
@@ -91,6 +94,35 @@ def test_only_classes_that_lose_everywhere_are_no_candidates():
     leader, rival, loser, twin = torch.full((2, 2), 0.5), torch.zeros(2, 2), torch.full((2, 2), 0.49), torch.full((2, 2), 0.5)
     rival[1, 1] = 0.6
     assert of.candidates(torch.stack([loser, rival, leader, twin])).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rule", ["words", "score", "threshold"])
+@pytest.mark.parametrize("words", ["before", "after"])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_background_rules_are_their_slow_transcription(clip, image, mode, words, rule):
+    """Each word's similarities to the image's own size, the best word of a class, softmax over all, the threshold."""
+    params = SegmentParams(segment_short_side=128, window=224, window_stride=224, interpolation=mode, word_maximum=words)
+    made = of.Segmenter(DenseClip(clip), clip, params)
+    prompts = (("tree",), ("sun", "sky"), ("house", "grass"))
+    space, embedded = LabelSpace("own", ("background", "a", "b"), prompts, label_spaces.palette(3), True), made.embed(image)
+    similar, owner = torch.einsum("pd,dhw->phw", made.texts(space).features, embedded.maps[0]), [0, 1, 1, 2, 2]
+    used = Background(("tree",))
+    if rule != "words":  # a score that half the patches reach, or none
+        used = Background(score=float(similar[1:].max(dim=0).values.median()) if rule == "score" else -1.0)
+        similar = torch.cat([torch.full_like(similar[:1], used.score), similar[1:]])
+    if words == "before":
+        similar, owner = torch.stack([similar[0], similar[1:3].amax(dim=0), similar[3:].amax(dim=0)]), [0, 1, 2]
+    for size in (embedded.scaled, embedded.size):
+        similar = F.interpolate(similar[None], size, mode=mode, align_corners=False)[0]
+    expected = torch.tensor(owner)[similar.argmax(dim=0)]
+    if rule == "threshold":
+        likely = (30 * similar).softmax(dim=0).max(dim=0).values
+        used = dataclasses.replace(used, threshold=float(likely.median()), scale=30)
+        expected[likely < used.threshold] = 0
+    ruled = space.with_background(used)
+    labels = made.label(embedded, made.texts(ruled), ruled.rule)
+    assert (labels == expected.numpy()).mean() > 0.999 and (rule == "words" or 0.2 < (labels == 0).mean() < 0.8)
+    assert (made.segment(image, ruled).labels == labels).all()
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

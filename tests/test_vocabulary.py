@@ -1,13 +1,16 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fmbseg.data import label_spaces
-from fmbseg.data.label_spaces import background_words, label_space, own_words
+from fmbseg.data.label_spaces import Background, background_rule, label_space, own_words
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import texts as texts_of
 from fmbseg.models.texts import ClassTexts, class_texts
+from fmbseg.params import SegmentParams
 from fmbseg.stage2 import segmenter
 
 SIZES = {
@@ -87,13 +90,53 @@ def test_unknown_space_is_refused():
         label_space("voc")
 
 
-BACKGROUND_WORDS = background_words("stuff", "voc21")
+BACKGROUND_WORDS = background_rule("stuff", "voc21").words
 
 
 def test_background_rules_by_name_and_benchmark():
-    assert len(BACKGROUND_WORDS) == 26 and background_words("stuff", "context60") == BACKGROUND_WORDS
-    assert background_words("name", "voc21") == background_words("sclip", "context60") == ("background",)
-    assert set(background_words("sclip", "voc21")) ^ set(BACKGROUND_WORDS) == {"sand", "sands"}
+    assert len(BACKGROUND_WORDS) == 26 and background_rule("stuff", "context60").words == BACKGROUND_WORDS
+    assert background_rule("name", "voc21").words == background_rule("sclip", "context60").words == ("background",)
+    assert set(background_rule("sclip", "voc21").words) ^ set(BACKGROUND_WORDS) == {"sand", "sands"}
+    found = {rule: [background_rule(rule, space) for space in ("voc21", "context60", "coco_object81")] for rule in RULES}
+    assert {rule: [one.threshold for one in of_rule] for rule, of_rule in found.items()} == RULES
+    assert [one.scale for one in found["sclip"]] == [65, 50, 50] and [one.scale for one in found["scclip"]] == [50, 40, 55]
+    assert [one.score for one in found["tcl"]] == [0.25] * 3 and found["sclip"][0].score is None
+
+
+RULES = {
+    "stuff": [0, 0, 0],
+    "name": [0, 0, 0],
+    "tcl": [0, 0, 0],
+    "sclip": [0.1, 0.1, 0.1],
+    "clearclip": [0.5, 0.15, 0.4],
+    "naclip": [0.1, 0.1, 0.1],
+    "proxyclip": [0.2, 0.15, 0.25],
+    "scclip": [0.15, 0.15, 0.35],
+}
+
+
+def test_every_rule_is_a_value_of_the_parameter():
+    named, lists = get_args(SegmentParams.model_fields["background_words"].annotation)
+    assert set(get_args(named)) == set(RULES) == set(label_spaces._yaml("background.yaml"))
+
+
+def test_a_background_of_a_score_has_no_words():
+    voc = label_space("voc21").with_background(Background(score=0.25))
+    assert voc.prompts == ((), *label_space("voc21").prompts[1:]) and voc.rule.score == 0.25
+    assert label_space("voc20").with_background(Background(score=0.25)).rule == Background()
+
+
+def test_rows_are_classes_or_words_and_a_score_is_a_row_of_class_0():
+    texts = ClassTexts(torch.eye(4), torch.tensor([0, 0, 1, 2]), ("background", "cat", "dog"))
+    similarity = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    for score, apart, expected, owner in (
+        (None, False, [0.4, 0.2, 0.3], [0, 1, 2]),
+        (None, True, [0.1, 0.4, 0.2, 0.3], [0, 0, 1, 2]),
+        (0.25, False, [0.25, 0.2, 0.3], [0, 1, 2]),
+        (0.25, True, [0.25, 0.2, 0.3], [0, 1, 2]),
+    ):
+        rows, classes = texts.rows(similarity, score, apart)
+        assert rows[0].tolist() == pytest.approx(expected) and classes.tolist() == owner
 
 
 def test_background_words_leave_out_words_that_are_classes():

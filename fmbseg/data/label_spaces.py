@@ -5,6 +5,7 @@ A class may have several prompt words, of which the most similar counts; its nam
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import unicodedata
@@ -57,11 +58,28 @@ def read_words(path: str | Path, numbered: bool = False) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Background:
+    """How class 0 of a column with background is found (Sec. 4.1).
+
+    words: its prompt words; score: its cosine similarity to every position, in place of words; threshold: it also takes the
+    pixels whose best word has a smaller probability, of softmax(scale * similarity) over all words.
+    """
+
+    words: tuple[str, ...] = ()
+    score: float | None = None
+    threshold: float = 0.0
+    scale: float = 0.0
+
+
+WORDS_ALONE = Background()
+
+
+@dataclass(frozen=True)
 class LabelSpace:
     """An ordered list of K classes.
 
     names: as the benchmark spells them; prompts: one tuple of prompt words a class; palette: (K, 3) ``uint8`` RGB colours;
-    background: whether class 0 is "everything else".
+    background: whether class 0 is "everything else", found by ``rule``.
     """
 
     name: str
@@ -69,6 +87,7 @@ class LabelSpace:
     prompts: tuple[tuple[str, ...], ...]
     palette: np.ndarray
     background: bool = False
+    rule: Background = WORDS_ALONE
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,6 +127,13 @@ class LabelSpace:
             raise ParameterError(f"{self.name}: every background word is a class of its own; give others, or background_words = name")
         return LabelSpace(self.name, self.names, (kept, *self.prompts[1:]), self.palette, True)
 
+    def with_background(self, rule: Background) -> LabelSpace:
+        """Class 0 found by a rule: by its words, or without any by its score; nothing changes where there is no background."""
+        if not self.background:
+            return self
+        words = self.with_background_words(rule.words).prompts[0] if rule.score is None else ()
+        return dataclasses.replace(self, prompts=(words, *self.prompts[1:]), rule=rule)
+
 
 def palette(count: int) -> np.ndarray:
     """(count, 3) ``uint8`` colours of well-spread hue, the same for every run; lightness and chroma alternate."""
@@ -135,10 +161,11 @@ def word_lists() -> dict[str, dict[str, dict[str, list[str]]]]:
     return _yaml("words.yaml")
 
 
-def background_words(rule: str, space: str) -> tuple[str, ...]:
-    """The words that are class 0 of a label space by a rule of ``assets/background.yaml``: "stuff", "name" or "sclip" (Sec. 4.1)."""
-    lists = _yaml("background.yaml")[rule]
-    return tuple(lists.get(space, lists["every"]))
+def background_rule(rule: str, space: str) -> Background:
+    """How class 0 of a label space is found by a rule of ``assets/background.yaml``, such as "stuff", "tcl" or "sclip" (Sec. 4.1)."""
+    spaces = _yaml("background.yaml")[rule]
+    found = spaces["every"] | spaces.get(space, {})
+    return Background(**found | {"words": tuple(found.get("words", ()))})
 
 
 _WITHOUT_BACKGROUND = {"voc20": "voc21", "context59": "context60", "coco_object80": "coco_object81"}

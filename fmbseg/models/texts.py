@@ -61,6 +61,18 @@ class ClassTexts:
         out = similarity.new_full((*similarity.shape[:-1], len(self.names)), -torch.inf)
         return out.scatter_reduce(-1, self.owner.expand_as(similarity), similarity, "amax")
 
+    def rows(self, similarity: torch.Tensor, score: float | None = None, apart: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., P) similarities to words -> the (..., R) that are compared with each other, and the (R,) class of each.
+
+        apart: words, each by itself, else classes (``per_class``); score: what class 0 has everywhere, in place of its own.
+        """
+        rows, owner = (similarity, self.owner) if apart else (self.per_class(similarity), torch.arange(len(self.names)))
+        if score is None:
+            return rows, owner
+        others = owner > 0
+        constant = rows.new_full((*rows.shape[:-1], 1), score)
+        return torch.cat([constant, rows[..., others]], dim=-1), torch.cat([owner.new_zeros(1), owner[others]])
+
     def prototypes(self) -> torch.Tensor:
         """(K, D) unit-norm mean of each class's words: t_k of the loss."""
         sums = self.features.new_zeros(len(self.names), self.features.shape[1]).index_add(0, self.owner, self.features)

@@ -22,10 +22,11 @@ import torch
 from fmbseg import files
 from fmbseg.data import benchmarks, images, label_spaces
 from fmbseg.data.images import IGNORED
-from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.data.label_spaces import Background, LabelSpace
 from fmbseg.data.samples import Dataset, Sample
 from fmbseg.errors import DataError, ImageError, ParameterError, WeightsError, tell
 from fmbseg.models import clip, encoders, sam
+from fmbseg.models.texts import ClassTexts
 from fmbseg.params import (
     DetectParams,
     EvaluateParams,
@@ -40,7 +41,8 @@ from fmbseg.params import (
 from fmbseg.runs import cache, cluster, label, modules, parallel, records, train
 from fmbseg.runs.cache import Cache, Models
 from fmbseg.runs.records import Record
-from fmbseg.stage1.query_sam import class_similarity
+from fmbseg.stage1.features import ImageFeatures
+from fmbseg.stage1.query_sam import word_similarity
 from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.metrics import Confusion
 from fmbseg.stage2.segmenter import AlignedEncoder, DenseClip, EmbeddedImage, Segmenter, label_map
@@ -92,7 +94,7 @@ class Method:
             weights.append(sam.weights_key(params.sam))
             versions = cache.versions("labels")
         elif self.name == "dense_high_resolution":
-            used = params.content(FeatureParams) | {"interpolation": params.interpolation}
+            used = params.content(FeatureParams) | {"interpolation": params.interpolation, "word_maximum": params.word_maximum}
         elif self.name == "dense":
             used = params.content(SegmentParams, FeatureParams) | {"dense_enlarge": params.dense_enlarge}
             for crops_only in ("short_side", "long_limit", "crop_size", "crop_stride", "crop_input"):
@@ -114,10 +116,8 @@ def protocol_space(dataset: Dataset, params: EvaluateParams) -> LabelSpace:
     """
     space = dataset.space.worded(params.words)
     if isinstance(params.background_words, str):
-        words = label_spaces.background_words(params.background_words, space.name)
-    else:
-        words = label_spaces.own_words(params.background_words, "background_words").names
-    return space.with_background_words(words)
+        return space.with_background(label_spaces.background_rule(params.background_words, space.name))
+    return space.with_background(Background(label_spaces.own_words(params.background_words, "background_words").names))
 
 
 # ---------------------------------------------------------------- one image
@@ -139,8 +139,7 @@ def predict(
         return [_stage1(sample, space, models, staged, method.name.endswith(GIVEN)) for sample, space in columns]
     if method.name == "dense_high_resolution":
         found = cache.clip_features(path, models, params)
-        similar = [class_similarity(found, models.texts(space)) for space in spaces]
-        return [label_map(one, found.size, interpolation=params.interpolation) for one in similar]
+        return [_of_crops(found, models.texts(space), space.rule, params) for space in spaces]
     if method.name == "dense":
         segmenter = _dense(models, params)
         embedded = segmenter.embed(images.read_image(path))
@@ -149,13 +148,20 @@ def predict(
         if segmenter.embedder.encoder.key not in seen:
             seen[segmenter.embedder.encoder.key] = segmenter.through_windows(images.read_image(path), segmenter.embedder.encode)
         embedded = segmenter.aligned(seen[segmenter.embedder.encoder.key])
-    return [segmenter.label(embedded, segmenter.texts(space)) for space in spaces]
+    return [segmenter.label(embedded, segmenter.texts(space), space.rule) for space in spaces]
+
+
+def _of_crops(found: ImageFeatures, texts: ClassTexts, rule: Background, params: SegmentParams) -> np.ndarray:
+    """The dense map of the overlapping crops as a prediction."""
+    rows, owner = texts.rows(word_similarity(found, texts), rule.score, params.word_maximum == "after")
+    return label_map(rows.permute(2, 0, 1), found.size, params.interpolation, owner, rule)
 
 
 def _stage1(sample: Sample, space: LabelSpace, models: Models, params: LabelParams, given: bool) -> np.ndarray:
     """Stage 1 as a prediction: every background word is looked for by itself, then all of them are class 0.
 
-    With a background, an unlabelled pixel is background; without, it stays unlabelled and counts as missed.
+    With a background, an unlabelled pixel is background, whatever score or threshold its rule has; without, it stays
+    unlabelled and counts as missed.
     given: the classes of the truth, less the background, take the place of detection (the semi-supervised variant).
     """
     words = [(word, k) for k, prompts in enumerate(space.prompts) for word in prompts]
@@ -228,7 +234,10 @@ def _count(
     seen: dict[str, EmbeddedImage] = {}
     counted = []
     for method, key in methods:
-        caches = [Cache("counts", ".safetensors", key, space.prompts, space.background, sha) for (_, space), sha in zip(columns, shas)]
+        caches = [
+            Cache("counts", ".safetensors", key, space.prompts, space.background, *_rule(space), sha)
+            for (_, space), sha in zip(columns, shas)
+        ]
         paths = [one.path(task.image) for one in caches]
         pairs = [cache.kept(path, lambda one: files.read_tensors(one)[0]["counts"].numpy()) for path in paths]
         missing = [c for c, found in enumerate(pairs) if found is None]
@@ -240,6 +249,12 @@ def _count(
             files.write_tensors(paths[c], {"counts": torch.from_numpy(pairs[c])})
         counted.append(pairs)
     return counted
+
+
+def _rule(space: LabelSpace) -> tuple[float, ...]:
+    """What finds class 0 beside its words; nothing where words are all."""
+    rule = space.rule
+    return () if (rule.score, rule.threshold) == (None, 0.0) else (rule.score, rule.threshold, rule.scale)
 
 
 def measure(

@@ -222,7 +222,7 @@ def of_evaluation(
     """
     protocol = params.part(SegmentParams) | {
         **params.part(TextParams),
-        "background": list(space.prompts[0]) if space.background else None,
+        "background": dataclasses.asdict(space.rule) | {"words": list(space.prompts[0])} if space.background else None,
     }
     parameters = params.part(EvaluateParams)
     used, notes = used_weights(params, sam=method.startswith("stage")), notes_of(params)

@@ -30,10 +30,15 @@ class QueryMask:
     chosen: np.ndarray
 
 
+def word_similarity(features: ImageFeatures, texts: ClassTexts) -> torch.Tensor:
+    """(h, w, P) cosine similarity of every position of the map to every prompt word."""
+    flat = F.normalize(features.map.flatten(1).T, dim=-1)
+    return (flat @ texts.features.T).unflatten(0, features.map.shape[1:])
+
+
 def class_similarity(features: ImageFeatures, texts: ClassTexts) -> torch.Tensor:
     """(K, h, w) cosine similarity of every position of the map to every class."""
-    flat = F.normalize(features.map.flatten(1).T, dim=-1)
-    return texts.per_class(flat @ texts.features.T).T.reshape(len(texts.names), *features.map.shape[1:])
+    return texts.per_class(word_similarity(features, texts)).permute(2, 0, 1)
 
 
 def query_points(similarity: torch.Tensor, features: ImageFeatures, count: int) -> np.ndarray:

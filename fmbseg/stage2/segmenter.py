@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fmbseg.data import images, label_spaces
 from fmbseg.data.images import resampling, resize_map
-from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.data.label_spaces import WORDS_ALONE, Background, LabelSpace
 from fmbseg.errors import ParameterError
 from fmbseg.models.clip import ImageText
 from fmbseg.models.encoders import Encoder
@@ -95,17 +95,19 @@ class Placed:
     """Similarities that are not interpolated yet: ``down @ patches @ across.T`` are those at every pixel.
 
     patches: (K, rows, columns) cosine similarities at the patches of all windows, side by side; down: (height, rows);
-    across: (width, columns), which interpolate each window and average overlaps.
+    across: (width, columns), which interpolate each window and average overlaps; owner: the class of each of the K, where
+    they are words or the like; none: k is class k.
     """
 
     patches: torch.Tensor
     down: torch.Tensor
     across: torch.Tensor
+    owner: torch.Tensor | None = None
 
     def at(self, size: tuple[int, int], interpolation: str) -> Placed:
         """The same, interpolated once more: to (height, width) = ``size``."""
         height, width = (resampling(n, len(m), interpolation) for n, m in zip(size, (self.down, self.across)))
-        return Placed(self.patches, height @ self.down, width @ self.across)
+        return dataclasses.replace(self, down=height @ self.down, across=width @ self.across)
 
     def interpolated(self) -> torch.Tensor:
         """(K, height, width) similarities."""
@@ -174,19 +176,27 @@ class Segmenter:
         """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
         return self.place(embedded, texts).interpolated()
 
-    def label(self, embedded: EmbeddedImage, texts: ClassTexts) -> np.ndarray:
-        """The class of every pixel, (height, width) ``uint8``: ``similarity`` interpolated to the image's size, then argmax."""
-        return best_class(self.place(embedded, texts).at(embedded.size, self.params.interpolation))
+    def label(self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE) -> np.ndarray:
+        """The class of every pixel, (height, width) ``uint8``: ``similarity`` interpolated to the image's size, then argmax.
+
+        rule: how class 0 is found, where it is background.
+        """
+        placed = self.place(embedded, texts, rule, self.params.word_maximum == "after")
+        return best_class(placed.at(embedded.size, self.params.interpolation), rule)
 
     @torch.inference_mode()
-    def place(self, embedded: EmbeddedImage, texts: ClassTexts) -> Placed:
-        """Similarities at the patches of all windows, and the matrices that place them on either axis of the scaled image."""
+    def place(self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE, apart: bool = False) -> Placed:
+        """Similarities at the patches of all windows, and the matrices that place them on either axis of the scaled image.
+
+        rule: how class 0 is found; apart: every word by itself, not the best of each class.
+        """
         z = side_by_side(embedded.windows, embedded.maps)
-        patches = texts.per_class(z.flatten(1).T @ texts.features.T).T.reshape(-1, *z.shape[1:])
+        rows, owner = texts.rows(z.flatten(1).T @ texts.features.T, rule.score, apart)
+        patches = rows.T.reshape(-1, *z.shape[1:])
         (height, width), one, of_one = embedded.scaled, embedded.windows[0], embedded.maps[0].shape
         down = placing((w.top for w in embedded.windows), one.height, of_one[1], height, self.params.interpolation)
         across = placing((w.left for w in embedded.windows), one.width, of_one[2], width, self.params.interpolation)
-        return Placed(patches, down, across)
+        return Placed(patches, down, across, owner if apart else None)
 
     def segment(self, image: np.ndarray, classes: Words | LabelSpace, background: Sequence[str] | str | None = None) -> Segmentation:
         """Segment a (height, width, 3) RGB ``uint8`` image into any words.
@@ -196,8 +206,8 @@ class Segmenter:
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
         embedded = self.embed(image)
-        placed = self.place(embedded, self.texts(space))
-        return Segmentation(best_class(placed.at(embedded.size, self.params.interpolation)), space, placed)
+        texts = self.texts(space)
+        return Segmentation(self.label(embedded, texts, space.rule), space, self.place(embedded, texts, space.rule))
 
 
 def describe(result: Segmentation) -> dict:
@@ -243,10 +253,19 @@ def words_space(classes: Words, background: Sequence[str] | str | None = None) -
     return LabelSpace("words", ("background", *space.names), prompts, colours, True)
 
 
-def label_map(similarity: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> np.ndarray:
-    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``."""
+def label_map(
+    similarity: torch.Tensor,
+    size: tuple[int, int],
+    interpolation: str = "bilinear",
+    owner: torch.Tensor | None = None,
+    rule: Background = WORDS_ALONE,
+) -> np.ndarray:
+    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``.
+
+    owner: the class of each of the K, as ``Placed`` has it; rule: how class 0 is found.
+    """
     down, across = (resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:]))
-    return best_class(Placed(similarity, down, across))
+    return best_class(Placed(similarity, down, across, owner), rule)
 
 
 TILE = 96
@@ -257,15 +276,17 @@ ROUNDING = 1e-5
 
 
 @torch.inference_mode()
-def best_class(placed: Placed) -> np.ndarray:
+def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> np.ndarray:
     """The argmax over K of the similarities, (height, width) ``uint8``; a tie goes to the first class.
+
+    By a rule with a threshold, class 0 where 1 / sum_k exp(scale (s_k - max s)), the best one's probability, is under it.
 
     A square of pixels at a time, so no (K, height, width) is held. Bilinear interpolation and averages take weights of
     no negative value: a class that is less similar than one other class at all patches of a square wins none of its
     pixels and is not interpolated there. Bicubic interpolation leaves out none.
     """
     down, across = placed.down, placed.across
-    convex = bool((down >= 0).all() and (across >= 0).all())
+    some = not rule.threshold and bool((down >= 0).all() and (across >= 0).all())
     labels = torch.empty((len(down), len(across)), dtype=torch.uint8)
     for top in range(0, len(down), TILE):
         tall = down[top : top + TILE]
@@ -275,9 +296,13 @@ def best_class(placed: Placed) -> np.ndarray:
             wide = across[left : left + TILE]
             columns = wide.any(dim=0)
             wide, patches = wide[:, columns], strip[:, :, columns]
-            classes = candidates(patches) if convex else torch.arange(len(patches))
-            best = (tall @ patches[classes] @ wide.T).max(dim=0).indices
-            labels[top : top + TILE, left : left + TILE] = classes[best]
+            classes = candidates(patches) if some else torch.arange(len(patches))
+            similar = tall @ patches[classes] @ wide.T
+            best = similar.max(dim=0)
+            found = classes[best.indices] if placed.owner is None else placed.owner[classes[best.indices]]
+            if rule.threshold:
+                found[(rule.scale * (similar - best.values)).exp().sum(dim=0) * rule.threshold > 1] = 0
+            labels[top : top + TILE, left : left + TILE] = found
     return labels.numpy()
 
 
