@@ -48,7 +48,11 @@ def test_every_equation_has_its_function():
 def test_every_protocol_can_be_set_as_the_page_says():
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/protocols.md").read_text(), re.DOTALL)
     made = [make(EvaluateParams, yaml.safe_load(block)) for block in blocks]
-    assert [p.templates for p in made] == ["nine", "eighty", "one"] and [p.resize for p in made] == ["cv2_bilinear"] * 3 and [p.path for p in made] == ["value", "qqkk", "value"]
+    assert (
+        [p.templates for p in made] == ["nine", "eighty", "one"]
+        and [p.resize for p in made] == ["cv2_bilinear"] * 3
+        and [p.path for p in made] == ["value", "qqkk", "value"]
+    )
 
 
 def test_every_test_that_holds_a_promise_exists():

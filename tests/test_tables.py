@@ -39,6 +39,17 @@ def test_published_rows_stand_as_published(load):
             assert given == shown or (math.isnan(given) and math.isnan(shown))
 
 
+def test_every_row_of_later_methods_has_its_source_and_protocol(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    later = tables.later()
+    assert later.index.is_unique and len(later) > 20
+    assert later.reset_index()[["method", "backbone", "supervision", "protocol", "source"]].notna().all(axis=None)
+    eight = later[["PV-21", "PV-20", "PC-60", "PC-59", "CO-81", "CS-171", "City", "ADE"]]
+    assert set(eight) <= set(tables.COLUMNS) and (eight.notna().any(axis=1) | later["mean of eight"].notna()).all()
+    whole = eight.dropna()
+    assert len(whole) > 5 and (whole.mean(axis=1) - later.loc[whole.index, "mean of eight"]).abs().max() < 0.06
+
+
 def test_every_cell_of_ours_is_where_it_was_measured(load):
     frame = load(
         planted("evaluate", "dense", "voc20", 40.0, 1449),

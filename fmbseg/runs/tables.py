@@ -56,6 +56,11 @@ def published(table: int) -> pd.DataFrame:
     return pd.read_csv(profiles.published_folder() / f"table{table}.csv")
 
 
+def later() -> pd.DataFrame:
+    """Published rows of later methods, each with backbone, supervision, protocol and source: other protocols than Table 1's."""
+    return pd.read_csv(profiles.published_folder() / "later.csv").set_index(["method", "backbone"])
+
+
 def _one_each(records: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The records, one for every value of these columns. Raises DataError that names two of one number: none is averaged away."""
     columns = [name for name in columns if name in records]
