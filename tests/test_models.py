@@ -5,15 +5,17 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from fmbseg.data import benchmarks, fetch, images
 from fmbseg.errors import ParameterError, WeightsError
-from fmbseg.models import dense_paths
+from fmbseg.models import dense_paths, sam_decoder
+from fmbseg.models import sam as sam_models
 from fmbseg.models.clip import LIT, ImageText, load_clip
 from fmbseg.models.dense_paths import LastBlock
 from fmbseg.models.encoders import FeaturePyramid, load_encoder
 from fmbseg.models.precision import lower
-from fmbseg.models.sam import load_sam
+from fmbseg.models.sam import load_sam, read_sam
 from fmbseg.models.texts import class_texts
 
 
@@ -215,6 +217,68 @@ def test_sam_sees_an_image_once_and_a_kept_embedding_gives_the_same_masks(real_i
     assert len(calls) == 2
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
+
+
+def package_and_ours(name, real_image):
+    """The package's own SAM as it is published, and fmbseg's; the tiny one has images that its 128 px do not divide."""
+    ours = load_sam(name)
+    return (read_sam(name), ours, real_image) if name == "mobile_sam" else (load_sam(name).model, ours, real_image[:301, :203].copy())
+
+
+def overlap(one, other):
+    return (one & other).sum() / max((one | other).sum(), 1)
+
+
+@pytest.mark.parametrize(
+    "name, thresholds", [("mobile_sam", (0.7, 0.85, 0.7)), ("random:tiny_sam", (0.0, 0.0, 1.0)), ("random:tiny_sam", (0.15, 0.0, 1.0))]
+)
+def test_automatic_masks_are_those_of_the_packages_generator(real_image, name, thresholds):
+    model, ours, image = package_and_ours(name, real_image)
+    made = ours.automatic_masks(image, 3, 2, *thresholds)
+    theirs = SamAutomaticMaskGenerator(model.eval(), 3, 2, *thresholds[:2], box_nms_thresh=thresholds[2]).generate(image)
+    assert len(made) == len(theirs) > 2
+    for one, other in zip(made, theirs, strict=True):
+        assert overlap(one.mask, other["segmentation"]) > 0.999 and list(one.point) == other["point_coords"][0]
+        assert one.predicted_iou == pytest.approx(other["predicted_iou"], abs=1e-4)
+        assert one.stability == pytest.approx(other["stability_score"], abs=1e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["mobile_sam", "random:tiny_sam"])
+def test_masks_of_a_joint_prompt_are_those_of_the_packages_predictor(real_image, name):
+    model, ours, image = package_and_ours(name, real_image)
+    predictor, points = SamPredictor(model.eval()), np.array([[50, 60], [90, 200], [10.5, 20]])
+    ours.set_image(image)
+    predictor.set_image(image)
+    torch.testing.assert_close(ours.embedding, predictor.features.half(), atol=1e-3, rtol=1e-3)
+    masks, scores = ours.predict(points)
+    others, expected, _ = predictor.predict(points, np.ones(3))
+    assert masks.dtype == bool and all(overlap(one, other) > 0.999 for one, other in zip(masks, others, strict=True))
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_what_sam_computes_for_automatic_masks(real_image, monkeypatch):
+    sam, image = load_sam("random:tiny_sam"), real_image[:301, :203]
+    encoded, decoded, upscaled, scaled = [], [], [], []
+    sam.model.image_encoder.register_forward_hook(lambda m, given, out: encoded.append(len(out)))
+    sam.model.mask_decoder.output_upscaling.register_forward_hook(lambda m, given, out: upscaled.append(len(out)))
+    decode, scale = sam_decoder.decode, sam._scaled
+    monkeypatch.setattr(sam_decoder, "decode", lambda *given: decoded.append(len(given[3])) or decode(*given))
+    monkeypatch.setattr(sam, "_scaled", lambda logits: scaled.append(len(logits)) or scale(logits))
+    everything = sam.automatic_masks(image, 3, 4, 0.0, 0.0, 1.0)
+    assert (encoded, decoded, upscaled, scaled) == ([1], [4, 4, 1], [4, 4, 1], [12, 12, 3]) and len(everything) == 27
+
+    monkeypatch.setattr(sam_models, "SCALED_PIXELS", 2 * image[..., 0].size + 1)  # no more than two masks at once
+    scaled.clear()
+    again = sam.automatic_masks(image, 3, 4, 0.0, 0.0, 1.0)
+    assert max(scaled) == 2 and sum(scaled) == 27 and len(encoded) == 1
+    for one, other in zip(everything, again, strict=True):
+        assert one.point == other.point and np.array_equal(one.mask, other.mask)
+
+    likely = sorted(m.predicted_iou for m in everything)[-4]  # of 27: three are over it, at most three points'
+    upscaled.clear(), scaled.clear()
+    assert len(sam.automatic_masks(image, 3, 4, likely, 0.0, 1.0)) == 3 == sum(scaled) and sum(upscaled) <= 3
+    scaled.clear()
+    assert sam.automatic_masks(image, 3, 4, 0.0, 1.0 + sam_models.ROUGHLY + 0.01, 1.0) == [] and not scaled
 
 
 def test_encoders_joined_are_their_patches_side_by_side(real_image):

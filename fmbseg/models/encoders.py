@@ -98,9 +98,9 @@ def _efficientnet(key: str, weights_here: bool) -> Encoder:
 
 
 def _mobile_sam(key: str, weights_here: bool) -> Encoder:
-    from fmbseg.models.sam import build_mobile_sam, load_sam
+    from fmbseg.models.sam import build_mobile_sam, read_sam
 
-    sam = load_sam("mobile_sam").model if weights_here else build_mobile_sam()
+    sam = read_sam("mobile_sam") if weights_here else build_mobile_sam()
     mean, std = ((value.flatten() / 255).tolist() for value in (sam.pixel_mean, sam.pixel_std))
     return FeaturePyramid(key, sam.image_encoder.trunk, [2, 3], 16, tuple(mean), tuple(std))
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
+import timm
 import torch
-from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+import torch.nn.functional as F
+from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.utils import amg
+from timm.models import tiny_vit
 from torch import nn
+from torchvision.ops import nms
 
 from fmbseg import files
 from fmbseg.data import fetch
 from fmbseg.errors import ParameterError
 from fmbseg.models import precision as lowered
+from fmbseg.models import sam_decoder
 from fmbseg.models.precision import Precision
 from fmbseg.params import check_device
 
 _REGISTRY = {"sam_vith": "vit_h", "sam_vitl": "vit_l", "sam_vitb": "vit_b"}
 SAM_NAMES = ("mobile_sam", "tiny_sam", *_REGISTRY)
+SCALED_PIXELS = 2**25
+"""Pixels of masks that are scaled to an image's size at once, which bounds the memory that candidates take."""
+ROUGHLY = 0.1
+"""By how much the stability of a mask as SAM draws it may be off from that at the image's size (seen: 0.083 in 823 masks)."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,6 @@ class TinyVitEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        import timm
-
         self.trunk = timm.create_model("tiny_vit_5m_224", pretrained=False, num_classes=0, drop_path_rate=0.0)
         self.trunk.head = nn.Identity()
         self.trunk.stages[3].downsample.conv2.conv.stride = (1, 1)
@@ -62,8 +71,23 @@ class TinyVitEncoder(nn.Module):
             LayerNorm2d(256),
         )
 
+    def quicken(self) -> None:
+        """Make it faster where it is not trained: norms folded into the convolutions before them, attention's bias in the
+        four dimensions for which torch has fused attention on a CPU. Its values stay the same but for rounding."""
+        _fold(self.trunk)
+        for module in self.trunk.modules():
+            if isinstance(module, tiny_vit.Attention):
+                biases = module.get_attention_biases
+                module.get_attention_biases = lambda device, biases=biases: biases(device)[None]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.neck(self.trunk.forward_features(images))
+
+
+def _fold(module: nn.Module) -> None:
+    """Put one convolution in the place of each of timm's pairs of convolution and batch norm."""
+    for name, child in module.named_children():
+        setattr(module, name, child.fuse()) if isinstance(child, tiny_vit.ConvNorm) else _fold(child)
 
 
 def build_mobile_sam() -> Sam:
@@ -88,20 +112,6 @@ def _assemble(encoder: nn.Module, width: int, side: int) -> Sam:
     )
 
 
-class _KeepingPredictor(SamPredictor):
-    """A predictor that keeps its image: points and automatic masks share one pass through the encoder."""
-
-    image: np.ndarray | None = None
-
-    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
-        if self.image is None or not np.array_equal(image, self.image):
-            super().set_image(image, image_format)
-
-    def reset_image(self) -> None:
-        if self.image is None:  # the mask generator resets after each image
-            super().reset_image()
-
-
 class SamSegmenter:
     """Set an image once, then ask for masks as often as you like.
 
@@ -109,48 +119,72 @@ class SamSegmenter:
     """
 
     def __init__(self, model: Sam, key: str, device: str = "cpu", precision: Precision = "fp32"):
-        self.model, self.key = model.to(device).eval(), lowered.key(key, precision)
-        for part in (model.image_encoder, model.mask_decoder):
-            lowered.lower(part, device, precision)
-        self._predictor = _KeepingPredictor(self.model)
+        if isinstance(model.image_encoder, TinyVitEncoder):
+            model.image_encoder.quicken()
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.key, self._precision = lowered.key(key, precision), precision
+        lowered.lower(model.image_encoder, device, precision)
+        self._predictor, self._image = SamPredictor(self.model), None
 
     def set_image(self, image: np.ndarray, embedding: torch.Tensor | None = None) -> None:
         """image: (height, width, 3) RGB ``uint8``. The encoder runs only for an image it has not just seen.
 
         embedding: ``embedding`` of the same image from an earlier call, in place of a pass through the encoder.
         """
-        predictor = self._predictor
-        if predictor.image is not None and np.array_equal(image, predictor.image):
+        if self._image is not None and np.array_equal(image, self._image):
             return
-        predictor.image = None
+        predictor, self._image = self._predictor, None
         if embedding is not None:
-            predictor.reset_image()
             predictor.original_size = image.shape[:2]
             predictor.input_size = predictor.transform.get_preprocess_shape(*image.shape[:2], self.model.image_encoder.img_size)
-            predictor.is_image_set = True
         else:
             predictor.set_image(image)
             embedding = predictor.features.half()
         # rounded to fp16, whether just made or kept: a rerun gives the same masks (ours)
         predictor.features = embedding.to(predictor.device).float()
-        predictor.image = image
+        self._image = image
 
     @property
     def embedding(self) -> torch.Tensor:
         """The set image's embedding, (1, 256, 64, 64) fp16."""
         return self._predictor.features.half()
 
+    @functools.cached_property
+    def _place(self) -> torch.Tensor:
+        """(1, N, C), the encoding of the embedding's N positions."""
+        return self.model.prompt_encoder.get_dense_pe().flatten(2).mT.contiguous()
+
+    def _decode(self, points: np.ndarray, predicted_iou: float = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masks of (B, n, 2) points of the set image, n joint ones a prompt: logits of the part of SAM's square that the image
+        fills, predicted IoU, number of the prompt; those of a predicted IoU over the threshold (0: three a prompt)."""
+        predictor, model = self._predictor, self.model
+        placed = torch.as_tensor(predictor.transform.apply_coords(points, predictor.original_size), device=predictor.device)
+        labels = torch.ones(placed.shape[:2], dtype=torch.int, device=placed.device)
+        prompts, dense = model.prompt_encoder(points=(placed, labels), boxes=None, masks=None)
+        image = (predictor.features + dense[:1]).flatten(2).mT.contiguous()
+        rows, columns = model.prompt_encoder.image_embedding_size
+        cell = model.image_encoder.img_size // rows
+        rows = min(rows, -(-predictor.input_size[0] // cell) + 1)  # the rest is padding, which no mask shows
+        with lowered.autocast(str(predictor.device), self._precision):
+            return sam_decoder.decode(model.mask_decoder, image, self._place, prompts, (rows, columns), predicted_iou)
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of ``_decode`` at the image's size, (M, height, width), by the package's two interpolations."""
+        height, width = self._predictor.input_size
+        square = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=False)[..., :height, :width]
+        return F.interpolate(square, self._predictor.original_size, mode="bilinear", align_corners=False)[0]
+
+    @torch.inference_mode()
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Three masks for one joint prompt of foreground points.
 
         points: (n, 2) as (x, y) in pixels of the set image.
         Returns masks (3, height, width) bool and SAM's own confidence (3,), its predicted IoU.
         """
-        masks, scores, _ = self._predictor.predict(
-            point_coords=np.asarray(points, dtype=np.float32), point_labels=np.ones(len(points), dtype=np.int32)
-        )
-        return masks.astype(bool), scores
+        logits, scores, _ = self._decode(np.asarray(points, dtype=np.float32)[None])
+        return (self._scaled(logits) > self.model.mask_threshold).cpu().numpy(), scores.cpu().numpy()
 
+    @torch.inference_mode()
     def automatic_masks(
         self,
         image: np.ndarray,
@@ -160,29 +194,54 @@ class SamSegmenter:
         stability: float,
         box_nms: float,
     ) -> list[AutomaticMask]:
-        """Masks from a grid of points, by the segment-anything package's generator.
+        """Masks from a grid of points: those of the segment-anything package's generator, but for rounding.
 
-        image: (height, width, 3) RGB ``uint8``; the thresholds are the generator's own.
+        image: (height, width, 3) RGB ``uint8``; the thresholds are the generator's own. Masks of too low a predicted IoU are not
+        drawn, those far under the stability not scaled, the others ``SCALED_PIXELS`` at a time, and kept as bits until the last is.
         """
-        generator = SamAutomaticMaskGenerator(
-            self.model,
-            points_per_side=points_per_side,
-            points_per_batch=points_per_batch,
-            pred_iou_thresh=predicted_iou,
-            stability_score_thresh=stability,
-            box_nms_thresh=box_nms,
-        )
         self.set_image(image)
-        generator.predictor = self._predictor
+        size, level = image.shape[:2], self.model.mask_threshold
+        points = amg.build_point_grid(points_per_side) * np.array(size[::-1])
+        packed, boxes, ious, scores, origins = [], [], [], [], []
+        for start in range(0, len(points), points_per_batch):
+            logits, iou, origin = self._decode(points[start : start + points_per_batch, None], predicted_iou)
+            height, width = (-(-side // 4) for side in self._predictor.input_size)
+            rough = amg.calculate_stability_score(logits[:, :height, :width], level, 1.0)
+            for some in (~(rough < stability - ROUGHLY)).nonzero()[:, 0].split(max(1, SCALED_PIXELS // (size[0] * size[1]))):
+                if not len(some):
+                    continue
+                drawn = self._scaled(logits[some])
+                score = amg.calculate_stability_score(drawn, level, 1.0)
+                stable = score >= stability if stability > 0 else torch.ones_like(score, dtype=torch.bool)
+                masks = drawn[stable] > level
+                packed.extend(np.packbits(masks.flatten(1).cpu().numpy(), axis=1))
+                boxes.append(amg.batched_mask_to_box(masks).float())
+                for kept, part in ((ious, iou[some]), (scores, score), (origins, origin[some] + start)):
+                    kept.append(part[stable])
+        if not packed:
+            return []
+        iou, score, origin = (torch.cat(parts).tolist() for parts in (ious, scores, origins))
         return [
-            AutomaticMask(r["segmentation"], float(r["predicted_iou"]), float(r["stability_score"]), tuple(r["point_coords"][0]))
-            for r in generator.generate(self._predictor.image)
+            AutomaticMask(
+                np.unpackbits(packed[i], count=size[0] * size[1]).view(bool).reshape(size),
+                iou[i],
+                score[i],
+                tuple(points[origin[i]].tolist()),
+            )
+            for i in nms(torch.cat(boxes), torch.cat(ious), box_nms).tolist()
         ]
 
 
 def _build(name: str) -> Sam:
     builders = {"mobile_sam": build_mobile_sam, "tiny_sam": build_tiny_sam}
     return builders[name]() if name in builders else sam_model_registry[_REGISTRY[name]]()
+
+
+def read_sam(name: str) -> Sam:
+    """The network by itself, as its package has it, with its weights. Raises WeightsError where they are not here."""
+    folder, model = fetch.require(name), _build(name)
+    model.load_state_dict(files.read_tensors(folder / "model.safetensors")[0])
+    return model
 
 
 def weights_key(name: str) -> str:
@@ -205,7 +264,4 @@ def load_sam(name: str, device: str = "cpu", precision: Precision = "fp32") -> S
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return SamSegmenter(_build(base), name, device, precision)
-    folder = fetch.require(base)
-    model = _build(base)
-    model.load_state_dict(files.read_tensors(folder / "model.safetensors")[0])
-    return SamSegmenter(model, weights_key(name), device, precision)
+    return SamSegmenter(read_sam(base), weights_key(name), device, precision)
