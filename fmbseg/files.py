@@ -56,6 +56,19 @@ def working_root() -> Path:
     return checkout() or Path.cwd()
 
 
+ASSETS = Path(__file__).parent / "assets"
+"""What comes with the package: tables, word lists, the stand-in's and the shipped module's weights."""
+
+
+@functools.cache
+def asset(name: str) -> Any:
+    """What a JSON or YAML file of ASSETS holds; read once, and not to be changed."""
+    import yaml
+
+    text = (ASSETS / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+
+
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 """Numbers of the system's errors that are the fault of the place that is written to."""
 

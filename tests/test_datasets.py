@@ -104,7 +104,7 @@ def test_either_name_of_a_root_is_read(name, folder, other, root):
     (root / folder).mkdir()  # what is not whole does not hide what is
     assert benchmarks.load_benchmark(name, str(root)).samples[0].image == made[0].image
     write_image(root / other / "images/train2017/1.jpg")
-    assert name == "ade150" or benchmarks.train_folder(root) == root / other / "images/train2017"
+    assert name == "ade150" or benchmarks.UNLABELLED["coco_stuff_train"].base(root) == root / other
 
 
 @pytest.mark.parametrize("name", ["voc21", "context59"])
@@ -495,7 +495,7 @@ def test_doctor_takes_the_folder_data_set_itself(folder):
 
 def test_doctor_without_a_data_root_names_every_source():
     report = doctor.report()
-    assert all(layout.source in report for layout in (*benchmarks.LAYOUTS.values(), benchmarks.TRAIN))
+    assert all(layout.source in report for layout in (*benchmarks.LAYOUTS.values(), *benchmarks.UNLABELLED.values()))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "embedded_pol"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fmbseg import files
 from fmbseg.data import label_spaces
 from fmbseg.data.label_spaces import Background, background_rule, label_space, own_words
 from fmbseg.errors import DataError, ParameterError
@@ -117,7 +118,7 @@ RULES = {
 
 def test_every_rule_is_a_value_of_the_parameter():
     named, lists = get_args(SegmentParams.model_fields["background_words"].annotation)
-    assert set(get_args(named)) == set(RULES) == set(label_spaces._yaml("background.yaml"))
+    assert set(get_args(named)) == set(RULES) == set(files.asset("background.yaml"))
 
 
 def test_a_background_of_a_score_has_no_words():
@@ -312,7 +313,7 @@ def test_words_of_a_benchmark_by_the_name_of_a_list():
 
 
 def test_lists_of_words_name_classes_that_there_are():
-    for spaces in label_spaces.word_lists().values():
+    for spaces in files.asset("words.yaml").values():
         for space, own in spaces.items():
             assert set(own) <= set(label_space(space).names) and all(isinstance(words, list) for words in own.values())
 

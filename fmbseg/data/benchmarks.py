@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fmbseg import files
 from fmbseg.data import embedded, images, label_spaces
 from fmbseg.data.embedded import EMBEDDED
 from fmbseg.data.images import IGNORED
@@ -25,18 +26,12 @@ from fmbseg.errors import DataError, ImageError, ParameterError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an official data set lies under the data root.
-
-    folder: its top folder; images: how many its validation split has; parts: {what: path in the folder} of all that must be
-    there; pattern: glob of its images in the folder; read: (folder, label space) -> its samples; source: where it officially
-    comes from, in words; other: the folder's name in mmsegmentation's and TCL's layout, where it is another.
-    """
+    """Where an official data set lies under the data root; its fields are explained in ``assets/layouts.yaml``."""
 
     folder: str
     images: int
     parts: Mapping[str, str]
     pattern: str
-    read: Callable[[Path, LabelSpace], list[Sample]]
     source: str
     other: str = ""
 
@@ -53,6 +48,21 @@ class Layout:
     def count(self, root: Path) -> int:
         """How many images of it are under the data root, of any split that its image folder holds."""
         return sum(1 for _ in self.base(root).glob(self.pattern))
+
+    def require(self, name: str, root: Path) -> Path:
+        """Its folder under the data root. Raises DataError saying what is missing and its official source."""
+        if missing := self.missing(root):
+            raise DataError(f"{name}: not under {root}: {', '.join(missing)}; it comes as {self.source}")
+        return self.base(root)
+
+
+_ALL = {name: Layout(**values) for name, values in files.asset("layouts.yaml").items()}
+
+LAYOUTS = {name: layout for name, layout in _ALL.items() if "masks" in layout.parts}
+"""The columns of Table 1, and CamVid, which is 11 of Cityscapes' classes."""
+
+UNLABELLED = {name: layout for name, layout in _ALL.items() if name not in LAYOUTS}
+"""Images to train on, without any label: COCO-Stuff train, as in the paper, and all images of VOC."""
 
 
 def pair(paths: Sequence[Path], mask_of: Callable[[Path], Path], table: Table) -> list[Sample]:
@@ -77,149 +87,43 @@ def _of_split(base: Path, split: str) -> list[Path]:
     return found
 
 
-def _voc(split: str, masks: str, classes: int, base: Path, space: LabelSpace) -> list[Sample]:
-    table = lookup({raw: raw for raw in range(classes + 1)}) if space.background else shifted(classes)
-    return pair(_of_split(base, split), lambda p: base / masks / f"{p.stem}.png", table)
-
-
-def _coco(base: Path, space: LabelSpace) -> list[Sample]:
-    raw_ids = label_spaces.assets()["id_maps"]["coco_stuff171_raw"]
-    if space.name != "coco_stuff171":  # things -> 1..80, stuff and what nobody labelled (255) -> 0; without background: 0..79 and ignored
-        stuff = 0 if space.background else IGNORED
-        raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items() if index != IGNORED}
-        raw_ids[IGNORED] = stuff
-    table = lookup(raw_ids, known=range(182))
-    return pair(sorted(base.glob("images/val2017/*.jpg")), lambda p: base / "annotations/val2017" / f"{p.stem}.png", table)
-
-
-def _ade(base: Path, space: LabelSpace) -> list[Sample]:
-    paths = sorted(base.glob("images/validation/*.jpg"))
-    return pair(paths, lambda p: base / "annotations/validation" / f"{p.stem}.png", shifted(150))
-
-
-def _cityscapes(base: Path, space: LabelSpace) -> list[Sample]:
-    def mask_of(path: Path) -> Path:
-        return base / "gtFine/val" / path.parent.name / f"{path.stem.removesuffix('_leftImg8bit')}_gtFine_labelIds.png"
-
-    table = lookup(label_spaces.assets()["id_maps"]["cityscapes19_ids"], known=range(34))
-    return pair(sorted(base.glob("leftImg8bit/val/*/*_leftImg8bit.png")), mask_of, table)
-
-
-def _camvid(base: Path, space: LabelSpace) -> list[Sample]:
-    """A folder data set whose classes.txt spells the classes CamVid's way, in any order."""
-    spelled = label_spaces.assets()["id_maps"]["camvid11_names"]
-    given = label_spaces.read_words(base / "classes.txt", numbered=True)
-    if unknown := [name for name in given if label_spaces.normal(name) not in spelled]:
-        raise DataError(f"{base / 'classes.txt'}: {unknown[0]!r} is no class of CamVid's 11; they are {', '.join(spelled)}")
-    table = lookup({raw: space.names.index(spelled[label_spaces.normal(name)]) for raw, name in enumerate(given)})
-    return pair(images.find_images(base / "images"), lambda p: base / "masks" / f"{p.stem}.png", table)
-
-
-_VOC12 = Layout(
-    "VOCdevkit/VOC2012",
-    1449,
-    {"images": "JPEGImages", "masks": "SegmentationClass", "split": "ImageSets/Segmentation/val.txt"},
-    "JPEGImages/*.jpg",
-    functools.partial(_voc, "ImageSets/Segmentation/val.txt", "SegmentationClass", 20),
-    "VOCtrainval_11-May-2012.tar from the PASCAL VOC 2012 site (where it is down: d2l-data.s3-accelerate.amazonaws.com has the file, sha1"
-    " 4e443f8a2eca6b1dac8a6c57641b67dd40621a49), unpacked in the data root",
-)
-_CONTEXT = Layout(
-    "VOCdevkit/VOC2010",
-    5104,
-    {"images": "JPEGImages", "masks": "SegmentationClassContext", "split": "ImageSets/SegmentationContext/val.txt"},
-    "JPEGImages/*.jpg",
-    functools.partial(_voc, "ImageSets/SegmentationContext/val.txt", "SegmentationClassContext", 59),
-    "VOCtrainval_03-May-2010.tar from the PASCAL VOC 2010 site, unpacked in the data root; masks and split are made from"
-    " codalabuser.blob.core.windows.net/public/trainval_merged.json by mmsegmentation's"
-    " tools/dataset_converters/pascal_context.py, which needs the Detail API (github.com/zhanghang1989/detail-api; on no index)",
-)
-_COCO = Layout(
-    "coco",
-    5000,
-    {"images": "images/val2017", "masks": "annotations/val2017"},
-    "images/val2017/*.jpg",
-    _coco,
-    "val2017.zip from the COCO site, unpacked in coco/images, and stuffthingmaps_trainval2017.zip from the COCO-Stuff"
-    " repository, unpacked in coco/annotations",
-    "coco_stuff164k",
-)
-_CITYSCAPES = Layout(
-    "cityscapes",
-    500,
-    {"images": "leftImg8bit/val", "masks": "gtFine/val"},
-    "leftImg8bit/val/*/*_leftImg8bit.png",
-    _cityscapes,
-    "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from the Cityscapes site (free account), unpacked in cityscapes",
-)
-_ADE = Layout(
-    "ADEChallengeData2016",
-    2000,
-    {"images": "images/validation", "masks": "annotations/validation"},
-    "images/validation/*.jpg",
-    _ade,
-    "ADEChallengeData2016.zip from the MIT Scene Parsing Benchmark site, unpacked in the data root",
-    "ade/ADEChallengeData2016",
-)
-_CAMVID = Layout(
-    "camvid",
-    101,
-    {"images": "images", "masks": "masks", "classes": "classes.txt"},
-    "images/*",
-    _camvid,
-    "frames and 11-class index masks of the CamVid site's validation split, put as a folder data set: images/, masks/, classes.txt",
-)
-
-LAYOUTS: dict[str, Layout] = {
-    "voc21": _VOC12,
-    "voc20": _VOC12,
-    "context60": _CONTEXT,
-    "context59": _CONTEXT,
-    "coco_object81": _COCO,
-    "coco_object80": _COCO,
-    "coco_stuff171": _COCO,
-    "cityscapes19": _CITYSCAPES,
-    "ade150": _ADE,
-    "camvid11": _CAMVID,
-}
-"""The columns of Table 1, and CamVid, which is 11 of Cityscapes' classes."""
-
-TRAIN = Layout(
-    "coco",
-    118_287,
-    {"images": "images/train2017"},
-    "images/train2017/*.jpg",
-    lambda base, space: [],
-    "train2017.zip from the COCO site, unpacked in coco/images (none of its annotations is used)",
-    "coco_stuff164k",
-)
-"""COCO-Stuff train: the images that the paper trains on, without any label."""
-
-
-def train_folder(root: Path) -> Path:
-    """The folder of TRAIN's images. Raises DataError with their official source when it is not there."""
-    if missing := TRAIN.missing(root):
-        raise DataError(f"coco_stuff_train: not under {root}: {', '.join(missing)}; it comes as {TRAIN.source}")
-    return TRAIN.base(root) / "images/train2017"
-
-
-def voc_folder(root: Path) -> Path:
-    """The folder of all images of VOC 2012, those of its validation split among them. Raises DataError without it."""
-    folder = root / _VOC12.folder / "JPEGImages"
-    if not folder.is_dir():
-        raise DataError(f"voc_images: not under {root}: {_VOC12.folder}/JPEGImages; it comes as {_VOC12.source}")
-    return folder
+def _table(name: str, base: Path, space: LabelSpace) -> Table:
+    """Raw id of a mask -> class, of one of LAYOUTS."""
+    id_maps = label_spaces.assets()["id_maps"]
+    if name == "cityscapes19":
+        return lookup(id_maps["cityscapes19_ids"], known=range(34))
+    if name == "camvid11":  # whose classes.txt spells the classes CamVid's way, in any order
+        spelled = id_maps["camvid11_names"]
+        given = label_spaces.read_words(base / "classes.txt", numbered=True)
+        if unknown := [word for word in given if label_spaces.normal(word) not in spelled]:
+            raise DataError(f"{base / 'classes.txt'}: {unknown[0]!r} is no class of CamVid's 11; they are {', '.join(spelled)}")
+        return lookup({raw: space.names.index(spelled[label_spaces.normal(word)]) for raw, word in enumerate(given)})
+    if name.startswith("coco_"):
+        raw_ids = id_maps["coco_stuff171_raw"]
+        if name != "coco_stuff171":  # things -> 1..80, stuff and what nobody labelled (255) -> 0; without background: 0..79 and ignored
+            stuff = 0 if space.background else IGNORED
+            raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items() if index != IGNORED}
+            raw_ids[IGNORED] = stuff
+        return lookup(raw_ids, known=range(182))
+    return lookup({index: index for index in range(len(space))}) if space.background else shifted(len(space))
 
 
 def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
     """Samples of one of LAYOUTS. Raises DataError saying what is missing and its official source."""
     layout = LAYOUTS[name]
-    if missing := layout.missing(root):
-        raise DataError(f"{name}: not under {root}: {', '.join(missing)}; it comes as {layout.source}")
-    samples = layout.read(layout.base(root), space)
-    if not samples:
-        raise DataError(f"{name}: no image found at {layout.base(root) / layout.pattern}; the layout is not the official one")
-    return samples
+    base, parts = layout.require(name, root), layout.parts
+    if "split" in parts:
+        paths = _of_split(base, parts["split"])
+    elif "classes" in parts:
+        paths = images.find_images(base / parts["images"])
+    elif not (paths := sorted(base.glob(layout.pattern))):
+        raise DataError(f"{name}: no image found at {base / layout.pattern}; the layout is not the official one")
+
+    def mask_of(path: Path) -> Path:
+        folder = base / parts["masks"] / (path.parent.name if name == "cityscapes19" else "")
+        return folder / f"{path.stem.replace('_leftImg8bit', '_gtFine_labelIds')}.png"
+
+    return pair(paths, mask_of, _table(name, base, space))
 
 
 BENCHMARKS = (*LAYOUTS, *EMBEDDED, "drawn")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fmbseg import files
 from fmbseg.data import benchmarks, embedded, fetch, images
-from fmbseg.data.benchmarks import LAYOUTS
+from fmbseg.data.benchmarks import LAYOUTS, UNLABELLED
 from fmbseg.data.embedded import EMBEDDED
 from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, ImageError, WeightsError, tell
@@ -37,8 +37,8 @@ def load_collection(name: str, data_root: str = "", evaluated: Sequence[str] = (
             found = [path for path in found if path.parent.name != "enhancement"]
     else:
         under = Path(data_root).expanduser()
-        own = {"coco_stuff_train": benchmarks.train_folder, "voc_images": benchmarks.voc_folder}
-        root = own[name](under) if name in own else Path(name).expanduser()
+        layout = UNLABELLED.get(name)
+        root = layout.require(name, under) / layout.parts["images"] if layout else Path(name).expanduser()
         found = images.find_images(root)
     sizes, others = _sizes(found), _sizes(_evaluation_images((*EMBEDDED, *(LAYOUTS if data_root else ()), *evaluated), data_root))
     if not sizes:

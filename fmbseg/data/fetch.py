@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-import yaml
-
 from fmbseg import files
 from fmbseg.errors import DataError, WeightsError
 
@@ -75,15 +73,12 @@ class Weight:
         return files.home() / ("images" if self.use == "images" else "weights") / self.name
 
 
-def _read_table() -> Iterator[Weight]:
-    path = Path(__file__).resolve().parent.parent / "assets" / "weights.yaml"
-    for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        if archive := values.get("archive"):
-            values["archive"] = Archive(**archive | {"files": tuple(archive["files"])})
-        yield Weight(name, **values | {"profiles": tuple(values.get("profiles", ()))})
+def _weight(name: str, archive: dict | None = None, profiles: tuple[str, ...] = (), **values) -> Weight:
+    taken = Archive(**archive | {"files": tuple(archive["files"])}) if archive else None
+    return Weight(name, archive=taken, profiles=tuple(profiles), **values)
 
 
-TABLE = tuple(_read_table())
+TABLE = tuple(_weight(name, **values) for name, values in files.asset("weights.yaml").items())
 
 
 def find(name: str) -> Weight:

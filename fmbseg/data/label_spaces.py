@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from fmbseg import files
 from fmbseg.errors import DataError, ParameterError
 
 MAX_CLASSES = 254
@@ -105,7 +103,7 @@ class LabelSpace:
             return self
         own = {}
         if words != "verbatim":
-            lists, space = word_lists()[words], _WITHOUT_BACKGROUND.get(self.name, self.name)
+            lists, space = files.asset("words.yaml")[words], _WITHOUT_BACKGROUND.get(self.name, self.name)
             if space not in lists:
                 raise ParameterError(
                     f"words = {words!r}: has no list for {self.name}, only for {', '.join(lists)}; choose ours or verbatim"
@@ -145,25 +143,14 @@ def palette(count: int) -> np.ndarray:
     return (np.array(colours).reshape(-1, 3) * 255).astype(np.uint8)
 
 
-@functools.cache
 def assets() -> dict:
     """Class lists, palettes and id maps of the benchmarks, as ``assets/label_spaces.json`` holds them."""
-    return json.loads((resources.files("fmbseg") / "assets" / "label_spaces.json").read_text(encoding="utf-8"))
-
-
-@functools.cache
-def _yaml(name: str) -> dict:
-    return yaml.safe_load((resources.files("fmbseg") / "assets" / name).read_text(encoding="utf-8"))
-
-
-def word_lists() -> dict[str, dict[str, dict[str, list[str]]]]:
-    """Other lists of prompt words: {list: {space: {class: words}}}, as ``assets/words.yaml`` holds them."""
-    return _yaml("words.yaml")
+    return files.asset("label_spaces.json")
 
 
 def background_rule(rule: str, space: str) -> Background:
     """How class 0 of a label space is found by a rule of ``assets/background.yaml``, such as "stuff", "tcl" or "sclip" (Sec. 4.1)."""
-    spaces = _yaml("background.yaml")[rule]
+    spaces = files.asset("background.yaml")[rule]
     found = spaces["every"] | spaces.get(space, {})
     return Background(**found | {"words": tuple(found.get("words", ()))})
 

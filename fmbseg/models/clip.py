@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import get_args
 
@@ -51,12 +50,8 @@ class ImageText:
     """
 
     def __init__(self, model: nn.Module, tokenizer, key: str, device: str = "cpu", precision: Precision = "fp32"):
-        self.model, self.tokenizer, self.device, self.precision = (
-            model.to(device).eval().requires_grad_(False),
-            tokenizer,
-            device,
-            precision,
-        )
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.device, self.precision = tokenizer, device, precision
         self.key = precision_key(key, precision)
         self.tower = model.visual
         self.mean, self.std = open_clip.get_model_preprocess_cfg(model)["mean"], open_clip.get_model_preprocess_cfg(model)["std"]
@@ -212,55 +207,37 @@ class ImageText:
 
 def _lit_config(folder: Path) -> dict:
     """The stand-in as an open_clip model configuration; ``folder`` holds MiniLM's configuration and tokenizer."""
-    return {
-        "embed_dim": 384,
-        "custom_text": True,
-        "vision_cfg": {
-            "timm_model_name": "tf_efficientnet_lite2",
-            "timm_model_pretrained": False,
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "timm_proj_bias": True,
-            "image_size": 260,
-        },
-        "text_cfg": {
-            "hf_model_name": str(folder),
-            "hf_tokenizer_name": str(folder),
-            "hf_model_pretrained": False,
-            "hf_pooler_type": "mean_pooler",
-            "hf_proj_type": "linear",
-            "context_length": 64,
-        },
-    }
+    config = files.asset(f"{LIT}.json")
+    return config | {"text_cfg": config["text_cfg"] | {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}}
 
 
-LIT_PROJECTION = resources.files("fmbseg") / "assets" / f"{LIT}.safetensors"
+LIT_PROJECTION = files.ASSETS / f"{LIT}.safetensors"
 """The stand-in's own trained tensors: the two projections. The towers come with ``fmbseg fetch``."""
 
 
 def weights_key(name: str) -> str:
     """A model's name with a hash of its weights, without loading it. Raises WeightsError where they are not here."""
     if name == LIT:
-        parts = files.sha256_of(str(LIT_PROJECTION)), fetch.key("all_minilm_l6_v2"), fetch.key("efficientnet_lite2")
+        parts = files.sha256_of(LIT_PROJECTION), fetch.key("all_minilm_l6_v2"), fetch.key("efficientnet_lite2")
         return f"{LIT}-{files.digest(*parts)}"
     return f"{name}@{fetch.key(name)}" if name in CLIP_NAMES else name
 
 
 def assemble_lit() -> Path:
     """Put towers and projections together as one open_clip checkpoint in the cache; returns its path."""
-    projection = Path(str(LIT_PROJECTION))
     text, image = fetch.require("all_minilm_l6_v2"), fetch.require("efficientnet_lite2")
     target = files.home() / "weights" / f"{weights_key(LIT)}.safetensors"
     if files.is_whole(target):
         return target
+    towers = (("visual.trunk", image, "classifier"), ("text.transformer", text, "pooler"))
     state = {
-        f"visual.trunk.{k}": v for k, v in files.read_tensors(image / "model.safetensors")[0].items() if not k.startswith("classifier")
-    }
-    state |= {
-        f"text.transformer.{k}": v for k, v in files.read_tensors(text / "model.safetensors")[0].items() if not k.startswith("pooler")
+        f"{place}.{name}": tensor
+        for place, folder, left_off in towers
+        for name, tensor in files.read_tensors(folder / "model.safetensors")[0].items()
+        if not name.startswith(left_off)
     }
     state.pop("text.transformer.embeddings.position_ids", None)
-    state |= files.read_tensors(projection)[0]
+    state |= files.read_tensors(LIT_PROJECTION)[0]
     state["logit_scale"] = torch.tensor(100.0).log()
     return files.write_tensors(target, state)
 

@@ -8,39 +8,21 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from fmbseg import files
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import ParameterError
 from fmbseg.models.clip import ImageText
 
-TEMPLATES = {
-    "one": ("a photo of a {}",),
-    "one_stop": ("a photo of a {}.",),
-    "plain": ("{}",),
-    "nine": (
-        "itap of a {}.",
-        "a bad photo of a {}.",
-        "a origami {}.",
-        "a photo of the large {}.",
-        "a {} in a video game.",
-        "art of the {}.",
-        "a photo of the small {}.",
-        "a photo of many {}.",
-        "a photo of {}s.",
-    ),
-}
-
 
 def templates(name: str) -> tuple[str, ...]:
-    """Prompt templates with one {}: "one" is the paper's, "one_stop" the same with a full stop, "plain" the bare word, "nine"
-    TCL's list, "seven" and "eighty" CLIP's."""
-    if name in TEMPLATES:
-        return TEMPLATES[name]
+    """Prompt templates with one {}, by the name of a list of ``assets/templates.yaml``, or "seven" or "eighty", CLIP's."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
-    chosen = {"seven": SIMPLE_IMAGENET_TEMPLATES, "eighty": OPENAI_IMAGENET_TEMPLATES}.get(name)
-    if chosen is None:
-        raise ParameterError(f"templates = {name!r}: unknown; known are {', '.join(TEMPLATES)}, seven, eighty")
-    return tuple(template("{}") for template in chosen)
+    clips = {"seven": SIMPLE_IMAGENET_TEMPLATES, "eighty": OPENAI_IMAGENET_TEMPLATES}
+    lists = files.asset("templates.yaml") | {own: [form("{}") for form in forms] for own, forms in clips.items()}
+    if name not in lists:
+        raise ParameterError(f"templates = {name!r}: unknown; known are {', '.join(lists)}")
+    return tuple(lists[name])
 
 
 @dataclass(frozen=True)

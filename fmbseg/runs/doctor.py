@@ -73,10 +73,9 @@ def _data(data_root: str) -> list[str]:
     if root:
         lines += [_folder_line(folder) for folder in (root, *sorted(root.glob("*"))) if _may_be_set(folder)]
     lines += ["", "images to train on"]
-    there = benchmarks.TRAIN.count(root) if root else 0
-    lines.append(
-        _line(there > 0, f"{'coco_stuff_train':28s}{there} of the official {benchmarks.TRAIN.images} images", benchmarks.TRAIN.source)
-    )
+    for name, layout in benchmarks.UNLABELLED.items():
+        there = layout.count(root) if root else 0
+        lines.append(_line(there > 0, f"{name:28s}{there} of the official {layout.images} images", layout.source))
     if wanted:
         lines += ["", "official sources of the benchmarks that are missing"]
         lines += [f"  {folder:24s}{bring}" for folder, bring in wanted.items()]

@@ -30,7 +30,7 @@ def place(profile: str = "embedded", name: str = "alignment") -> Path:
     return files.home() / "modules" / profile / f"{name}.safetensors"
 
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "fmbseg-embedded.safetensors"
+SHIPPED = files.ASSETS / "fmbseg-embedded.safetensors"
 """The module that comes with the repository, for the embedded profile's encoder; its model card lies beside it."""
 
 

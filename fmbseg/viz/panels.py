@@ -6,15 +6,13 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
-from pathlib import Path
 
 import anywidget
 import numpy as np
 import traitlets
 from PIL import Image
 
-ASSETS = Path(str(resources.files("fmbseg") / "assets"))
+from fmbseg import files
 
 
 def data_url(image: np.ndarray) -> str:
@@ -49,8 +47,8 @@ class Panels(anywidget.AnyWidget):
     sections: set by ``show``; clickable: whether clicks count; point: the last click, (x, y) in [0, 1].
     """
 
-    _esm = ASSETS / "panels.js"
-    _css = ASSETS / "panels.css"
+    _esm = files.ASSETS / "panels.js"
+    _css = files.ASSETS / "panels.css"
     sections = traitlets.List().tag(sync=True)
     clickable = traitlets.Bool(True).tag(sync=True)
     point = traitlets.List(traitlets.Float(), default_value=[0.5, 0.5]).tag(sync=True)
