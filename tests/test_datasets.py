@@ -7,6 +7,7 @@ from PIL import Image
 
 from fmbseg import cli, files
 from fmbseg.data import benchmarks, collections, fetch, images, label_spaces, samples
+from fmbseg.data.images import IGNORED
 from fmbseg.errors import DataError, FmbsegError, ImageError, ParameterError
 from fmbseg.runs import doctor, label
 from fmbseg.schemas import StagesRun, TrainRun
@@ -63,7 +64,7 @@ def root(tmp_path):
 def names_in(name, row):
     """Class names of a row of truth; "-" where ignored."""
     space = label_spaces.label_space(name)
-    return ["-" if k == 255 else space.names[k] for k in row]
+    return ["-" if k == IGNORED else space.names[k] for k in row]
 
 
 @pytest.mark.parametrize(
@@ -85,11 +86,11 @@ def test_official_layouts(name, row, root):
     dataset = benchmarks.load_benchmark(name, str(root))
     truth = dataset.samples[0].truth()
     assert dataset.name == name and dataset.space.names == label_spaces.label_space(name).names
-    assert truth.shape == (8, 10) and truth.dtype == np.uint8 and (truth == truth[0]).all()
+    assert truth.shape == (8, 10) and truth.dtype == np.int16 and (truth == truth[0]).all()
     assert names_in(name, truth[0])[: len(row)] == row
     counts = Confusion(len(dataset.space))
     counts.add(truth, np.zeros_like(truth))
-    assert counts.counts.sum() == 8 * (truth[0] != 255).sum()
+    assert counts.counts.sum() == 8 * (truth[0] != IGNORED).sum()
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_every_class_has_a_raw_id_and_no_other_id_is_read(name, ids, pattern, la
     sample = benchmarks.load_benchmark(name, str(root)).samples[0]
     write_image(sample.image, (8, 32))
     truth = sample.truth()
-    found, counts = np.unique(truth[truth != 255], return_counts=True)
-    assert found.tolist() == list(range(ids)) and truth[7, 31] == (0 if name == "coco_object81" else 255)
+    found, counts = np.unique(truth[truth != IGNORED], return_counts=True)
+    assert found.tolist() == list(range(ids)) and truth[7, 31] == (0 if name == "coco_object81" else IGNORED)
     assert (counts == 1).sum() == (80 if name == "coco_object81" else ids)
     if name == "coco_object81":
         assert counts[0] == 91 + (8 * 32 - 182)  # stuff, and what nobody labelled
@@ -144,7 +145,10 @@ def test_every_class_has_a_raw_id_and_no_other_id_is_read(name, ids, pattern, la
     Image.fromarray(raw).save(mask_file)
     with pytest.raises(DataError) as caught:
         sample.truth()
-    assert f"{mask_file}: holds id {last + 1}, which this data set does not define; its ids are 0 to {last}, and 255" == str(caught.value)
+    assert (
+        f"{mask_file}: holds id {last + 1}, which this data set does not define; its ids are 0 to {last}, and 255 (65535 in 16 bits)"
+        == str(caught.value)
+    )
 
 
 def test_camvid_refuses_a_word_that_is_no_class_of_it(root):
@@ -214,7 +218,7 @@ def test_folder_data_set(folder, tmp_path):
     for name, root in ((f"folder:{folder}", ""), ("folder:mine", str(tmp_path))):
         dataset = benchmarks.load_benchmark(name, root)
         assert dataset.space.names == ("cat", "sofa", "rug") and not dataset.space.background
-        assert [s.name for s in dataset.samples] == ["a", "b"] and dataset.samples[0].truth()[0, :4].tolist() == [0, 1, 2, 255]
+        assert [s.name for s in dataset.samples] == ["a", "b"] and dataset.samples[0].truth()[0, :4].tolist() == [0, 1, 2, IGNORED]
         assert dataset.name == name  # the path as asked for: two folders of one base name are two data sets
     assert benchmarks.load_benchmark(f"folder:{folder}", str(tmp_path)).name == "folder:mine"
 
@@ -284,14 +288,14 @@ def test_embedded_truth_has_the_size_of_its_image(name, count, classes):
         truth = sample.truth()
         assert truth.shape == images.read_image(sample.image).shape[:2]
         seen |= set(np.unique(truth).tolist())
-    assert len(seen) > 20 and seen <= {*range(classes), 255} and str(count) in dataset.source
+    assert len(seen) > 20 and seen <= {*range(classes), IGNORED} and str(count) in dataset.source
 
 
 def test_embedded_object_80_is_81_without_its_background():
     for with_one, without in zip(*(benchmarks.load_benchmark(f"embedded_coco_object{n}").samples for n in (81, 80))):
         assert with_one.image == without.image
         truth = with_one.truth().astype(int)
-        np.testing.assert_array_equal(without.truth(), np.where((truth == 0) | (truth == 255), 255, truth - 1))
+        np.testing.assert_array_equal(without.truth(), np.where(truth <= 0, IGNORED, truth - 1))
 
 
 def test_panoptic_things_are_the_objects():
@@ -299,7 +303,7 @@ def test_panoptic_things_are_the_objects():
     for sample, panoptic in zip(things.samples, benchmarks.load_benchmark("embedded_coco_panoptic133").samples):
         a, b = sample.truth(), panoptic.truth()
         assert sample.name == panoptic.name
-        np.testing.assert_array_equal(a, np.where(b < 80, b, 255))
+        np.testing.assert_array_equal(a, np.where(b < 80, b, IGNORED))
     assert label_spaces.label_space("coco_panoptic133").names[:80] == things.space.names
 
 
@@ -310,7 +314,7 @@ def test_crowds_are_ignored_and_small_outlines_lie_on_top():
     truth = samples.read_instances(
         (8, 10), (samples.Outline(2, small, 4), samples.Outline(1, square, 64), samples.Outline(1, crowd, 16, crowd=True)), 0
     )
-    assert truth[0].tolist() == [1] * 8 + [255] * 2 and truth[3, 3] == 2 and truth[6, 3] == 1
+    assert truth[0].tolist() == [1] * 8 + [IGNORED] * 2 and truth[3, 3] == 2 and truth[6, 3] == 1
 
 
 def test_missing_images_name_the_command(own_home):

@@ -72,9 +72,9 @@ def direct(name, image, space, params, toy):
         similar = class_similarity(dataclasses.replace(found, map=found.map.half().float()), class_texts(clip, space))
         return resize_map(similar[None], image.shape[:2])[0].argmax(0).numpy()
     words = [word for prompts in space.prompts for word in prompts]
-    owner = np.array([k for k, prompts in enumerate(space.prompts) for _ in prompts] + [255] * (256 - len(words)), np.uint8)
+    owner = np.array([k for k, prompts in enumerate(space.prompts) for _ in prompts] + [-1])
     if space.background:
-        owner[255] = 0
+        owner[-1] = 0
     texts = class_texts(clip, label_spaces.own_words(words))
     stage = params.model_copy(update={"stages": evaluate.STAGES[name]})
     return owner[pseudo_labels.label_image(image, clip, load_sam(params.sam), texts, stage).labels]
@@ -86,7 +86,7 @@ def test_a_prediction_is_what_the_methods_functions_give(name, toy, plain, home)
     for space in (toy.drawn.space, words_space("sun, house", "sky, grass")):
         (made,) = evaluate.predict(of(name, toy), [(sample, space)], plain, Models.of(plain))
         expected = direct(name, images.read_image(sample.image), space, plain, toy)
-        assert made.shape == expected.shape and made.dtype == np.uint8
+        assert made.shape == expected.shape and made.dtype == np.int16
         assert (made == expected).mean() > 0.999  # features are kept in fp16
 
 
@@ -103,16 +103,16 @@ def test_residual_reaches_the_dense_row(toy, plain, home):
 
 def test_stage_1_as_a_prediction_folds_the_background_words(toy, plain, monkeypatch):
     """Words 0 and 1 are background's: what they label, and what nothing labels, is class 0."""
-    labels = np.array([[0, 1, 2, 3, 255]], dtype=np.uint8)
+    labels = np.array([[0, 1, 2, 3, -1]])
     monkeypatch.setattr(evaluate.label, "label_cached", lambda *_: PseudoLabel(labels, [], [], []))
     predict = functools.partial(evaluate.predict, Method("stage1"), params=plain, models=Models.of(plain))
     assert predict([(toy.samples[0], words_space("sun, house", "sky, grass"))])[0].tolist() == [[0, 0, 1, 2, 0]]
-    assert predict([(toy.samples[0], toy.drawn.space)])[0].tolist() == [[0, 1, 2, 3, 255]]
+    assert predict([(toy.samples[0], toy.drawn.space)])[0].tolist() == [[0, 1, 2, 3, -1]]
 
 
 def test_given_labels_take_the_place_of_detection(toy, plain, monkeypatch):
     """The classes of the truth, less the background, reach Stage 1; without "+labels" nothing does."""
-    seen, empty = [], PseudoLabel(np.full((128, 160), 255, np.uint8), [], [], [])
+    seen, empty = [], PseudoLabel(np.full((128, 160), -1), [], [], [])
     monkeypatch.setattr(evaluate.label, "label_cached", lambda *arguments: seen.append(arguments[-1]) or empty)
     background = dataclasses.replace(toy.drawn.space, background=True)
     for name, space in (("stage1.1", toy.drawn.space), ("stage1.1+labels", toy.drawn.space), ("stage1.1+labels", background)):
@@ -160,7 +160,7 @@ def test_another_truth_of_the_same_image_is_counted_anew(toy, plain, own_home, t
     mask, numbers = tmp_path / "mask.png", []
     sample = Sample("one", toy.samples[0].image, functools.partial(images.read_mask, mask))
     for shift in (0, 1, 0):
-        Image.fromarray((toy.samples[0].truth() + shift) % 4).save(mask)
+        Image.fromarray(((toy.samples[0].truth() + shift) % 4).astype(np.uint8)).save(mask)
         ((record,),) = measure([Method(CHEAP)], [Dataset("mine", toy.drawn.space, (sample,), "")], plain)
         numbers.append(record.iou)
     assert numbers[0] == numbers[2] != numbers[1] and len(list((own_home / "cache/counts").iterdir())) == 2

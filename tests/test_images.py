@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fmbseg.data import images
+from fmbseg.data import images, label_spaces
 from fmbseg.errors import ImageError
 
 RANDOM = np.random.default_rng(0)
@@ -151,8 +151,23 @@ def test_mask_keeps_its_indices(tmp_path, mode):
         opened.putpalette(RANDOM.integers(0, 256, 768).tolist())
     opened.save(tmp_path / "m.png")
     mask = images.read_mask(tmp_path / "m.png", (9, 13))
-    assert mask.dtype == np.uint8
-    np.testing.assert_array_equal(mask, indices)
+    np.testing.assert_array_equal(mask, np.where(indices == 255, images.IGNORED, indices.astype(int)))
+
+
+@pytest.mark.parametrize("name", ["m.png", "m.tif"])
+def test_a_mask_of_sixteen_bits_holds_more_classes_and_ignores_the_largest_value(tmp_path, name):
+    indices = np.array([[0, 255, 256], [40_000, 65_534, 65_535]], np.uint16)
+    Image.fromarray(indices).save(tmp_path / name)
+    assert images.read_mask(tmp_path / name).tolist() == [[0, 255, 256], [40_000, 65_534, images.IGNORED]]
+
+
+@pytest.mark.parametrize("classes, mode", [(255, "P"), (256, "I;16"), (2_000, "I;16")])
+def test_a_label_map_is_read_as_it_was_written(tmp_path, classes, mode):
+    labels = np.array([[0, 100, classes - 1, images.IGNORED]], np.int16)
+    images.write_label_map(tmp_path / "m.png", labels, label_spaces.palette(classes))
+    assert Image.open(tmp_path / "m.png").mode == mode
+    np.testing.assert_array_equal(images.read_mask(tmp_path / "m.png"), labels)
+    assert images.class_pixels(labels, classes).tolist() == np.eye(classes)[[0, 100, classes - 1]].sum(axis=0).tolist()
 
 
 def test_one_bit_mask_holds_zero_and_one(tmp_path):
@@ -164,7 +179,7 @@ def test_mask_of_another_size_or_mode_is_refused(tmp_path):
     path = saved(tmp_path / "m.png", np.zeros((9, 13), np.uint8))
     assert "the mask is 13 x 9 pixels and its image 9 x 13" in refusal(path, images.read_mask, (13, 9))
     assert "mode RGB" in refusal(saved(tmp_path / "rgb.png", COLOUR), images.read_mask)
-    assert "mode I;16" in refusal(saved(tmp_path / "16.png", RAMP.astype(np.uint16)), images.read_mask)
+    assert "mode F" in refusal(saved(tmp_path / "f.tif", RAMP.astype(np.float32)), images.read_mask)
     assert "no such file" in refusal(tmp_path / "none.png", images.read_mask)
 
 

@@ -64,7 +64,7 @@ def one(tmp_path):
 def test_store_writes_a_palette_png_and_its_record(tmp_path, one, smoke, own_home):
     space = label_spaces.own_words(["cat", "dog"])
     store = LabelStore(tmp_path / "labels", space, smoke(LabelParams, reference_images=0))
-    labels = np.full((9, 12), IGNORED, np.uint8)
+    labels = np.full((9, 12), IGNORED, np.int16)
     labels[:3], labels[3:6, :4] = 0, 1
     assert not store.has(one)
     with pytest.raises(DataError, match="one__image: has no pseudo label"):

@@ -50,7 +50,7 @@ def test_a_label_map_is_the_argmax_of_its_similarities_at_the_images_own_size(se
     generator = np.random.default_rng(0)
     for size in ((90, 133), (300, 61), (8, 8)):
         result = segmenter.segment(generator.integers(0, 255, (*size, 3), np.uint8), WORDS)
-        assert result.labels.shape == size and result.labels.dtype == np.uint8
+        assert result.labels.shape == size and result.labels.dtype == np.int16
         assert result.space.names == ("sky", "grass", "sun", "house") and min(result.similarity.shape[1:]) == 128
         expected = resize_map(result.similarity[None], size)[0].argmax(dim=0).numpy()
         assert (result.labels == expected).mean() > 0.999  # but for ties in the last bit

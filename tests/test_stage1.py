@@ -280,25 +280,25 @@ def test_small_masks_are_painted_last():
     large, small = labelled(0, 0.9, 0, 0, 4, 4), labelled(1, 0.1, 1, 1, 2, 2)
     for order in ([large, small], [small, large]):
         labels, similarity = pseudo_labels.paint(order, SIZE)
-        assert labels[1:3, 1:3].tolist() == [[1, 1], [1, 1]] and labels[0].tolist() == [0, 0, 0, 0, 255, 255]
+        assert labels[1:3, 1:3].tolist() == [[1, 1], [1, 1]] and labels[0].tolist() == [0, 0, 0, 0, -1, -1]
         assert similarity[1, 1] == np.float32(0.1) and similarity[0, 0] == np.float32(0.9) and similarity[0, 5] == -np.inf
 
 
 @pytest.mark.parametrize(
     "params, row",
     [
-        ({}, [0, 2, 1, 1, 1, 255]),
-        ({"overlap": "query"}, [0, 0, 0, 1, 1, 255]),
-        ({"overlap": "agree"}, [0, 255, 255, 1, 1, 255]),
-        ({"stages": "1.1"}, [0, 0, 0, 1, 255, 255]),
-        ({"stages": "1.2"}, [255, 2, 1, 1, 1, 255]),
+        ({}, [0, 2, 1, 1, 1, -1]),
+        ({"overlap": "query"}, [0, 0, 0, 1, 1, -1]),
+        ({"overlap": "agree"}, [0, -1, -1, 1, 1, -1]),
+        ({"stages": "1.1"}, [0, 0, 0, 1, -1, -1]),
+        ({"stages": "1.2"}, [-1, 2, 1, 1, 1, -1]),
     ],
 )
 def test_combination_of_both_stages(params, row):
     query = [labelled(0, 0.5, 0, 0, 4, 3), labelled(1, 0.2, 0, 3, 4, 1)]
     automatic = [labelled(2, 0.7, 0, 1, 4, 1), labelled(1, 0.9, 0, 2, 4, 3)]
     made = pseudo_labels.combine(query, automatic, SIZE, CombineParams(**params))
-    assert made.dtype == np.uint8 and made.tolist() == [row] * 4
+    assert made.dtype == np.int16 and made.tolist() == [row] * 4
 
 
 def test_the_more_similar_class_wins_either_way():
@@ -309,7 +309,7 @@ def test_the_more_similar_class_wins_either_way():
 
 
 @pytest.mark.parametrize(
-    "least, row", [(None, [1, 1, 1, 1, 1, 1]), (0.0, [1, 1, 1, 1, 255, 255]), (0.5, [1, 1, 255, 255, 255, 255]), (1.0, [255] * 6)]
+    "least, row", [(None, [1, 1, 1, 1, 1, 1]), (0.0, [1, 1, 1, 1, -1, -1]), (0.5, [1, 1, -1, -1, -1, -1]), (1.0, [-1] * 6)]
 )
 def test_assemble_labels_both_stages_and_drops_small_margins(least, row):
     """Margins: Stage 1.1's mask 1; the left automatic one (2 - 1) / 5**0.5 = 0.447; the right one is nearer to a class not detected."""

@@ -100,9 +100,9 @@ def _table(name: str, base: Path, space: LabelSpace) -> Table:
         return lookup({raw: space.names.index(spelled[label_spaces.normal(word)]) for raw, word in enumerate(given)})
     if name.startswith("coco_"):
         raw_ids = id_maps["coco_stuff171_raw"]
-        if name != "coco_stuff171":  # things -> 1..80, stuff and what nobody labelled (255) -> 0; without background: 0..79 and ignored
+        if name != "coco_stuff171":  # things -> 1..80, stuff and what nobody labelled -> 0; without background: 0..79 and ignored
             stuff = 0 if space.background else IGNORED
-            raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items() if index != IGNORED}
+            raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items()}
             raw_ids[IGNORED] = stuff
         return lookup(raw_ids, known=range(182))
     return lookup({index: index for index in range(len(space))}) if space.background else shifted(len(space))
@@ -170,16 +170,17 @@ def _folder_space(folder: Path) -> LabelSpace:
 
 def _check_coding(folder: Path, space: LabelSpace, masks: Sequence[Path]) -> None:
     """Raise DataError where these masks are no index masks, count from 1, are 0 and 255, or hold ids of no class."""
-    held, errors, undefined = np.zeros(256, bool), [], 0
+    held, errors, undefined = set(), [], 0
     for mask in masks:
         try:
-            found = np.bincount(images.read_mask(mask).ravel(), minlength=256) > 0
+            found = np.flatnonzero(np.bincount(images.read_mask(mask).ravel() - IGNORED)) + IGNORED
         except ImageError as error:
             errors.append(error)
             continue
-        held |= found
-        undefined += found[len(space) : IGNORED].any()
-    ids, read = set(np.flatnonzero(held[:IGNORED]).tolist()), len(masks) - len(errors)
+        held.update(found.tolist())
+        undefined += found[-1] >= len(space)
+    ids, read = held - {IGNORED}, len(masks) - len(errors)
+    ignored = images.IGNORED_IN_FILES[8]
     if 2 * len(errors) > len(masks):
         raise DataError(f"{folder}: {len(errors)} of {len(masks)} masks looked at cannot be read, such as {errors[0]}")
     if ids and min(ids) > 0 and max(ids) == len(space):
@@ -187,14 +188,14 @@ def _check_coding(folder: Path, space: LabelSpace, masks: Sequence[Path]) -> Non
             f"{folder}: its masks count from 1 (id {len(space)} occurs, 0 never), and line n of classes.txt names class n - 1;"
             " make every id one less, or put what id 0 means first in classes.txt"
         )
-    if len(space) == 2 and ids == {0} and held[IGNORED]:
+    if len(space) == 2 and ids == {0} and IGNORED in held:
         raise DataError(
-            f"{folder}: its masks hold 0 and 255 alone, and 255 is ignored, so {space.names[1]!r} never counts; write 1 for 255"
+            f"{folder}: its masks hold 0 and {ignored} alone, and {ignored} is ignored, so {space.names[1]!r} never counts; write 1 for {ignored}"
         )
     if 2 * undefined > read:
         raise DataError(
             f"{folder}: {undefined} of {read} masks looked at hold ids past {len(space) - 1}, such as {max(ids)}, and classes.txt has"
-            f" {len(space)} lines; give every id its line, and {IGNORED} what is to be ignored"
+            f" {len(space)} lines; give every id its line, and {ignored} what is to be ignored"
         )
 
 

@@ -81,7 +81,7 @@ def drawn() -> Dataset:
     samples = []
     for i in range(6):
         width, height = 160 + 16 * i, 128
-        truth = np.zeros((height, width), dtype=np.uint8)
+        truth = np.zeros((height, width), dtype=np.int16)
         truth[80:] = 1
         rows, columns = np.mgrid[:height, :width]
         truth[(rows - 30) ** 2 + (columns - 30 - 15 * i) ** 2 < 300] = 2

@@ -19,8 +19,12 @@ from PIL import ExifTags, Image, features
 from fmbseg import files
 from fmbseg.errors import ImageError, tell
 
-IGNORED = 255
-"""Index of pixels that count for nothing: ignored in ground truth, unlabelled in pseudo labels."""
+IGNORED = -1
+"""Index of pixels that count for nothing: ignored in ground truth, unlabelled in pseudo labels. Label maps are ``int16``; in a
+file such a pixel has the largest value of its depth, one of IGNORED_IN_FILES."""
+
+IGNORED_IN_FILES = {8: 255, 16: 65_535}
+"""Value of ignored pixels in mask files, by bits a pixel."""
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
@@ -134,16 +138,18 @@ def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
 
 
 def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read an index mask (8-bit grayscale or palette PNG) as (height, width) ``uint8``.
+    """Read an index mask (8-bit grayscale or palette, or 16-bit grayscale; PNG or TIFF) as (height, width) ``int32``.
 
-    size: the (height, width) of its image; another size raises ImageError, for a mask is never resized.
+    The largest value of the file's depth (IGNORED_IN_FILES) is read as IGNORED. size: the (height, width) of its image; another size raises ImageError, for a mask is never resized.
     """
     opened = open_image(path)
-    if opened.mode not in ("L", "P", "1"):
+    if opened.mode not in ("L", "P", "1") and not opened.mode.startswith("I;16"):
         raise ImageError(
-            f"{path}: a mask of mode {opened.mode}; masks are 8-bit index PNGs (grayscale or palette) whose pixels are class indices"
+            f"{path}: a mask of mode {opened.mode}; masks are 8-bit index PNGs (grayscale or palette) or 16-bit grayscale ones,"
+            " whose pixels are class indices"
         )
-    mask = np.array(opened, dtype=np.uint8)
+    mask = np.array(opened, dtype=np.int32)
+    mask[mask == IGNORED_IN_FILES[16 if opened.mode.startswith("I") else 8]] = IGNORED
     if size is not None and mask.shape != tuple(size):
         raise ImageError(
             f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels and its image {size[1]} x {size[0]}; both must be of one size"
@@ -152,16 +158,23 @@ def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 
 
 def write_label_map(path: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:
-    """Write (height, width) ``uint8`` class indices as an 8-bit palette PNG that any viewer shows in colour; 255 is white.
+    """Write (height, width) class indices as ``read_mask`` reads them.
 
-    palette: (K, 3) ``uint8``.
+    palette: (K, 3) ``uint8``. Up to 255 classes give an 8-bit palette PNG, which any viewer shows in colour, IGNORED white; more
+    give a 16-bit grayscale one.
     """
-    shown = Image.fromarray(labels, mode="P")
-    colours = np.full((256, 3), 255, dtype=np.uint8)
-    colours[: len(palette)] = palette
-    shown.putpalette(colours.tobytes())
+    if len(palette) > IGNORED_IN_FILES[8]:
+        shown = Image.fromarray(labels.astype(np.uint16))
+    else:
+        shown = Image.fromarray(labels.astype(np.uint8), mode="P")
+        shown.putpalette(palette.tobytes() + bytes([255] * 3 * (256 - len(palette))))
     with files.atomic_path(path) as part:
         shown.save(part, format="PNG")
+
+
+def class_pixels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """(classes,) pixels of every class of a label map; ignored ones count for none."""
+    return np.bincount(labels.ravel().astype(np.intp) - IGNORED, minlength=classes - IGNORED)[-IGNORED:]
 
 
 def find_images(folder: str | Path) -> list[Path]:

@@ -18,8 +18,8 @@ import numpy as np
 from fmbseg import files
 from fmbseg.errors import DataError, ParameterError
 
-MAX_CLASSES = 254
-"""Label maps are 8-bit, and 255 is ignored."""
+MAX_CLASSES = 32_767
+"""Label maps are ``int16``."""
 
 
 def normal(word: str) -> str:

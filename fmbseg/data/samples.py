@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from fmbseg.data import images
-from fmbseg.data.images import IGNORED
+from fmbseg.data.images import IGNORED, IGNORED_IN_FILES
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError
 
@@ -19,7 +19,7 @@ from fmbseg.errors import DataError
 class Sample:
     """An image, with a name that is unique in its set, and how its truth is read where there is one.
 
-    truth: returns (height, width) ``uint8`` class indices of the data set's label space, 255 ignored; mask: the file that
+    truth: returns (height, width) ``int16`` class indices of the data set's label space, or IGNORED; mask: the file that
     it reads, where that is an index mask.
     """
 
@@ -43,17 +43,15 @@ class Dataset:
 
 
 Table = tuple[int, ...]
-"""256 entries, the raw id of a mask -> class: 255 where the id is ignored, -1 where the data set has no such id."""
+"""Raw id of a mask, from 0 -> class: IGNORED, or UNDEFINED where the data set has no such id. The last entry is of pixels that the file ignores."""
+
+UNDEFINED = -2
 
 
 def lookup(classes: Mapping[int | str, int], known: Iterable[int] = ()) -> Table:
-    """The table of {raw id: class}. known: ids that the data set has and that are ignored, as 255 is."""
-    table = [-1] * 256
-    for raw in (*known, IGNORED):
-        table[raw] = IGNORED
-    for raw, index in classes.items():
-        table[int(raw)] = index
-    return tuple(table)
+    """The table of {raw id: class}. known: ids that the data set has and that are ignored, as IGNORED is unless it is a key."""
+    table = dict.fromkeys((*known, IGNORED), IGNORED) | {int(raw): index for raw, index in classes.items()}
+    return tuple(table.get(raw, UNDEFINED) for raw in (*range(max(table) + 1), IGNORED))
 
 
 def shifted(classes: int) -> Table:
@@ -62,7 +60,7 @@ def shifted(classes: int) -> Table:
 
 
 def read_index(path: Path, table: Table, image: Path) -> np.ndarray:
-    """Truth from an index PNG, its raw ids sent through a table: (height, width) ``uint8``.
+    """Truth from an index mask, its raw ids sent through a table: (height, width) ``int16``.
 
     Raises ImageError when the mask is not of the size of its image, DataError when there is none or it holds an id that the
     data set does not define.
@@ -70,23 +68,26 @@ def read_index(path: Path, table: Table, image: Path) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{image.name}: has no mask at {path}; put it there, or take the image away")
     mask = images.read_mask(path, images.image_size(image))
-    truth = np.array(table, dtype=np.int16)[mask]
-    if (truth < 0).any():
-        last = max(raw for raw in range(IGNORED) if table[raw] >= 0)
+    classes = np.full(max(mask.max() + 2, len(table)), UNDEFINED, dtype=np.int16)
+    classes[: len(table) - 1], classes[IGNORED] = table[:-1], table[-1]
+    truth = classes[mask]
+    if (undefined := truth == UNDEFINED).any():
+        eight, sixteen = IGNORED_IN_FILES.values()
         raise DataError(
-            f"{path}: holds id {mask[truth < 0][0]}, which this data set does not define; its ids are 0 to {last}, and {IGNORED}"
+            f"{path}: holds id {mask[undefined][0]}, which this data set does not define; its ids are 0 to {len(table) - 2},"
+            f" and {eight} ({sixteen} in 16 bits)"
         )
-    return truth.astype(np.uint8)
+    return truth
 
 
 def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Truth from a COCO panoptic PNG (id = R + 256 G + 65536 B): (height, width) ``uint8``.
+    """Truth from a COCO panoptic PNG (id = R + 256 G + 65536 B): (height, width) ``int16``.
 
     segments: (id, class) of each that counts; all else is ignored. Raises ImageError for a file that cannot be read.
     """
     raw = np.array(images.open_image(path).convert("RGB"), dtype=np.uint32)
     ids = raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
-    truth = np.full(ids.shape, IGNORED, dtype=np.uint8)
+    truth = np.full(ids.shape, IGNORED, dtype=np.int16)
     for segment, index in segments:
         truth[ids == segment] = index
     return truth
@@ -103,11 +104,11 @@ class Outline:
 
 
 def read_instances(size: tuple[int, int], outlines: Iterable[Outline], background: int) -> np.ndarray:
-    """Truth from COCO instances, large ones painted first: (height, width) ``uint8`` of ``size``; the rest is ``background``.
+    """Truth from COCO instances, large ones painted first: (height, width) ``int16`` of ``size``; the rest is ``background``.
 
     Raises DataError for an outline that is no polygon or run-length code of that size.
     """
-    truth = np.full(size, background, dtype=np.uint8)
+    truth = np.full(size, background, dtype=np.int16)
     for outline in sorted(outlines, key=lambda o: -o.area):
         try:
             coded = rle.frPyObjects(outline.segmentation, *size)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fmbseg import files
-from fmbseg.data import benchmarks, fetch
+from fmbseg.data import benchmarks, fetch, images
 from fmbseg.errors import FmbsegError
 from fmbseg.runs import records
 
@@ -92,15 +92,15 @@ def _folder_line(folder: Path) -> str:
     """A folder data set with what is wrong with its classes and masks, of which at most LOOKED_AT are read."""
     try:
         found = benchmarks.folder_set(folder)
-        pixels, failed = np.zeros(256, int), []
+        pixels, failed = np.zeros(len(found.space), int), []
         looked_at = found.samples[:: -(-len(found.samples) // LOOKED_AT)]
         for sample in looked_at:
             try:
-                pixels += np.bincount(sample.truth().ravel(), minlength=256)
+                pixels += images.class_pixels(sample.truth(), len(found.space))
             except FmbsegError as error:
                 failed.append(f"{error}")
         told = [f"{len(failed)} of {len(looked_at)} masks cannot be used, such as {failed[0]}"] if failed else []
-        told += [absent] if (absent := benchmarks.unseen(found, pixels[: len(found.space)])) else []
+        told += [absent] if (absent := benchmarks.unseen(found, pixels)) else []
         return _found(f"{'folder:' + folder.name:28s}{len(found.samples)} images, {len(found.space)} classes", "; ".join(told))
     except (FmbsegError, OSError) as error:
         return _line(False, f"folder:{folder.name}", str(error))

@@ -129,7 +129,7 @@ Columns = Sequence[tuple[Sample, LabelSpace]]
 def predict(
     method: Method, columns: Columns, params: EvaluateParams, models: Models, seen: dict[str, EmbeddedImage] | None = None
 ) -> list[np.ndarray]:
-    """(height, width) ``uint8`` label maps of one image, one a column; models see the image once.
+    """(height, width) ``int16`` label maps of one image, one a column; models see the image once.
 
     seen: the frozen encoder's patches of this image from another module's prediction, and where they are put.
     """
@@ -171,9 +171,7 @@ def _stage1(sample: Sample, space: LabelSpace, models: Models, params: LabelPara
         classes = set(np.unique(sample.truth()).tolist()) - {IGNORED} - ({0} if space.background else set())
         present = tuple(i for i, (_, k) in enumerate(words) if k in classes)
     labels = label.label_cached(sample.image, split, models, params, present).labels
-    table = np.full(256, 0 if space.background else IGNORED, dtype=np.uint8)
-    table[: len(words)] = [k for _, k in words]
-    return table[labels]
+    return np.array([k for _, k in words] + [0 if space.background else IGNORED], dtype=np.int16)[labels]  # the last is of IGNORED
 
 
 @functools.lru_cache(maxsize=1)

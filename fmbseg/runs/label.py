@@ -113,7 +113,7 @@ def _image_level_names(path: str, sha256: str) -> dict[str, list[str]]:
 
 
 class LabelStore:
-    """A folder of pseudo labels: NAME.png (8-bit, 255 unlabelled) and NAME.json an image, and labels.json for all.
+    """A folder of pseudo labels: NAME.png (``images.write_label_map``) and NAME.json an image, and labels.json for all.
 
     labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. An image
     that failed has its reason in failed/NAME.json until it succeeds. NAME is the sample's, cut where files cannot be named so.
@@ -187,7 +187,7 @@ class LabelStore:
             failed.unlink()
 
     def read(self, sample: Sample) -> np.ndarray:
-        """(height, width) ``uint8`` class indices, 255 where unlabelled."""
+        """(height, width) class indices, IGNORED where unlabelled."""
         if not self.path(sample).is_file():
             raise DataError(f"{sample.name}: has no pseudo label in {self.folder}; run Stage 1 (notebook 03 or fmbseg label) first")
         return images.read_mask(self.path(sample))
@@ -253,10 +253,10 @@ def label_one(sample: Sample, folder: Path, space: LabelSpace, models: Models, p
 
 def label_table(samples: Sequence[Sample], store: LabelStore) -> pd.DataFrame:
     """One row a class that the pseudo labels hold: images and share of all pixels."""
-    counts, holding, pixels = np.zeros(256), np.zeros(256, dtype=int), 0
+    counts, holding, pixels = np.zeros(len(store.space)), np.zeros(len(store.space), dtype=int), 0
     for sample in samples:
-        one = np.bincount(store.read(sample).ravel(), minlength=256)
-        counts, holding, pixels = counts + one, holding + (one > 0), pixels + one.sum()
-    k = len(store.space)
-    frame = pd.DataFrame({"class": store.space.names, "images": holding[:k], "share": counts[:k] / pixels})
+        labels = store.read(sample)
+        one = images.class_pixels(labels, len(store.space))
+        counts, holding, pixels = counts + one, holding + (one > 0), pixels + labels.size
+    frame = pd.DataFrame({"class": store.space.names, "images": holding, "share": counts / pixels})
     return frame[frame["images"] > 0].sort_values("share", ascending=False).reset_index(drop=True)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from fmbseg import files
 from fmbseg.data import fetch
+from fmbseg.data.images import IGNORED
 from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, FmbsegError, ParameterError
 from fmbseg.params import AlignParams, FeatureParams, LabelParams, ModuleParams, Params, PatchParams, PrealignParams, RunParams
@@ -47,7 +48,7 @@ class PatchDataset(Dataset):
 
     def __getitem__(self, index: int | None) -> tuple[torch.Tensor, ...]:
         patches, labels = self.patches(index or 0), self.labels[index or 0].long()
-        item = (patches, torch.full_like(labels, -1) if index is None else labels)
+        item = (patches, torch.full_like(labels, IGNORED) if index is None else labels)
         if not self.params.dense_weight:
             return item
         target = dense_target(self.samples[index or 0].image, self.models, self.params, tuple(labels.shape))
@@ -60,7 +61,7 @@ class PatchDataset(Dataset):
     def classes(self) -> tuple[int, ...]:
         """Indices of the classes that label any patch, sorted: the K classes of the loss."""
         found = {int(k) for labels in self.labels for k in labels.unique()}
-        return tuple(sorted(found - {-1}))
+        return tuple(sorted(found - {IGNORED}))
 
 
 def dense_target(path: Path, models: Models, params: RunParams, grid: tuple[int, int]) -> torch.Tensor:

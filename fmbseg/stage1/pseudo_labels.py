@@ -23,7 +23,7 @@ from fmbseg.stage1.query_sam import QueryMask
 class PseudoLabel:
     """Stage 1 of one image.
 
-    labels: (height, width) ``uint8`` class indices, 255 where unlabelled; queries: Stage 1.1's answers;
+    labels: (height, width) ``int16`` class indices, IGNORED where unlabelled; queries: Stage 1.1's answers;
     query_masks, automatic_masks: the labelled masks of Stage 1.1 and 1.2.
     """
 
@@ -80,7 +80,7 @@ def assemble(
 
 
 def combine(query: list[LabelledMask], automatic: list[LabelledMask], size: tuple[int, int], params: CombineParams) -> np.ndarray:
-    """One (height, width) ``uint8`` label map of both stages; a pixel of one stage only takes that stage's label.
+    """One (height, width) ``int16`` label map of both stages; a pixel of one stage only takes that stage's label.
 
     Where both label a pixel: "similarity" takes the class whose mask is more similar to it, "query" Stage 1.1's,
     "agree" labels it only if they agree (ours: the paper says that they complement each other, not how).
@@ -97,8 +97,8 @@ def combine(query: list[LabelledMask], automatic: list[LabelledMask], size: tupl
 
 
 def paint(masks: Sequence[LabelledMask], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Paint masks, large ones first and small ones last: (labels, similarity), (height, width) each; 255 where none."""
-    labels = np.full(size, IGNORED, dtype=np.uint8)
+    """Paint masks, large ones first and small ones last: (labels, similarity), (height, width) each; IGNORED where none."""
+    labels = np.full(size, IGNORED, dtype=np.int16)
     similarity = np.full(size, -np.inf, dtype=np.float32)
     for mask in sorted(masks, key=lambda m: -int(m.mask.sum())):
         labels[mask.mask] = mask.detected.index

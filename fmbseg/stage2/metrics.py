@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import numpy as np
+import torch
 
 from fmbseg.data.images import IGNORED
 from fmbseg.errors import DataError
@@ -15,7 +15,7 @@ from fmbseg.errors import DataError
 class Confusion:
     """Counts of pixels, rows the truth and columns the prediction; one more column for pixels predicted as nothing.
 
-    A prediction of 255 (unlabelled) is a miss of its true class and a false alarm of none.
+    A prediction of IGNORED (unlabelled) is a miss of its true class and a false alarm of none.
     """
 
     classes: int
@@ -25,31 +25,23 @@ class Confusion:
         if self.counts is None:
             self.counts = np.zeros((self.classes, self.classes + 1), dtype=np.int64)
 
-    def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Count one image: (height, width) class indices each; pixels whose truth is 255 count for nothing.
+    def add(self, truth: np.ndarray | torch.Tensor, prediction: np.ndarray | torch.Tensor) -> None:
+        """Count one image: (height, width) class indices each, arrays or tensors; pixels whose truth is IGNORED count for nothing.
 
-        Raises DataError when the sizes differ or an index is neither a class nor 255.
+        They are counted on the device of the prediction. Raises DataError when the sizes differ or an index is neither a class
+        nor IGNORED.
         """
+        truth, prediction = torch.as_tensor(truth), torch.as_tensor(prediction)
         if truth.shape != prediction.shape:
-            raise DataError(f"the truth is {truth.shape} and the prediction {prediction.shape}; both must be of one size")
+            raise DataError(f"the truth is {tuple(truth.shape)} and the prediction {tuple(prediction.shape)}; both must be of one size")
+        truth, side = truth.to(prediction.device), self.classes + 1
         for name, values in (("truth", truth), ("prediction", prediction)):
-            if values.size and not 0 <= values.min() <= values.max() <= IGNORED:
-                self._refuse(name, values)
-        pairs = np.multiply(truth, IGNORED + 1, dtype=np.intp)
-        pairs += prediction
-        counts = np.bincount(pairs.ravel(), minlength=(IGNORED + 1) ** 2).reshape(IGNORED + 1, IGNORED + 1)
-        for name, values, beyond in (
-            ("truth", truth, counts[self.classes : IGNORED]),
-            ("prediction", prediction, counts[:, self.classes : IGNORED]),
-        ):
-            if beyond.any():
-                self._refuse(name, values)
-        self.counts[:, :-1] += counts[: self.classes, : self.classes]
-        self.counts[:, -1] += counts[: self.classes, IGNORED]
-
-    def _refuse(self, name: str, values: np.ndarray) -> NoReturn:
-        wrong = values[(values != IGNORED) & ((values >= self.classes) | (values < 0))][0]
-        raise DataError(f"the {name} holds index {wrong}, and there are {self.classes} classes (and 255 for nothing)")
+            if values.numel() and not IGNORED <= values.min() <= values.max() < self.classes:
+                wrong = values[(values < IGNORED) | (values >= self.classes)][0]
+                raise DataError(f"the {name} holds index {wrong}, and there are {self.classes} classes (and {IGNORED} for nothing)")
+        pairs = truth.int().mul_(side).add_(prediction).add_(-IGNORED * (side + 1))
+        counts = pairs.flatten().bincount(minlength=side**2).reshape(side, side)[1:].cpu().numpy()
+        self.counts += np.roll(counts, -1, axis=1)  # IGNORED comes first there, and last here
 
     def nonzero(self) -> np.ndarray:
         """(2, n) int64, positions in the flattened matrix and their counts: an image fills few of them."""

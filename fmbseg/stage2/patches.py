@@ -9,15 +9,20 @@ from fmbseg.data.images import IGNORED
 
 
 def patch_labels(labels: np.ndarray, grid: tuple[int, int], min_labelled: float) -> torch.Tensor:
-    """Label of every patch: (h, w) int64, the commonest label of its pixels; -1 where too few are labelled.
+    """Label of every patch: (h, w) int64, the commonest label of its pixels; IGNORED where too few are labelled.
 
-    labels: (height, width) ``uint8`` class indices, 255 where unlabelled; grid: (h, w) patches that share the image
+    labels: (height, width) class indices, IGNORED where unlabelled; grid: (h, w) patches that share the image
     evenly; min_labelled: the least labelled share of a patch (ours: half).
     """
     rows = (np.arange(labels.shape[0]) * grid[0]) // labels.shape[0]
     columns = (np.arange(labels.shape[1]) * grid[1]) // labels.shape[1]
     patch = rows[:, None] * grid[1] + columns[None, :]
-    counts = np.bincount(patch.ravel() * 256 + labels.ravel(), minlength=grid[0] * grid[1] * 256).reshape(-1, 256)
-    total, labelled = counts.sum(axis=1), counts[:, :IGNORED].sum(axis=1)
+    pixels = np.bincount(labels.ravel() - IGNORED)
+    present, column = np.flatnonzero(pixels), np.cumsum(pixels > 0) - 1
+    shape = (grid[0] * grid[1], len(present))
+    counts = np.bincount((patch * shape[1] + column[labels - IGNORED]).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+    present, total = present + IGNORED, counts.sum(axis=1)
+    of_classes = np.where(present == IGNORED, 0, counts)
+    labelled = of_classes.sum(axis=1)
     keep = (labelled > 0) & (labelled >= min_labelled * total)
-    return torch.from_numpy(np.where(keep, counts[:, :IGNORED].argmax(axis=1), -1).reshape(grid))
+    return torch.from_numpy(np.where(keep, present[of_classes.argmax(axis=1)], IGNORED).reshape(grid))

@@ -116,7 +116,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """labels: (height, width) ``uint8`` class indices; space: the classes; placed: the similarities, of which ``labels`` is
+    """labels: (height, width) ``int16`` class indices; space: the classes; placed: the similarities, of which ``labels`` is
     the argmax after interpolation to the image's size."""
 
     labels: np.ndarray
@@ -177,7 +177,7 @@ class Segmenter:
         return self.place(embedded, texts).interpolated()
 
     def label(self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE) -> np.ndarray:
-        """The class of every pixel, (height, width) ``uint8``: ``similarity`` interpolated to the image's size, then argmax.
+        """The class of every pixel, (height, width) ``int16``: ``similarity`` interpolated to the image's size, then argmax.
 
         rule: how class 0 is found, where it is background.
         """
@@ -260,7 +260,7 @@ def label_map(
     owner: torch.Tensor | None = None,
     rule: Background = WORDS_ALONE,
 ) -> np.ndarray:
-    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``uint8``.
+    """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``int16``.
 
     owner: the class of each of the K, as ``Placed`` has it; rule: how class 0 is found.
     """
@@ -277,7 +277,7 @@ ROUNDING = 1e-5
 
 @torch.inference_mode()
 def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> np.ndarray:
-    """The argmax over K of the similarities, (height, width) ``uint8``; a tie goes to the first class.
+    """The argmax over K of the similarities, (height, width) ``int16``; a tie goes to the first class.
 
     By a rule with a threshold, class 0 where 1 / sum_k exp(scale (s_k - max s)), the best one's probability, is under it.
 
@@ -287,7 +287,7 @@ def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> np.ndarray:
     """
     down, across = placed.down, placed.across
     some = not rule.threshold and bool((down >= 0).all() and (across >= 0).all())
-    labels = torch.empty((len(down), len(across)), dtype=torch.uint8)
+    labels = torch.empty((len(down), len(across)), dtype=torch.int16)
     for top in range(0, len(down), TILE):
         tall = down[top : top + TILE]
         rows = tall.any(dim=0)

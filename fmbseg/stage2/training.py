@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from fmbseg.data.images import IGNORED
 from fmbseg.errors import TrainingError
 from fmbseg.params import AlignParams, LossParams, ModuleParams
 from fmbseg.stage2 import distributed, losses
@@ -91,8 +92,8 @@ def learning_rate(params: AlignParams, batch: int, total: int) -> float:
 
 
 def rows_of(classes: Sequence[int]) -> torch.Tensor:
-    """(256,) table from class index to its row among the K classes of the loss; -1, which indexes the last, stays -1."""
-    table = torch.full((256,), -1)
+    """Table from class index to its row among the K classes of the loss; IGNORED, which indexes the last, stays so."""
+    table = torch.full((max(classes) + 2,), IGNORED)
     table[list(classes)] = torch.arange(len(classes))
     return table
 
@@ -111,7 +112,7 @@ def train(
 ) -> TrainResult:
     """Train M on pseudo labels: SGD, cosine to zero, 5 images a batch (Sec. 4.1). The same seed gives the same module on a CPU.
 
-    data: item i is an image's (width, h, w) patches and (h, w) int64 class indices, -1 where unlabelled; item None fills
+    data: item i is an image's (width, h, w) patches and (h, w) int64 class indices, IGNORED where unlabelled; item None fills
     up a part of a batch: some image's patches, all unlabelled. With ``dense_weight`` each item has a third tensor,
     the (D, h, w) dense target of ``stage2.prealign`` (item None: zeros). classes: indices of the K classes that occur;
     texts: (K, D) unit-norm text features of them, t_k. initial: the module to begin with, which is left as it is.

@@ -20,7 +20,7 @@ from fmbseg.runs.label import LabelStore
 def annotations(labels: np.ndarray, image_id: int, first_id: int) -> list[dict[str, Any]]:
     """One annotation for every class of a (height, width) label map: run-length encoded mask, area in pixels, and box.
 
-    category_id is the class index plus one (COCO counts from one); bbox is (x, y, width, height); 255 has no annotation.
+    category_id is the class index plus one (COCO counts from one); bbox is (x, y, width, height); IGNORED has no annotation.
     """
     found = []
     for k in np.unique(labels[labels != IGNORED]).tolist():

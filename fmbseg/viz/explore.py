@@ -217,7 +217,7 @@ def limits(maps: torch.Tensor) -> tuple[float, float]:
 
 
 def segmentation(maps: torch.Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
-    """(height, width) ``uint8``: the best class of (K, h, w) similarities, 255 where even that is under the threshold.
+    """(height, width) ``int16``: the best class of (K, h, w) similarities, IGNORED where even that is under the threshold.
 
     threshold: in [0, 1] of the way from the lowest to the highest similarity; 0 labels every pixel.
     """

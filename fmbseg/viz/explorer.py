@@ -286,6 +286,6 @@ def _range(one: torch.Tensor) -> str:
 
 def _legend(labels: np.ndarray, space: LabelSpace) -> list[tuple[str, str]]:
     """Classes that occur with their share of the image, the largest first, and their CSS colours."""
-    counts = np.bincount(labels.ravel(), minlength=256)[: len(space)]
+    counts = images.class_pixels(labels, len(space))
     order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
     return [(f"{space.names[k]} {100 * counts[k] / labels.size:.0f} %", "rgb({}, {}, {})".format(*space.palette[k])) for k in order]

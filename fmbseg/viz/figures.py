@@ -16,7 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from fmbseg import files
-from fmbseg.data.images import IGNORED, resize_map
+from fmbseg.data.images import IGNORED, class_pixels, resize_map
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import tell
 from fmbseg.models.sam import AutomaticMask
@@ -81,10 +81,8 @@ def save(figure: Figure, path: str | Path) -> Figure:
 
 
 def colourise(labels: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """(height, width) class indices -> (height, width, 3) ``uint8``; 255 is white."""
-    table = np.full((256, 3), 255, dtype=np.uint8)
-    table[: len(space)] = space.palette
-    return table[labels]
+    """(height, width) class indices -> (height, width, 3) ``uint8``; IGNORED is white."""
+    return np.append(space.palette, [[255] * 3], axis=0).astype(np.uint8)[labels]
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, space: LabelSpace, opacity: float = 0.6) -> np.ndarray:
@@ -104,7 +102,7 @@ def colour_masks(image: np.ndarray, masks: Sequence[AutomaticMask], opacity: flo
 
 def legend(axis: Axes, labels: Sequence[np.ndarray], space: LabelSpace, limit: int = 12) -> None:
     """Names of the classes that occur, the largest first."""
-    counts = sum(np.bincount(one.ravel(), minlength=256) for one in labels)[: len(space)]
+    counts = sum(class_pixels(one, len(space)) for one in labels)
     shown = [k for k in np.argsort(-counts) if counts[k] > 0][:limit]
     handles = [Patch(facecolor=space.palette[k] / 255, edgecolor="0.3", label=readable(space.names[k], k)) for k in shown]
     if handles:
@@ -129,10 +127,10 @@ def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: fl
 
 
 def enlarge(labels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(h, w) patch labels, -1 where none -> (height, width) ``uint8``, 255 where none, by nearest neighbour."""
+    """(h, w) patch labels -> (height, width), by nearest neighbour."""
     rows = np.arange(size[0]) * labels.shape[0] // size[0]
     columns = np.arange(size[1]) * labels.shape[1] // size[1]
-    return np.where(labels.numpy() < 0, IGNORED, labels.numpy()).astype(np.uint8)[rows][:, columns]
+    return labels.numpy()[rows][:, columns]
 
 
 def contact_sheet(paths: Sequence[Path]) -> Figure:
@@ -265,7 +263,7 @@ def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarra
     figure.set_figheight(3 * (3.4 * max(image.shape[0] / image.shape[1] for image, _, _ in columns) + 0.2) + 0.5)
     for c, (image, truth, prediction) in enumerate(columns):
         axes[c].imshow(image)
-        counts = np.bincount(prediction.ravel(), minlength=256)[: len(space)]
+        counts = class_pixels(prediction, len(space))
         shown = [k for k in np.flatnonzero(counts) if counts[k] >= smallest * prediction.size or (truth == k).any()]
         others = np.count_nonzero(counts) - len(shown)
         prediction = np.where(np.isin(prediction, shown), prediction, IGNORED)
