@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -64,14 +64,15 @@ class SegmentRun(RunParams, SegmentParams):
     """Any image into any words, with a trained module (Sec. 3.3)."""
 
 
-Variants = dict[str, dict[str, Any]]
+Variants = Annotated[dict[str, dict[str, Any]], Field(description="name: {parameter: value, ...}, one line a variant")]
+Baseline = Annotated[str, Field(description="the variant that the others are compared with, seed by seed")]
 
 
 class CompareRun(RunParams, EvaluateParams, BenchmarkParams):
     """Modules trained on the same pseudo labels for the same number of steps, each with several seeds."""
 
-    variants: Variants = Field(description="name: {parameter: value, ...}, one line a variant")
-    baseline: str = Field(description="the variant that the others are compared with, seed by seed")
+    variants: Variants
+    baseline: Baseline
     seeds: Seeds = Field((0, 1, 2), description="every variant is trained once with each")
 
     @model_validator(mode="after")
@@ -91,22 +92,16 @@ class CompareRun(RunParams, EvaluateParams, BenchmarkParams):
 class ArchitectureRun(CompareRun):
     """Modules of several architectures (Table 2, left), and several encoders."""
 
-    variants: Variants = Field(
-        {"linear": {"module": "linear"}, "mlp": {"module": "mlp"}, "transformer": {"module": "transformer"}},
-        description="name: {parameter: value, ...}, one line a variant",
-    )
-    baseline: str = Field("transformer", description="the variant that the others are compared with, seed by seed")
+    variants: Variants = {"linear": {"module": "linear"}, "mlp": {"module": "mlp"}, "transformer": {"module": "transformer"}}
+    baseline: Baseline = "transformer"
     encoders: Names = Field((), description="frozen encoders to be compared by the same run")
 
 
 class LossRun(CompareRun):
     """Modules trained with several losses (Table 2, right)."""
 
-    variants: Variants = Field(
-        {"supcon": {"loss": "supcon"}, "prototype": {"loss": "prototype"}, "tsupcon": {"loss": "tsupcon"}},
-        description="name: {parameter: value, ...}, one line a variant",
-    )
-    baseline: str = Field("tsupcon", description="the variant that the others are compared with, seed by seed")
+    variants: Variants = {"supcon": {"loss": "supcon"}, "prototype": {"loss": "prototype"}, "tsupcon": {"loss": "tsupcon"}}
+    baseline: Baseline = "tsupcon"
 
 
 class StagesRun(RunParams, EvaluateParams, BenchmarkParams):
@@ -140,37 +135,30 @@ class ExploreRun(RunParams, LabelParams, SegmentParams):
 
 @dataclass(frozen=True)
 class Step:
-    """schema: of its parameters; notebook: whose ``params/<profile>/<notebook>.yaml`` belongs to it; empty: none, shared.yaml alone."""
+    """schema: of its parameters; notebooks: that do it; ``params/<profile>/NAME.yaml`` of the last belongs to it."""
 
     schema: type[RunParams]
-    notebook: str = ""
+    notebooks: tuple[str, ...] = ()
+
+    @property
+    def notebook(self) -> str:
+        """The notebook whose parameter file belongs to the step; empty: none, shared.yaml alone."""
+        return self.notebooks[-1] if self.notebooks else ""
 
 
 STEPS: dict[str, Step] = {
-    "features": Step(FeaturesRun, "01_feature_extraction"),
-    "label": Step(LabelRun, "03_stage_1_2_label_masks"),
-    "train": Step(TrainRun, "04_train_alignment"),
-    "evaluate": Step(EvaluateRun, "05_evaluate"),
+    "features": Step(FeaturesRun, ("01_feature_extraction",)),
+    "label": Step(LabelRun, ("02_stage_1_1_query_sam", "03_stage_1_2_label_masks")),
+    "train": Step(TrainRun, ("04_train_alignment",)),
+    "evaluate": Step(EvaluateRun, ("05_evaluate",)),
     "segment": Step(SegmentRun),
-    "architecture": Step(ArchitectureRun, "06_ablate_architecture"),
-    "loss": Step(LossRun, "07_ablate_loss"),
-    "stages": Step(StagesRun, "10_compare_stages"),
-    "fine_tune": Step(FineTuneRun, "11_fine_tune"),
-    "tables": Step(TablesRun, "08_tables"),
-    "explore": Step(ExploreRun, "09_explore_similarity"),
+    "architecture": Step(ArchitectureRun, ("06_ablate_architecture",)),
+    "loss": Step(LossRun, ("07_ablate_loss",)),
+    "stages": Step(StagesRun, ("10_compare_stages",)),
+    "fine_tune": Step(FineTuneRun, ("11_fine_tune",)),
+    "tables": Step(TablesRun, ("08_tables",)),
+    "explore": Step(ExploreRun, ("09_explore_similarity",)),
 }
 
-NOTEBOOKS: dict[str, str] = {
-    "01_feature_extraction": "features",
-    "02_stage_1_1_query_sam": "label",
-    "03_stage_1_2_label_masks": "label",
-    "04_train_alignment": "train",
-    "05_evaluate": "evaluate",
-    "06_ablate_architecture": "architecture",
-    "07_ablate_loss": "loss",
-    "10_compare_stages": "stages",
-    "11_fine_tune": "fine_tune",
-    "08_tables": "tables",
-    "09_explore_similarity": "explore",
-}
+NOTEBOOKS = {notebook: name for name, step in STEPS.items() for notebook in step.notebooks}
 """Notebook -> its step, in the order they are run: the tables after everything that they show."""
