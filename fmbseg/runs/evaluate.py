@@ -51,18 +51,19 @@ STAGES = {"stage1.1": "1.1", "stage1.2": "1.2", "stage1": "both"}
 GIVEN = "+labels"
 """Ending of a Stage 1 method that is given the image-level labels (of the truth) in place of detection."""
 METHODS = {
-    "dense": "dense zero-shot features of the sliding window (MaskCLIP style)",
-    "dense_high_resolution": "dense zero-shot features of the overlapping crops, as Stage 1 sees them (Sec. 3.2)",
-    "stage1.1": "Stage 1.1 alone, no training",
-    "stage1.2": "Stage 1.2 alone, no training",
-    "stage1": "Stage 1.1 and 1.2 combined, no training",
-    "stage1.1+labels": "Stage 1.1 given the image's image-level labels",
-    "stage1.2+labels": "Stage 1.2 given the image's image-level labels",
-    "stage1+labels": "Stage 1.1 and 1.2 combined, given the image's image-level labels",
-    "prealigned": "FMbSeg, pre-alignment alone (ours): no words, no SAM",
-    "fmbseg": "FMbSeg: the aligned encoder",
-    "shipped": "FMbSeg, the module that comes with the repository",
+    "dense": "dense zero-shot (MaskCLIP style), window",
+    "dense_high_resolution": "dense zero-shot, overlapping crops",
+    "stage1.1": "Stage 1.1 alone",
+    "stage1.2": "Stage 1.2 alone",
+    "stage1": "Stage 1.1 + 1.2",
+    "stage1.1+labels": "Stage 1.1 given image-level labels",
+    "stage1.2+labels": "Stage 1.2 given image-level labels",
+    "stage1+labels": "Stage 1.1 + 1.2 given image-level labels",
+    "prealigned": "FMbSeg, pre-alignment alone",
+    "fmbseg": "FMbSeg",
+    "shipped": "FMbSeg, module of the repository",
 }
+"""Every method and its row of Table 1."""
 ALIGNED = ("prealigned", "fmbseg", "shipped")
 """Methods that are a trained module over the frozen encoder."""
 

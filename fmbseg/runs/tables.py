@@ -10,6 +10,7 @@ import pandas as pd
 from fmbseg import files, profiles
 from fmbseg.data.benchmarks import LAYOUTS
 from fmbseg.errors import DataError
+from fmbseg.runs.evaluate import METHODS
 
 COLUMNS = {
     "PV-21": "voc21",
@@ -23,20 +24,6 @@ COLUMNS = {
     "ADE": "ade150",
 }
 """Columns of Table 1 and the benchmark behind each; the ones with background beside those without (see NOTES)."""
-
-METHOD_ROWS = {
-    "dense": "dense zero-shot (MaskCLIP style), window",
-    "dense_high_resolution": "dense zero-shot, overlapping crops",
-    "stage1.1": "Stage 1.1 alone",
-    "stage1.2": "Stage 1.2 alone",
-    "stage1": "Stage 1.1 + 1.2",
-    "stage1.1+labels": "Stage 1.1 given image-level labels",
-    "stage1.2+labels": "Stage 1.2 given image-level labels",
-    "stage1+labels": "Stage 1.1 + 1.2 given image-level labels",
-    "prealigned": "FMbSeg, pre-alignment alone",
-    "fmbseg": "FMbSeg",
-    "shipped": "FMbSeg, module of the repository",
-}
 
 NOTES = (
     "CS-171 is 29.88 in the paper's Table 1 and 27.61 in its Table 2 for the same model; the ablation's setting is not stated.",
@@ -82,8 +69,8 @@ def reproduced(records: pd.DataFrame) -> pd.DataFrame:
     frame.loc[several, "notes"] += ("; module " + runs["module"][several]).where(
         frame["notes"][several] != "", "module " + runs["module"][several]
     )
-    frame["row"] = frame["method"].map(METHOD_ROWS).fillna(frame["method"])
-    order = {method: i for i, method in enumerate(METHOD_ROWS)}
+    frame["row"] = frame["method"].map(METHODS).fillna(frame["method"])
+    order = {method: i for i, method in enumerate(METHODS)}
     return frame.sort_values(["dataset", "method"], key=lambda c: c.map(order) if c.name == "method" else c).reset_index(drop=True)
 
 

@@ -46,20 +46,6 @@ def table_figure(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def growth(frame: pd.DataFrame) -> Figure:
-    """mIoU against training steps, a line a setting. frame: columns setting, step, miou."""
-    figure = InlineFigure(figsize=(7, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for i, (setting, one) in enumerate(frame.groupby("setting", sort=False)):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axis.plot(one["step"], one["miou"], label=setting, linewidth=1.2, markersize=4, **style)
-    axis.set_xscale("log")
-    axis.set_xlabel("steps of 5 images")
-    axis.set_ylabel("mIoU (%)")
-    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
 def curves(frame: pd.DataFrame, smooth: int = 10) -> Figure:
     """Running mean of the loss of every variant, a panel each (the losses differ in scale); one line a seed.
 

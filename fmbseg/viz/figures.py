@@ -6,6 +6,7 @@ import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from fmbseg.errors import tell
 from fmbseg.models.sam import AutomaticMask
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.label_masks import LabelledMask
+from fmbseg.stage1.pseudo_labels import paint
 from fmbseg.stage1.query_sam import QueryMask
 from fmbseg.stage1.windows import Window
 
+STARS = {"marker": "*", "s": 90, "c": "#00e676", "edgecolors": "black", "linewidths": 0.7}
 SIMILARITY = "viridis"  # one hue order, even lightness: readable without colour vision and in print
-
 
 SCRIPTS = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Hiragino", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode", "Noto Sans")
 """How the names of fonts begin that have other scripts than Latin, Greek and Cyrillic."""
@@ -73,6 +75,11 @@ def panels(count: int, columns: int = 4, size: float = 3.2) -> tuple[Figure, lis
     return figure, axes[:count]
 
 
+def _show(axis: Axes, image: np.ndarray, title: str, **style: Any) -> None:
+    axis.imshow(image, **style)
+    axis.set_title(title, fontsize=9)
+
+
 def save(figure: Figure, path: str | Path) -> Figure:
     """Write a figure as PNG, atomically, and return it, so that a notebook's cell shows it."""
     with files.atomic_path(path) as part:
@@ -80,24 +87,25 @@ def save(figure: Figure, path: str | Path) -> Figure:
     return figure
 
 
-def colourise(labels: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """(height, width) class indices -> (height, width, 3) ``uint8``; IGNORED is white."""
-    return np.append(space.palette, [[255] * 3], axis=0).astype(np.uint8)[labels]
-
-
 def overlay(image: np.ndarray, labels: np.ndarray, space: LabelSpace, opacity: float = 0.6) -> np.ndarray:
     """The label map's colours over the image; unlabelled pixels show the image faded."""
+    colours = np.append(space.palette, [[255] * 3], axis=0)  # IGNORED is the last
     share = np.where(labels == IGNORED, 0.35, opacity)[..., None]
-    return ((1 - share) * image + share * colourise(labels, space)).astype(np.uint8)
+    return ((1 - share) * image + share * colours[labels]).astype(np.uint8)
 
 
 def colour_masks(image: np.ndarray, masks: Sequence[AutomaticMask], opacity: float = 0.6) -> np.ndarray:
     """Automatic masks over the image, each in an arbitrary colour, small ones on top: (height, width, 3) ``uint8``."""
     colours = np.random.RandomState(0).randint(60, 255, (len(masks), 3))
-    picture = image.astype(float)
+    painted = image.astype(float)
     for mask, colour in sorted(zip(masks, colours), key=lambda pair: -pair[0].area):
-        picture[mask.mask] = (1 - opacity) * image[mask.mask] + opacity * colour
-    return picture.astype(np.uint8)
+        painted[mask.mask] = (1 - opacity) * image[mask.mask] + opacity * colour
+    return painted.astype(np.uint8)
+
+
+def _orange(mask: np.ndarray) -> np.ndarray:
+    """A mask to be laid over its image: orange inside, clear outside."""
+    return np.where(mask[..., None], np.array([0.9, 0.6, 0.0, 0.6]), np.zeros(4))
 
 
 def legend(axis: Axes, labels: Sequence[np.ndarray], space: LabelSpace, limit: int = 12) -> None:
@@ -108,6 +116,11 @@ def legend(axis: Axes, labels: Sequence[np.ndarray], space: LabelSpace, limit: i
     if handles:
         prop = {"family": fonts(), "size": 7}
         axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, prop=prop, frameon=False, borderaxespad=0)
+
+
+def _write(axis: Axes, x: float, y: float, text: str) -> None:
+    box = {"facecolor": "white", "alpha": 0.75, "pad": 1.0, "lw": 0}
+    axis.text(x, y, text, ha="center", va="center", fontsize=7, family=fonts(), bbox=box, clip_on=True)
 
 
 def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: float = 0.02) -> None:
@@ -121,9 +134,7 @@ def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: fl
         if len(rows) < smallest * labels.size:
             continue
         nearest = np.argmin((rows - np.median(rows)) ** 2 + (columns - np.median(columns)) ** 2)
-        box = {"facecolor": "white", "alpha": 0.75, "pad": 1.0, "lw": 0}
-        style = {"ha": "center", "va": "center", "fontsize": 7, "family": fonts(), "bbox": box, "clip_on": True}
-        axis.text(columns[nearest], rows[nearest], readable(space.names[k], k), **style)
+        _write(axis, columns[nearest], rows[nearest], readable(space.names[k], k))
 
 
 def enlarge(labels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
@@ -148,16 +159,8 @@ def crops_and_votes(image: np.ndarray, features: ImageFeatures, winners: Sequenc
     for crop, name in zip(features.crops, winners):
         x, y, width, height = features.crop_box(crop)
         axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white", linewidth=1.2, alpha=0.8))
-        axis.text(
-            x + width / 2,
-            y + height / 2,
-            name,
-            ha="center",
-            va="center",
-            fontsize=8,
-            bbox={"facecolor": "white", "alpha": 0.75, "pad": 1.5, "lw": 0},
-        )
-    axis.set_title(f"{len(features.crops)} crops and their votes", fontsize=10)
+        _write(axis, x + width / 2, y + height / 2, name)
+    axis.set_title(f"{len(features.crops)} crops and their votes", fontsize=9)
     return figure
 
 
@@ -165,14 +168,12 @@ def similarity_maps(image: np.ndarray, rows: dict[str, torch.Tensor], names: Seq
     """Figure 3: the image, then for every row of maps, (K, h, w), one panel a class on the row's own scale."""
     figure, axes = panels((1 + len(names)) * len(rows), columns=1 + len(names), size=2.7)
     for r, (title, maps) in enumerate(rows.items()):
-        axes[r * (1 + len(names))].imshow(image)
-        axes[r * (1 + len(names))].set_title(title, fontsize=9)
+        first, *of_classes = axes[r * (1 + len(names)) : (r + 1) * (1 + len(names))]
+        _show(first, image, title)
         upscaled = resize_map(maps[None].float(), image.shape[:2])[0].numpy()
         low, high = np.percentile(upscaled, [1, 99.8])
-        for k, name in enumerate(names):
-            axis = axes[r * (1 + len(names)) + 1 + k]
-            axis.imshow(upscaled[k], cmap=SIMILARITY, vmin=low, vmax=high)
-            axis.set_title(name, fontsize=9)
+        for axis, one, name in zip(of_classes, upscaled, names):
+            _show(axis, one, name, cmap=SIMILARITY, vmin=low, vmax=high)
     return figure
 
 
@@ -181,9 +182,8 @@ def points_figure(image: np.ndarray, similarity: torch.Tensor, points: np.ndarra
     figure, axes = panels(2, columns=2, size=4)
     upscaled = resize_map(similarity[None, None].float(), image.shape[:2])[0, 0].numpy()
     for axis, shown, title in zip(axes, (image, upscaled), (f"query points of {name}", "similarity")):
-        axis.imshow(shown, cmap=SIMILARITY)
-        axis.scatter(*points.T, marker="*", s=110, c="#00e676", edgecolors="black", linewidths=0.7)
-        axis.set_title(title, fontsize=9)
+        _show(axis, shown, title, cmap=SIMILARITY)
+        axis.scatter(*points.T, **STARS)
     return figure
 
 
@@ -191,10 +191,8 @@ def weights_figure(image: np.ndarray, mask: np.ndarray, weight: torch.Tensor, na
     """One mask over the image, and its share of every position of the feature map, (h, w): the weights of its mean feature."""
     figure, (left, right) = panels(2, columns=2, size=3.6)
     left.imshow(image)
-    left.imshow(np.where(mask[..., None], np.array([0.9, 0.6, 0.0, 0.6]), np.zeros(4)))
-    left.set_title(f"mask, labelled {name}", fontsize=9)
-    right.imshow(weight.numpy(), cmap=SIMILARITY, vmin=0, vmax=1)
-    right.set_title("its share of every position", fontsize=9)
+    _show(left, _orange(mask), f"mask, labelled {name}")
+    _show(right, weight.numpy(), "its share of every position", cmap=SIMILARITY, vmin=0, vmax=1)
     return figure
 
 
@@ -210,32 +208,25 @@ def windows_figure(image: np.ndarray, places: Sequence[Window]) -> Figure:
 
 
 def query_figure(image: np.ndarray, query: QueryMask) -> Figure:
-    """Figures 2 and 5: the query points as stars, SAM's three masks with its confidence, the chosen one framed."""
+    """Figures 2 and 5: the query points as stars, SAM's three masks with its confidence, and which is chosen."""
     figure, axes = panels(1 + len(query.masks), columns=4, size=3)
     for i, axis in enumerate(axes):
         axis.imshow(image)
-        axis.scatter(*query.points.T, marker="*", s=90, c="#00e676", edgecolors="black", linewidths=0.7)
+        axis.scatter(*query.points.T, **STARS)
         if i == 0:
             axis.set_title(f"{query.detected.name} ({query.detected.votes} votes)", fontsize=9)
             continue
         mask, best = query.masks[i - 1], query.scores[i - 1] == query.scores.max()
-        axis.imshow(np.where(mask[..., None], np.array([0.9, 0.6, 0.0, 0.6]), np.zeros(4)))
-        axis.set_title(
-            f"confidence {query.scores[i - 1]:.2f}" + (" (chosen)" if best else ""), fontsize=9, fontweight="bold" if best else None
-        )
+        _show(axis, _orange(mask), f"confidence {query.scores[i - 1]:.2f}{' (chosen)' if best else ''}")
     return figure
 
 
 def automatic_figure(image: np.ndarray, masks: Sequence[AutomaticMask], labelled: Sequence[LabelledMask], space: LabelSpace) -> Figure:
     """SAM's automatic masks in arbitrary colours, and in the colours of the classes they were given."""
-    from fmbseg.stage1.pseudo_labels import paint
-
     figure, (left, right) = panels(2, columns=2, size=4)
-    left.imshow(colour_masks(image, masks))
-    left.set_title(f"{len(masks)} automatic masks", fontsize=9)
+    _show(left, colour_masks(image, masks), f"{len(masks)} automatic masks")
     labels, _ = paint(list(labelled), image.shape[:2])
-    right.imshow(overlay(image, labels, space))
-    right.set_title("labelled among the detected classes", fontsize=9)
+    _show(right, overlay(image, labels, space), "labelled among the detected classes")
     legend(right, [labels], space)
     return figure
 
@@ -243,11 +234,9 @@ def automatic_figure(image: np.ndarray, masks: Sequence[AutomaticMask], labelled
 def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpace) -> Figure:
     """The image beside label maps, such as truth and prediction (Figure 4), with one legend."""
     figure, axes = panels(1 + len(maps), columns=5, size=3.2)
-    axes[0].imshow(image)
-    axes[0].set_title("image", fontsize=9)
+    _show(axes[0], image, "image")
     for axis, (title, labels) in zip(axes[1:], maps.items()):
-        axis.imshow(overlay(image, labels, space))
-        axis.set_title(title, fontsize=9)
+        _show(axis, overlay(image, labels, space), title)
         name_regions(axis, labels, space)
         legend(axis, [labels], space)
     return figure
@@ -270,8 +259,7 @@ def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarra
         named = f"FMbSeg (faded: {others} other classes)" if others else "FMbSeg"
         for row, (title, labels) in enumerate((("ground truth", truth), (named, prediction)), 1):
             axis = axes[row * len(columns) + c]
-            axis.imshow(overlay(image, labels, space, opacity=0.75))
-            axis.set_title(title, fontsize=9)
+            _show(axis, overlay(image, labels, space, opacity=0.75), title)
             name_regions(axis, labels, space)
         legend(axis, [truth, prediction], space)
     return figure
