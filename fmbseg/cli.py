@@ -115,17 +115,21 @@ def fetch(options: argparse.Namespace) -> None:
 def label(options: argparse.Namespace) -> None:
     from fmbseg import files
     from fmbseg.runs import label, parallel
-    from fmbseg.tools import export
+    from fmbseg.tools import export, segmenting
 
     p = _params(options, "label")
+    options.format = export.formats(options.format)
     if options.coco:
         files.check_place(options.coco, folder=False, name="--coco")
     samples = parallel.shard(label.collection(p), options.shard, options.num_shards)
     store, failures = label.label(samples, p, options.out, options.engine, options.gpus_per_worker)
     print(f"{len(samples) - len(failures)} of {len(samples)} images labelled in {store.folder}")
     if options.coco:
-        count = export.write_coco(samples, store, options.coco)
+        count = len(export.coco(export.of_store(samples, store), store.space, options.coco, instances=options.instances)["images"])
         print(f"{count} of them written to {options.coco} as COCO annotations (one a class and image, run-length encoded)")
+    if options.format:
+        export.export(export.of_store(samples, store), store.space, options.format, store.folder / segmenting.EXPORT, options.instances)
+        print(f"{', '.join(options.format)} in {store.folder / 'export'}")
     if failures:
         print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
 
@@ -195,42 +199,27 @@ def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
 
 @_counting
 def segment(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from fmbseg import files
-    from fmbseg.data import images
-    from fmbseg.runs import modules, parallel
+    from fmbseg.runs import modules
     from fmbseg.stage2 import segmenter
-    from fmbseg.tools import segmenting
+    from fmbseg.tools import export, segmenting
     from fmbseg.viz import figures
 
     if options.limit is not None and not options.train_on:
         raise ParameterError(f"--limit {options.limit}: says how many images to train on; give it with --train-on, or leave it out")
-    p = _params(options, "segment", "train" if options.train_on else "")
+    p = _params(options, "segment", "train" if options.train_on else "", workers=options.workers or 1)
+    options.format = export.formats(options.format)
     space = segmenter.words_space(options.classes, options.background)
     files.check_place(options.out, folder=True, name="--out")
     places = segmenting.find(options.images, options.out)
     module = _own_module(options, space) if options.train_on else options.module_file or modules.default(p.profile)
-    loaded = modules.Segmenter.load(module, p.device, p)
-
-    def one(path: Path) -> None:
-        image, place = images.read_image(path), places[path]
-        result = loaded.segment(image, space)
-        files.write_json(segmenting.beside(place, ".json"), {"image": os.path.abspath(path)} | segmenter.describe(result))
-        images.write_label_map(segmenting.beside(place, ".labels.png"), result.labels, space.palette)
-        figure = figures.label_figure(image, {"segmentation": result.labels}, space)
-        figures.save(figure, segmenting.beside(place, ".overlay.png"))
-        tqdm.write(f"{path} -> {place}.labels.png, .overlay.png, .json")
-
-    failed = 0
-    for path in tqdm(places, desc="segmenting", unit="image", disable=len(places) == 1):
-        outcome = parallel.guarded(one, path)
-        if isinstance(outcome, parallel.Failure):
-            parallel.leave_out(outcome)
-            failed += 1
-    print(f"{len(places) - failed} of {len(places)} images segmented in {options.out}")
-    if failed == len(places):
-        raise ParameterError("no image could be segmented; the reasons are told above")
+    made = segmenting.run(places, space, module, p, figures.save_overlay, options.out)
+    if options.format:
+        export.export(
+            segmenting.labelled(made, places, options.out), space, options.format, options.out / segmenting.EXPORT, options.instances
+        )
+        print(f"{', '.join(options.format)} in {options.out / segmenting.EXPORT}")
+    print(f"{len(made)} of {len(places)} images segmented in {options.out}")
 
 
 def reproduce(options: argparse.Namespace) -> None:
@@ -294,6 +283,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--limit", type=int, help="how many images, evenly spread")
             sub.add_argument("--workers", type=int, help="processes of one thread each")
 
+    def exporting(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--format",
+            default="",
+            metavar="LIST",
+            help="also write for other tools, to fmbseg-export/ in the results: coco (run-length encoded), coco-polygons, yolo, voc (CVAT), label-studio",
+        )
+        sub.add_argument("--instances", action="store_true", help="COCO: one annotation a connected part, not one a class")
+
     sub = command("fetch", fetch, "Bring weights and images here, verified by hash.", "Without names: all that a profile needs.")
     sub.add_argument("names", nargs="*", help="names of weights; see --list")
     sub.add_argument("--profile", default="embedded", help="whose weights to bring (default embedded)")
@@ -304,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     common(sub, collection=True)
     sub.add_argument("--out", type=Path, help="folder for the label maps (default: in the cache)")
     sub.add_argument("--coco", type=Path, metavar="FILE.json", help="also write the labels as COCO annotations (run-length encoded)")
+    exporting(sub)
     sub.add_argument("--shard", type=int, default=0, help="this part of the images ...")
     sub.add_argument("--num-shards", type=int, default=1, help="... of so many")
     sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help="who works: this machine, or a Ray cluster")
@@ -344,7 +343,7 @@ def _parser() -> argparse.ArgumentParser:
         "segment",
         segment,
         "Segment images into any words.",
-        'fmbseg segment photo.jpg --classes "cat, sofa, rug" --background "wall, floor" --out cut/',
+        'fmbseg segment photo.jpg --classes "cat, sofa, rug" --background "wall, floor" --out cut/\nA stopped run goes on where it was.',
     )
     common(sub)
     sub.add_argument("images", nargs="+", help="images, folders of images, or patterns such as 'photos/*.jpg'")
@@ -358,8 +357,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("cut"),
-        help="folder for label maps, overlays and JSON (default cut/); sub-folders are kept in it",
+        help="folder for label maps, overlays, margins and JSON (default cut/); sub-folders are kept in it",
     )
+    exporting(sub)
+    sub.add_argument("--least-similarity", type=float, metavar="X", help="pixels less similar to their class are unlabelled (255)")
+    sub.add_argument("--least-margin", type=float, metavar="X", help="pixels whose class is less than this above the next are unlabelled")
+    sub.add_argument("--detected-only", action="store_true", default=None, help="only classes that Stage 1 detects in the image are given")
+    sub.add_argument("--workers", type=int, help="processes of one thread each (default 1)")
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
     which.add_argument("--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled images")

@@ -197,7 +197,7 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path}: not readable as JSON ({error}); delete it and run its step again") from error
 
 
-RESULT_SUFFIXES = (".json", ".labels.png", ".overlay.png")
+RESULT_SUFFIXES = (".json", ".labels.png", ".overlay.png", ".margin.png")
 """What ``fmbseg segment`` writes of an image."""
 
 

@@ -265,6 +265,18 @@ class SegmentParams(ModelParams):
         return with_protocol(values, cls.model_fields) if isinstance(values, Mapping) else values
 
 
+class UnlabelledParams(FeatureParams, DetectParams):
+    """ "None of these" (ours; off unless asked): which pixels ``segment`` leaves unlabelled."""
+
+    least_similarity: Float | None = Field(None, description="pixels less similar to their class than this are unlabelled; none: no pixel")
+    least_margin: Float | None = Field(
+        None, description="pixels whose class is nearer than the next one by less than this (cosine) are unlabelled; none: no pixel"
+    )
+    detected_only: bool = Field(
+        False, description="only classes that Stage 1 detects in the image are given (and the background, where there is one)"
+    )
+
+
 class CollectionParams(DataParams):
     """Unlabelled images and the words looked for in them."""
 

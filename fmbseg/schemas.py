@@ -21,6 +21,7 @@ from fmbseg.params import (
     RunParams,
     Seeds,
     SegmentParams,
+    UnlabelledParams,
     make,
 )
 
@@ -60,7 +61,7 @@ class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
     examples: Count = Field(2, description="images shown a benchmark")
 
 
-class SegmentRun(RunParams, SegmentParams):
+class SegmentRun(RunParams, SegmentParams, UnlabelledParams):
     """Any image into any words, with a trained module (Sec. 3.3)."""
 
 

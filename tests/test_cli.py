@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -17,6 +18,7 @@ from fmbseg import cli, files
 from fmbseg.data import benchmarks, fetch, label_spaces
 from fmbseg.runs import modules
 
+UNKNOWN_FORMAT = "--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio"
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "report", "doctor")
 
 
@@ -150,7 +152,10 @@ def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tm
     status, told_out, error = told(capsys, "segment", str(image), str(broken), *arguments)
     assert status == 3 and told_out.splitlines()[-3:-1] == [f"1 of 2 images segmented in {out}", "1 left out:"]
     assert told_out.splitlines()[-1].startswith(f"  {broken}: cannot be read as an image")
-    assert sorted(p.name for p in out.iterdir()) == [f"{image.stem}{suffix}" for suffix in (".json", ".labels.png", ".overlay.png")]
+    assert {p.name for p in out.iterdir()} == {f"{image.stem}{suffix}" for suffix in files.RESULT_SUFFIXES} | {"fmbseg-summary.csv"}
+    rows = pd.read_csv(out / "fmbseg-summary.csv").fillna({"class": "", "failed": ""})
+    assert list(rows["image"]) == [str(image)] * (len(rows) - 1) + [str(broken)] and list(rows["class"])[0] == list(rows["class"])[-1] == ""
+    assert rows["failed"].iloc[-1].startswith("cannot be read as an image")
     original, labels = Image.open(image), Image.open(out / f"{image.stem}.labels.png")
     values = np.array(labels)
     assert labels.mode == "P" and labels.size == original.size and values.max() < 4
@@ -160,6 +165,15 @@ def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tm
     names = ("background", "sun", "house", "tree")
     assert {c["name"]: c["pixels"] for c in described["classes"]} == {names[k]: int((values == k).sum()) for k in np.unique(values)}
     assert Image.open(out / f"{image.stem}.overlay.png").format == "PNG"
+    assert [(c["name"], c["mean_margin"]) for c in described["classes"]] == list(zip(rows["class"], rows["mean_margin"]))[1:-1]
+    margin = np.array(Image.open(out / f"{image.stem}.margin.png"))
+    assert rows["mean_margin"][0] == described["mean_margin"] == pytest.approx(margin.mean() / 1000, abs=6e-4)
+    written = {path: path.stat().st_mtime_ns for path in out.glob(f"{image.stem}.*")}
+    assert told(capsys, "segment", str(image), *arguments)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # what is there is not made again
+    assert told(capsys, "segment", str(image), *arguments, "--least-margin", "9")[0] == 0
+    assert (np.array(Image.open(out / f"{image.stem}.labels.png")) == 255).all()
+    assert json.loads((out / f"{image.stem}.json").read_text())["unlabelled"] == 1
     status, _, error = told(capsys, "segment", str(broken), *arguments)
     assert status == 2 and error.splitlines()[-1] == "fmbseg: no image could be segmented; the reasons are told above"
 
@@ -182,7 +196,17 @@ def test_segment_of_names_with_dots_and_of_folders(trained, capsys, monkeypatch,
         "--out",
         str(tmp_path / "cut"),
     )
-    assert status == 0 and sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["a.b.json", "a.b.labels.png", "a.b.overlay.png"]
+    there = sorted(p.name for p in (tmp_path / "cut").iterdir())
+    arguments = ["segment", str(tmp_path / "in"), "--classes", "sun, house", "--profile", "smoke", "--module", str(module)]
+    status, out, _ = told(capsys, *arguments, "--out", str(tmp_path / "in"), "--format", "voc,label-studio")
+    assert status == 0 and f"voc, label-studio in {tmp_path / 'in/fmbseg-export'}" in out
+    (task,) = files.read_json(tmp_path / "in/fmbseg-export/label-studio/tasks.json")
+    assert task["predictions"][0]["score"] == min(one["score"] for one in task["predictions"][0]["result"])
+    shown = Image.open(tmp_path / "in/fmbseg-export/voc/SegmentationClass/a.b.png")
+    assert (np.array(shown) == np.array(Image.open(tmp_path / "in/a.b.labels.png")) + 1).all()
+    status, out, _ = told(capsys, *arguments, "--out", str(tmp_path / "in"))
+    assert status == 0 and "1 of 1 images segmented" in out  # what was written for other tools is no image of the user's
+    assert status == 0 and there == ["a.b.json", "a.b.labels.png", "a.b.margin.png", "a.b.overlay.png", "fmbseg-summary.csv"]
 
 
 def test_label_and_evaluate_also_in_shards(trained, capsys, monkeypatch, tmp_path):
@@ -246,8 +270,13 @@ def test_labels_as_coco_annotations_read_by_pycocotools(trained, capsys, monkeyp
     home, _, _ = trained
     monkeypatch.setenv("FMBSEG_HOME", str(home))
     file = tmp_path / "coco.json"
-    status, out, _ = told(capsys, "label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--coco", str(file))
+    arguments = ["label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--coco", str(file)]
+    status, out, _ = told(capsys, *arguments, "--format", "coco,yolo, voc,label-studio")
     assert status == 0 and f"6 of them written to {file} as COCO annotations" in out
+    exported = tmp_path / "labels" / "fmbseg-export"
+    assert {path.name for path in exported.iterdir()} == {"coco.json", "yolo", "voc", "label-studio"}
+    assert (exported / "coco.json").read_bytes() == file.read_bytes() and len(list((exported / "yolo/labels").iterdir())) == 6
+    assert told(capsys, "label", "--profile", "smoke", "--format", "png")[::2] == (2, f"fmbseg: {UNKNOWN_FORMAT}\n")
     coco = COCO(str(file))
     capsys.readouterr()
     classes = label_spaces.vocabulary("voc21").names

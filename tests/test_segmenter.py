@@ -9,14 +9,16 @@ import torch.nn.functional as F
 
 from fmbseg import files
 from fmbseg.data import images, label_spaces
-from fmbseg.data.images import resize_map
+from fmbseg.data.images import IGNORED, resize_map
 from fmbseg.data.label_spaces import Background, LabelSpace
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models.clip import load_clip
 from fmbseg.models.encoders import load_encoder
-from fmbseg.params import SegmentParams
+from fmbseg.params import SegmentParams, UnlabelledParams
 from fmbseg.runs import modules
 from fmbseg.runs.modules import Segmenter
+from fmbseg.schemas import SegmentRun
+from fmbseg.stage1.detection import Detected
 from fmbseg.stage2 import segmenter as of
 from fmbseg.stage2.metrics import Confusion
 from fmbseg.stage2.segmenter import DenseClip, words_space
@@ -123,6 +125,48 @@ def test_background_rules_are_their_slow_transcription(clip, image, mode, words,
     labels = made.label(embedded, made.texts(ruled), ruled.rule)
     assert (labels == expected.numpy()).mean() > 0.999 and (rule == "words" or 0.2 < (labels == 0).mean() < 0.8)
     assert (made.segment(image, ruled).labels == labels).all()
+
+
+def test_confidence_is_of_the_two_best_classes_at_every_pixel(segmenter, image):
+    result = segmenter.segment(image, WORDS)
+    best, second = result.placed.at(result.labels.shape, "bilinear").interpolated().topk(2, dim=0).values
+    np.testing.assert_allclose(result.confidence.similarity, best.numpy(), atol=1e-6)
+    np.testing.assert_allclose(result.confidence.margin, (best - second).numpy(), atol=1e-6)
+    alone = segmenter.segment(image, "sun").confidence
+    np.testing.assert_array_equal(alone.margin, alone.similarity)
+    told = of.describe(result)
+    assert told["unlabelled"] == 0 and told["mean_margin"] == pytest.approx(float((best - second).mean()), abs=1e-4)
+
+
+def test_pixels_under_a_threshold_are_unlabelled(segmenter, image):
+    result = segmenter.segment(image, WORDS)
+    for what, name in (("similarity", "least_similarity"), ("margin", "least_margin")):
+        values = getattr(result.confidence, what)
+        least = float(np.median(values))
+        params = UnlabelledParams(**{name: least})
+        both = make_run(segmenter.params, params)
+        labels = Segmenter(segmenter.embedder, segmenter.clip, both).segment(image, WORDS).labels
+        np.testing.assert_array_equal(labels, np.where(values < least, IGNORED, result.labels))
+        assert 0.4 < (labels == IGNORED).mean() < 0.6
+
+
+def test_only_detected_classes_are_given(segmenter, image, monkeypatch):
+    """The crops' votes decide; the background is always there, and where nothing is found no pixel is labelled."""
+    found = [Detected(2, "sun", 3)]
+    monkeypatch.setattr(of.detection, "detect", lambda *given: found)
+    chosen = Segmenter(segmenter.embedder, segmenter.clip, make_run(segmenter.params, UnlabelledParams(detected_only=True, crop_stride=96)))
+    assert (chosen.segment(image, WORDS).labels == 2).all()
+    margin = chosen.segment(image, WORDS).confidence.margin
+    assert (margin < 0).any()  # another word of the list is nearer
+    with_background = chosen.segment(image, "grass, sun", "sky, house")
+    assert set(np.unique(with_background.labels)) == {0, 2}
+    found.clear()
+    nothing = chosen.segment(image, WORDS)
+    assert (nothing.labels == IGNORED).all() and of.describe(nothing)["classes"] == [] and of.describe(nothing)["mean_margin"] == 0
+
+
+def make_run(segment, unlabelled):
+    return SegmentRun(**segment.part(SegmentParams), **{k: v for k, v in unlabelled.model_dump().items() if k != "precision"})
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

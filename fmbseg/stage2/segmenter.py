@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from fmbseg.data import images, label_spaces
-from fmbseg.data.images import resampling, resize_map
+from fmbseg.data.images import IGNORED, resampling
 from fmbseg.data.label_spaces import WORDS_ALONE, Background, LabelSpace
 from fmbseg.errors import ParameterError
 from fmbseg.models.clip import ImageText
 from fmbseg.models.encoders import Encoder
 from fmbseg.models.texts import ClassTexts, class_texts
-from fmbseg.params import DensePath, SegmentParams
+from fmbseg.params import DensePath, SegmentParams, UnlabelledParams
+from fmbseg.stage1 import detection, features
 from fmbseg.stage1.windows import Window, placing, side_by_side, windows
 from fmbseg.stage2.alignment import Alignment
 
@@ -115,13 +116,38 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """(height, width) ``float32`` each: similarity of the class that a pixel is given, and its margin, by how much that is above
+    the most similar other class of the whole list (below, where that was not detected). A lone class's margin is its similarity.
+    """
+
+    similarity: np.ndarray
+    margin: np.ndarray
+
+
+@dataclass(frozen=True)
 class Segmentation:
-    """labels: (height, width) ``int16`` class indices; space: the classes; placed: the similarities, of which ``labels`` is
-    the argmax after interpolation to the image's size."""
+    """labels: (height, width) ``int16`` class indices, IGNORED where unlabelled; space: the classes; placed: the similarities of all of
+    them, of which ``labels`` is the argmax after interpolation to the image's size; measure: returns the confidence."""
 
     labels: np.ndarray
     space: LabelSpace
     placed: Placed
+    measure: Callable[[], Confidence]
+
+    @property
+    def confidence(self) -> Confidence:
+        """Of every pixel of the image, made when it is first asked for."""
+        return self.measure()
+
+    def unlabelled(self, least_similarity: float | None, least_margin: float | None) -> Segmentation:
+        """The same with IGNORED where the similarity or the margin is less; none: no threshold."""
+        labels = self.labels.copy()
+        if least_similarity is not None:
+            labels[self.confidence.similarity < least_similarity] = IGNORED
+        if least_margin is not None:
+            labels[self.confidence.margin < least_margin] = IGNORED
+        return dataclasses.replace(self, labels=labels)
 
     @functools.cached_property
     def similarity(self) -> torch.Tensor:
@@ -203,18 +229,35 @@ class Segmenter:
 
         classes: words, one comma-separated string, {name: words}, a .txt file, or a label space (``words_space``); background:
         words that together are class 0, "background". Raises ParameterError for an empty or repeated list.
+        Pixels are unlabelled (IGNORED) as ``UnlabelledParams`` among the parameters have it; else none.
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
-        embedded = self.embed(image)
-        texts = self.texts(space)
-        return Segmentation(self.label(embedded, texts, space.rule), space, self.place(embedded, texts, space.rule))
+        p = self.params if isinstance(self.params, UnlabelledParams) else UnlabelledParams()
+        embedded, texts = self.embed(image), self.texts(space)
+        if p.detected_only:
+            kept = self.detected(image, space, p)
+            few = self.label(embedded, texts.only(kept), space.rule) if kept else np.zeros(embedded.size, np.int16)
+            labels = np.array(kept or [IGNORED], dtype=few.dtype)[few]
+        else:
+            labels = self.label(embedded, texts, space.rule)
+        placed = self.place(embedded, texts, space.rule)
+        fine = placed.at(embedded.size, self.params.interpolation)
+        result = Segmentation(labels, space, placed, functools.cache(lambda: confidence(fine, labels)))
+        return result.unlabelled(p.least_similarity, p.least_margin)
+
+    def detected(self, image: np.ndarray, space: LabelSpace, params: UnlabelledParams) -> list[int]:
+        """Indices of the classes that crops vote for (Sec. 3.2, ``detection.detect``), and of the background, sorted."""
+        found = detection.detect(features.extract(image, self.clip, params), self.texts(space), params)
+        return sorted({one.index for one in found} | ({0} if space.background else set()))
 
 
 def describe(result: Segmentation) -> dict:
-    """Size, and for each class that occurs its name, index, pixels, share of the image and mean similarity."""
-    found = []
-    for k in np.unique(result.labels):
-        where, one = result.labels == k, dataclasses.replace(result.placed, patches=result.placed.patches[k, None]).interpolated()[None]
+    """Size, unlabelled share, mean margin, and for each class that occurs its name, index, words, pixels, share of the image, mean
+    similarity and mean margin; means are over the labelled pixels, 0 where there is none."""
+    found, labelled = [], result.labels != IGNORED
+    similarity, margin = result.confidence.similarity, result.confidence.margin
+    for k in np.unique(result.labels[labelled]):
+        where = result.labels == k
         found.append(
             {
                 "name": result.space.names[k],
@@ -222,10 +265,17 @@ def describe(result: Segmentation) -> dict:
                 "words": list(result.space.prompts[k]),
                 "pixels": int(where.sum()),
                 "share": round(float(where.mean()), 4),
-                "mean_similarity": round(float(resize_map(one, where.shape)[0, 0].numpy()[where].mean()), 4),
+                "mean_similarity": round(float(similarity[where].mean()), 4),
+                "mean_margin": round(float(margin[where].mean()), 4),
             }
         )
-    return {"height": result.labels.shape[0], "width": result.labels.shape[1], "classes": sorted(found, key=lambda c: -c["pixels"])}
+    return {
+        "height": result.labels.shape[0],
+        "width": result.labels.shape[1],
+        "unlabelled": round(float((~labelled).mean()), 4),
+        "mean_margin": round(float(margin[labelled].mean()), 4) if found else 0.0,
+        "classes": sorted(found, key=lambda c: -c["pixels"]),
+    }
 
 
 Words = Sequence[str] | str | Mapping[str, Sequence[str]]
@@ -304,6 +354,24 @@ def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> np.ndarray:
                 found[(rule.scale * (similar - best.values)).exp().sum(dim=0) * rule.threshold > 1] = 0
             labels[top : top + TILE, left : left + TILE] = found
     return labels.numpy()
+
+
+@torch.inference_mode()
+def confidence(placed: Placed, labels: np.ndarray) -> Confidence:
+    """Similarity and margin of the classes that pixels were given, a square at a time as in ``best_class``; both 0 where none."""
+    similarity, margin = (torch.zeros(labels.shape) for _ in range(2))
+    given = torch.from_numpy(labels.astype(np.int64))
+    for top in range(0, len(given), TILE):
+        strip = placed.down[top : top + TILE] @ placed.patches
+        for left in range(0, given.shape[1], TILE):
+            here = np.s_[top : top + TILE, left : left + TILE]
+            every = strip @ placed.across[left : left + TILE].T
+            index = given[here].clamp(min=0)[None]
+            own = every.gather(0, index)[0]
+            other = every.scatter(0, index, -torch.inf).amax(dim=0) if len(every) > 1 else torch.zeros_like(own)
+            similarity[here], margin[here] = own, own - other
+    none = given == IGNORED
+    return Confidence(similarity.masked_fill(none, 0).numpy(), margin.masked_fill(none, 0).numpy())
 
 
 def candidates(patches: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,31 @@
-"""Which images a command line names, and where the results of each are written: no two in one place, nothing overwritten."""
+"""``fmbseg segment``: which images a command line names, where the results of each go (no two in one place, nothing overwritten),
+and the loop over them."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
 from fmbseg import files
 from fmbseg.data import images
-from fmbseg.errors import ParameterError
+from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.errors import DataError, ParameterError
+from fmbseg.params import SegmentParams, UnlabelledParams
+from fmbseg.runs import modules, parallel
+from fmbseg.schemas import SegmentRun
+from fmbseg.stage2 import segmenter
+from fmbseg.tools.export import Labelled
+
+EXPORT, SUMMARY = "fmbseg-export", "fmbseg-summary.csv"
+"""In a folder of results, the folder of other tools' formats, and the table of all images and classes."""
 
 
 def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
@@ -31,7 +47,8 @@ def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
             paths = sorted(Path(match) for match in glob(name, recursive=True) if Path(match).suffix.lower() in images.SUFFIXES)
             if not paths:
                 raise ParameterError(f"{name}: no image matches it; give files, folders, or a pattern such as 'photos/*.jpg'")
-        paths = [path for path in paths if not files.is_result(path)]
+        exported = (out / EXPORT).resolve()
+        paths = [path for path in paths if not (files.is_result(path) or path.resolve().is_relative_to(exported))]
         for path in paths:
             found.setdefault(os.path.abspath(path), (path, path.relative_to(name) if is_folder else Path(path.name)))
     if not found:
@@ -53,3 +70,91 @@ def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
 def beside(place: Path, suffix: str) -> Path:
     """A file of the results at ``place``, whose name may have dots of its own."""
     return place.with_name(place.name + suffix)
+
+
+def run(
+    places: dict[Path, Path],
+    space: LabelSpace,
+    module: Path,
+    params: SegmentRun,
+    overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
+    out: Path,
+) -> list[Path]:
+    """Segment every image into its place, and write a summary of all to ``out``; returns the images that have a result.
+
+    An image whose results are there, made of the same bytes, words, module and parameters, is left as it is. overlay: writes
+    (path, image, labels, space) as a picture. Raises ParameterError where no image can be segmented.
+    """
+    key = files.digest(files.sha256_of(module), space.names, space.prompts, params.content(*_CONTENT))
+    work = functools.partial(_one, places=places, space=space, key=key, module=module, params=params, overlay=overlay)
+    done = parallel.each(work, list(places), "segmenting", params.workers)
+    made = [path for path, _ in done.results]
+    if not made:
+        raise ParameterError("no image could be segmented; the reasons are told above")
+    rows = [row for path in made for row in _rows(path, beside(places[path], ".json"))]
+    rows += [{"image": failure.item, "failed": failure.why} for failure in done.failures]
+    with files.atomic_path(out / SUMMARY) as part:
+        pd.DataFrame(rows).to_csv(part, index=False)
+    return made
+
+
+_CONTENT = (SegmentParams, UnlabelledParams)
+
+
+def _one(
+    path: Path,
+    places: dict[Path, Path],
+    space: LabelSpace,
+    key: str,
+    module: Path,
+    params: SegmentRun,
+    overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
+) -> None:
+    place, key = places[path], files.digest(key, files.sha256_of(path))
+    if _key(place) == key and all(beside(place, suffix).is_file() for suffix in files.RESULT_SUFFIXES):
+        return
+    image, described = images.read_image(path), beside(place, ".json")
+    result = _loaded(module, params).segment(image, space)
+    said = {"image": os.path.abspath(path)} | segmenter.describe(result)
+    files.write_json(described, said)  # the files beside it are ours from now on; with its key, they are whole
+    images.write_label_map(beside(place, ".labels.png"), result.labels, space.palette)
+    write_margin(beside(place, ".margin.png"), result.confidence.margin)
+    overlay(beside(place, ".overlay.png"), image, result.labels, space)
+    files.write_json(described, said | {"key": key})
+    tqdm.write(f"{path} -> {place}.labels.png, .overlay.png, .margin.png, .json")
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(module: Path, params: SegmentRun) -> modules.Segmenter:
+    return modules.Segmenter.load(module, params.device, params)
+
+
+def _key(place: Path) -> str | None:
+    try:
+        return files.read_json(beside(place, ".json")).get("key")
+    except DataError:
+        return None
+
+
+def write_margin(path: Path, margin: np.ndarray) -> None:
+    """Write a (height, width) margin as an 8-bit PNG: thousandths of cosine, 255 from 0.255 on, 0 where unlabelled or below 0."""
+    with files.atomic_path(path) as part:
+        Image.fromarray((margin * 1000).round().clip(0, 255).astype(np.uint8)).save(part, format="PNG")
+
+
+def _rows(path: Path, described: Path) -> list[dict]:
+    """One row for the image, with its mean margin, and one for each of its classes."""
+    said = files.read_json(described)
+    whole = {"image": str(path), "class": "", "share": 1 - said["unlabelled"], "mean_margin": said["mean_margin"]}
+    keys = ("share", "mean_similarity", "mean_margin")
+    return [whole, *({"image": str(path), "class": one["name"]} | {k: one[k] for k in keys} for one in said["classes"])]
+
+
+def labelled(paths: Sequence[Path], places: dict[Path, Path], out: Path) -> list[Labelled]:
+    """The results of images, for ``export``; a class's score is its mean margin."""
+    names = files.flat_names([Path(f"{places[path].relative_to(out)}{path.suffix}") for path in paths])
+    found = []
+    for name, path in zip(names, paths):
+        scores = {one["index"]: one["mean_margin"] for one in files.read_json(beside(places[path], ".json"))["classes"]}
+        found.append(Labelled(name, path, functools.partial(images.read_mask, beside(places[path], ".labels.png")), scores))
+    return found

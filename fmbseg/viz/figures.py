@@ -242,6 +242,11 @@ def label_figure(image: np.ndarray, maps: dict[str, np.ndarray], space: LabelSpa
     return figure
 
 
+def save_overlay(path: Path, image: np.ndarray, labels: np.ndarray, space: LabelSpace) -> None:
+    """Write the image beside its label map (``label_figure``)."""
+    save(label_figure(image, {"segmentation": labels}, space), path)
+
+
 def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], space: LabelSpace, smallest: float = 0.05) -> Figure:
     """Figure 4: a column an image, (image, truth, prediction) from top to bottom, with one legend a column.
 
