@@ -21,7 +21,7 @@ from fmbseg.runs.label import LabelStore
 from fmbseg.stage1.pseudo_labels import PseudoLabel
 from fmbseg.stage2 import losses, training
 from fmbseg.stage2.alignment import Alignment
-from fmbseg.stage2.patches import patch_labels
+from fmbseg.stage2.training import patch_labels
 
 # ---------------------------------------------------------------- labels of patches
 

@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -48,7 +48,7 @@ class Weight:
 
     use: "image-text", "encoder", "SAM" or "images", or several joined by ", "; profiles: those that need it; sha256: of the
     file at ``url``, or of the repository's weight file where it is known; open_clip: "ARCHITECTURE TAG" of an image-text
-    model of the hub.
+    model of the hub; vit: family, width, layers, heads and hidden width of the MLP of a vision transformer of the hub.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Weight:
     archive: Archive | None = None
     repository: str = ""
     open_clip: str = ""
+    vit: Sequence = ()
     url: str = ""
     sha256: str = ""
 

@@ -1,7 +1,7 @@
 """Vision transformers of the model hub through transformers: DINOv2, DINOv2 with registers, DINOv3 and SigLIP 2.
 
-One table: family and shape of each; its repository is in the table of weights (``data/fetch.py``). Weights come from the
-hub's cache under their own configuration; without weights (tests) the same shape is built from this table.
+The table of weights (``data/fetch.py``) has the family, shape and repository of each. Weights come from the hub's cache under
+their own configuration; without weights (tests) the same shape is built from the table.
 """
 
 from __future__ import annotations
@@ -31,27 +31,7 @@ class Vit:
         return HALF if self.family == "siglip2" else IMAGENET
 
 
-_S, _B, _L = (384, 12, 6, 1536), (768, 12, 12, 3072), (1024, 24, 16, 4096)
-_G, _SO = (1536, 40, 24, 4096), (1152, 27, 16, 4304)
-
-_SHAPES = {
-    "dinov2_vits14": ("dinov2", _S),
-    "dinov2_vitb14": ("dinov2", _B),
-    "dinov2_vitl14": ("dinov2", _L),
-    "dinov2_vitg14": ("dinov2", _G),
-    "dinov2_vits14_reg": ("dinov2_reg", _S),
-    "dinov2_vitb14_reg": ("dinov2_reg", _B),
-    "dinov2_vitl14_reg": ("dinov2_reg", _L),
-    "dinov2_vitg14_reg": ("dinov2_reg", _G),
-    "dinov3_vits16": ("dinov3", _S),
-    "dinov3_vitb16": ("dinov3", _B),
-    "dinov3_vitl16": ("dinov3", _L),
-    "siglip2_vitb16": ("siglip2", _B),
-    "siglip2_vitl16": ("siglip2", _L),
-    "siglip2_so400m16": ("siglip2", _SO),
-}
-
-VITS = {name: Vit(family, fetch.find(name).repository, shape) for name, (family, shape) in _SHAPES.items()}
+VITS = {w.name: Vit(w.vit[0], w.repository, tuple(w.vit[1:])) for w in fetch.TABLE if w.vit}
 
 
 def _classes(family: str) -> tuple[type, type]:
@@ -75,7 +55,7 @@ def build(vit: Vit) -> nn.Module:
     elif vit.family == "siglip2":
         shape |= {"intermediate_size": hidden, "image_size": 512, "patch_size": 16}
     else:  # the giant's MLP is gated
-        shape |= {"image_size": 518, "patch_size": 14, "use_swiglu_ffn": width == _G[0]}
+        shape |= {"image_size": 518, "patch_size": 14, "use_swiglu_ffn": width == 1536}
     config, model = _classes(vit.family)
     return model(config(**shape))
 

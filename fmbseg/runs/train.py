@@ -28,8 +28,7 @@ from fmbseg.runs.cache import Models
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage2 import distributed, training
 from fmbseg.stage2 import prealign as prealignment
-from fmbseg.stage2.patches import patch_labels
-from fmbseg.stage2.training import TrainResult, TrainState
+from fmbseg.stage2.training import TrainResult, TrainState, patch_labels
 
 CURVE_ROWS = 2000
 """A module's file holds at most so many rows of its loss curve, evenly spaced: its header has to stay small."""
