@@ -222,6 +222,12 @@ def segment(options: argparse.Namespace) -> None:
     print(f"{len(made)} of {len(places)} images segmented in {options.out}")
 
 
+def review(options: argparse.Namespace) -> None:
+    from fmbseg.tools import review
+
+    print(f"{review.write(options.folder)}: open it in a browser; save {review.VERDICTS} beside it")
+
+
 def reproduce(options: argparse.Namespace) -> None:
     import pandas as pd
 
@@ -368,6 +374,14 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
     which.add_argument("--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled images")
     sub.add_argument("--limit", type=int, help="with --train-on: how many of them, evenly spread")
+
+    sub = command(
+        "review",
+        review,
+        "One page of the results of segment, the least certain first, to accept or reject each.",
+        "Its button saves fmbseg-review.csv; put it into the folder, where train --labels and this command read it.",
+    )
+    sub.add_argument("folder", type=Path, help="folder of results (segment --out)")
 
     sub = command(
         "reproduce",

@@ -19,7 +19,7 @@ from fmbseg.data import benchmarks, fetch, label_spaces
 from fmbseg.runs import modules
 
 UNKNOWN_FORMAT = "--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio"
-COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "reproduce", "report", "doctor")
+COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "review", "reproduce", "report", "doctor")
 
 
 @pytest.fixture(autouse=True)

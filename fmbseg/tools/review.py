@@ -1,0 +1,74 @@
+"""``fmbseg review``: a page on which a person accepts or rejects the results of ``fmbseg segment``, the least certain first."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+
+from fmbseg import files
+from fmbseg.errors import DataError
+
+PAGE, VERDICTS = "fmbseg-review.html", "fmbseg-review.csv"
+SHOWN = {"segmentation": ".overlay.png", "margin": ".margin.png"}
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """What ``segment`` says of each image, by the name of its result relative to ``folder``, the least mean margin first.
+
+    Raises DataError where there is none.
+    """
+    found = {}
+    for path in sorted(Path(folder).rglob("*.json")):
+        if files.result_of(path) is not None and (said := files.read_json(path)).get("key"):
+            found[path.relative_to(folder).as_posix().removesuffix(".json")] = said
+    if not found:
+        raise DataError(f"{folder}: holds no result of fmbseg segment; give the folder that it wrote to (--out)")
+    return dict(sorted(found.items(), key=lambda pair: pair[1]["mean_margin"]))
+
+
+def write(folder: Path) -> Path:
+    """Write the page of a folder of results, with the verdicts that are there; returns its path.
+
+    It is one file without a server: verdicts stay in the browser, and a button saves them as ``VERDICTS``, which belongs into the folder.
+    """
+    known, items = verdicts(folder), []
+    for name, said in results(folder).items():
+        shown = {"image": os.path.relpath(said["image"], folder)} | {title: f"{name}{suffix}" for title, suffix in SHOWN.items()}
+        items.append(
+            {
+                "result": name,
+                "image": said["image"],
+                "images": [[title, quote(source.replace(os.sep, "/"))] for title, source in shown.items()],
+                "margin": said["mean_margin"],
+                "classes": [[one["name"], one["mean_margin"]] for one in said["classes"]],
+                "verdict": known.get(name, ""),
+            }
+        )
+    data = json.dumps({"folder": str(Path(folder).absolute()), "items": items}).replace("<", "\\u003c")
+    page = (resources.files("fmbseg") / "assets" / "review.html").read_text(encoding="utf-8")
+    with files.atomic_path(Path(folder) / PAGE) as part:
+        part.write_text(page.replace("$data", data), encoding="utf-8")
+    return Path(folder) / PAGE
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    """ "accept" or "reject" of each result that was reviewed; empty where there is no ``VERDICTS``.
+
+    Raises DataError for a file that is none of the page's.
+    """
+    path = Path(folder) / VERDICTS
+    if not path.is_file():
+        return {}
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        found = dict(zip(frame["result"], frame["verdict"]))
+    except (KeyError, ValueError, OSError) as error:
+        raise DataError(f"{path}: no file of the review page ({error}); save it there again") from error
+    if unknown := set(found.values()) - {"accept", "reject", ""}:
+        raise DataError(f"{path}: holds the verdict {sorted(unknown)[0]!r}; it is accept or reject")
+    return {name: verdict for name, verdict in found.items() if verdict}
