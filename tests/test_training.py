@@ -19,7 +19,7 @@ from fmbseg.runs import cache, modules, train
 from fmbseg.runs.cache import Models
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage1.pseudo_labels import PseudoLabel
-from fmbseg.stage2 import losses, training
+from fmbseg.stage2 import cleaning, losses, training
 from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.training import patch_labels
 
@@ -345,6 +345,12 @@ def test_patches_and_labels_of_a_collection(toy, home):
     assert labels.tolist() == patch_labels(toy.store.read(toy.samples[2]), (8, 8), toy.params.min_labelled).tolist()
     assert labels[0].tolist() == [-1] * 8 and (labels[7] == 1).all() and len(data) == 6 and data.classes() == (0, 1, 2, 3)
     assert data[None][0].shape == patches.shape and (data[None][1] == -1).all()
+    strict = toy.params.model_copy(update={"clean": "drop"})
+    cleaned = train.PatchDataset(toy.samples, toy.store, strict).labels
+    expected = cleaning.clean_labels(map(data.patches, range(6)), data.labels, strict)
+    assert all(torch.equal(one, other) for one, other in zip(cleaned, expected)) and any(
+        (c != d).any() for c, d in zip(cleaned, data.labels)
+    )
 
 
 def test_a_collection_is_trained_until_it_fits_on_standardised_patches(toy, home):

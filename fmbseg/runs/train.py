@@ -28,6 +28,7 @@ from fmbseg.runs.cache import Models
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage2 import distributed, training
 from fmbseg.stage2 import prealign as prealignment
+from fmbseg.stage2.cleaning import clean_labels
 from fmbseg.stage2.training import TrainResult, TrainState, patch_labels
 
 CURVE_ROWS = 2000
@@ -41,6 +42,8 @@ class PatchDataset(Dataset):
         self.samples, self.params, self.models = samples, params, Models.of(params)
         self.width, *grid = self.patches(0).shape
         self.labels = [patch_labels(store.read(s), tuple(grid), params.min_labelled).short() for s in samples]
+        if params.clean != "none":
+            self.labels = clean_labels(map(self.patches, range(len(samples))), self.labels, params)
 
     def __len__(self) -> int:
         return len(self.samples)
