@@ -131,12 +131,15 @@ class DetectParams(TextParams):
     )
 
 
-class QueryParams(ModelParams):
+class SamParams(ModelParams):
+    sam: str = Field("sam_vith", description="ours: the paper does not name its SAM")
+    keep_embeddings: bool = Field(False, description="keep SAM's image embeddings on disk (2 MB each), so that it sees each image once")
+
+
+class QueryParams(SamParams):
     """Stage 1.1 (Sec. 3.2)."""
 
-    sam: str = Field("sam_vith", description="ours: the paper does not name its SAM")
     points: Count = Field(5, description="query points a class")
-    keep_embeddings: bool = Field(False, description="keep SAM's image embeddings on disk (2 MB each), so that it sees each image once")
     separate_points: bool = Field(False, description="ours: one query a point, masks joined, instead of one joint query")
 
 
@@ -192,6 +195,16 @@ class PrealignParams(Params):
         30.0, gt=0, description="ours: RMS length of M's output that it leaves with; large: later steps turn z less"
     )
     dense_weight: Float = Field(0.0, ge=0, description="ours: weight of the anchor, mean 1 - cos(z, CLIP's dense map), beside the loss")
+
+
+class CleanParams(Params):
+    """Cleaning of pseudo labels over the collection (ours; off in the paper's profile)."""
+
+    clean: Literal["none", "drop", "relabel"] = Field(
+        "none",
+        description="ours: patches of a class in an image are dropped, or take the other class, where its prototype is nearer to them",
+    )
+    clean_margin: Float = Field(0.0, ge=0, description="ours: ... by more than this cosine; prototypes are the encoder's, of all images")
 
 
 class LossParams(Params):
@@ -258,6 +271,10 @@ class SegmentParams(ModelParams):
         "before",
         description="ours: of several words of a class the best counts: in each patch, before interpolation, or at each pixel (SCLIP)",
     )
+    regions: Literal["none", "sam"] = Field(
+        "none",
+        description="ours: at test time each of SAM's automatic masks takes the class of the mean similarity inside, small over large",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -292,7 +309,7 @@ class LabelParams(CollectionParams, FeatureParams, DetectParams, QueryParams, Ma
     """Everything Stage 1 depends on."""
 
 
-class AlignParams(PatchParams, ModuleParams, PrealignParams, LossParams, OptimiserParams):
+class AlignParams(PatchParams, CleanParams, ModuleParams, PrealignParams, LossParams, OptimiserParams):
     """Everything the training depends on, given pseudo labels."""
 
 

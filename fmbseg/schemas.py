@@ -16,9 +16,11 @@ from fmbseg.params import (
     FeatureParams,
     Float,
     LabelParams,
+    MaskParams,
     Names,
     Params,
     RunParams,
+    SamParams,
     Seeds,
     SegmentParams,
     UnlabelledParams,
@@ -61,7 +63,7 @@ class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
     examples: Count = Field(2, description="images shown a benchmark")
 
 
-class SegmentRun(RunParams, SegmentParams, UnlabelledParams):
+class SegmentRun(RunParams, SegmentParams, UnlabelledParams, MaskParams, SamParams):
     """Any image into any words, with a trained module (Sec. 3.3)."""
 
 

@@ -18,7 +18,7 @@ from fmbseg.models.encoders import load_encoder
 from fmbseg.models.sam import load_sam
 from fmbseg.models.texts import class_texts
 from fmbseg.params import EvaluateParams, ModuleParams, SegmentParams, make
-from fmbseg.runs import evaluate, modules, records
+from fmbseg.runs import cache, evaluate, modules, records
 from fmbseg.runs.cache import Models
 from fmbseg.runs.evaluate import Method, measure
 from fmbseg.runs.modules import Segmenter
@@ -26,6 +26,7 @@ from fmbseg.schemas import EvaluateRun
 from fmbseg.stage1 import features, pseudo_labels
 from fmbseg.stage1.pseudo_labels import PseudoLabel
 from fmbseg.stage1.query_sam import class_similarity
+from fmbseg.stage2 import segmenter
 from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.metrics import Confusion
 from fmbseg.stage2.segmenter import DenseClip, words_space
@@ -245,6 +246,25 @@ def test_every_rule_is_in_the_record_and_in_the_key(toy, plain, own_home, smoke)
     assert key("stage1.1") != key("stage1.1+labels") == key("stage1.1+labels", collection="not here")  # given labels need no reference
     own, other = smoke(EvaluateParams), smoke(EvaluateParams, reference_images=2)
     assert Method("stage1.1").key(own) != Method("stage1.1").key(other)
+
+
+def test_a_vote_in_regions_is_in_the_key_with_all_that_makes_its_masks(smoke, monkeypatch):
+    key = lambda name, **values: Method(name).key(smoke(EvaluateParams, **values))  # noqa: E731
+    assert key("dense", regions="sam") != key("dense") == key("dense", points_per_side=3)
+    keys = [key("dense", regions="sam", **more) for more in ({}, {"points_per_side": 3}, {"min_area": 0.01})]
+    monkeypatch.setattr(evaluate.sam, "weights_key", lambda name: "other")
+    assert len({*keys, key("dense", regions="sam")}) == 4
+    assert key("stage1.1", regions="sam") == key("stage1.1") and Method("fmbseg").voted(smoke(EvaluateParams, regions="sam"))
+
+
+def test_masks_of_sam_reach_the_vote(smoke, own_home, monkeypatch):
+    drawn, given = benchmarks.load_benchmark("drawn"), []
+    monkeypatch.setattr(segmenter, "vote", lambda labels, placed, masks, rule: given.append(masks) or labels)
+    for regions in ("sam", "none"):
+        params = smoke(EvaluateParams, regions=regions)
+        evaluate.predict(Method("dense"), [(drawn.samples[0], drawn.space)], params, Models.of(params))
+    sam = cache.automatic_masks(drawn.samples[0].image, Models.of(params), params)
+    assert len(given[0]) == len(sam) > 0 and (given[0][0] == sam[0].mask).all() and list(given[1]) == []
 
 
 def test_counts_of_stage_1_depend_on_the_weights_of_both_models(plain, monkeypatch):

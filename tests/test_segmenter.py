@@ -92,6 +92,33 @@ def test_a_real_images_labels_are_the_argmax_of_all_classes_everywhere(real_imag
     assert same[(best - second > 1e-6).numpy()].all() and same.mean() > 0.9999 and len(np.unique(result.labels)) > 5
 
 
+@pytest.mark.parametrize("rule", [Background(), Background(threshold=0.36, scale=1)])
+def test_masks_take_the_class_of_their_mean_similarity(rule):
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.randn(4, 6, 9, generator=generator)
+    down, across = (images.resampling(n, m, "bilinear") for n, m in ((37, 6), (50, 9)))
+    masks = [np.zeros((37, 50), bool) for _ in range(4)]
+    masks[0][3:9, 4:20], masks[1][:30, :25], masks[2][20:37, 30:50] = True, True, True  # small in large; the last is empty
+    placed = of.Placed(similarity, down, across, torch.tensor([0, 1, 1, 2]))
+    before = of.best_class(placed)
+    full = F.interpolate(similarity[None], (37, 50), mode="bilinear", align_corners=False)[0]
+    expected = before.copy()
+    for mask in (masks[2], masks[1], masks[0]) if masks[2].sum() > masks[1].sum() else (masks[1], masks[2], masks[0]):
+        means = torch.stack([one[torch.from_numpy(mask)].mean() for one in full])
+        expected[mask] = [0, 1, 1, 2][means.argmax()] if means.softmax(0).max() >= rule.threshold else 0
+    made = of.vote(before, placed, masks, rule)
+    np.testing.assert_array_equal(made, expected)
+    np.testing.assert_array_equal(of.vote(before, placed, masks[::-1], rule), made)
+    assert (made != before).any() and (made[~np.logical_or.reduce(masks)] == before[~np.logical_or.reduce(masks)]).all()
+
+
+def test_a_segmenter_votes_in_the_masks_that_it_is_given(clip, image):
+    made = of.Segmenter(DenseClip(clip), clip, SegmentParams(segment_short_side=128, window=128, window_stride=64))
+    plain, whole = made.segment(image, WORDS), made.segment(image, WORDS, masks=[np.ones(image.shape[:2], bool)])
+    placed = made.place(made.embed(image), made.texts(words_space(WORDS))).at(image.shape[:2], "bilinear")
+    assert (whole.labels == int(placed.interpolated().mean(dim=(1, 2)).argmax())).all() and len(np.unique(plain.labels)) > 1
+
+
 def test_only_classes_that_lose_everywhere_are_no_candidates():
     leader, rival, loser, twin = torch.full((2, 2), 0.5), torch.zeros(2, 2), torch.full((2, 2), 0.49), torch.full((2, 2), 0.5)
     rival[1, 1] = 0.6

@@ -237,6 +237,11 @@ def automatic_masks(path: Path, models: Models, params: LabelParams) -> list[Aut
     return Cache("masks", ".json", models.sam.key, params.content(MaskParams)).read(path, make, load)
 
 
+def regions(path: Path, models: Models, params: RunParams) -> list[np.ndarray]:
+    """The (height, width) bool masks that vote at test time, by the parameter ``regions``; none where it is off."""
+    return [one.mask for one in automatic_masks(path, models, params)] if params.regions == "sam" else []
+
+
 def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
     """Set an image for SAM, with its embedding kept on disk if so wished; returns the image."""
     image, segmenter = images.read_image(path), models.sam

@@ -84,6 +84,10 @@ class Method:
         """The stages that it paints; None for a method without Stage 1."""
         return STAGES.get(self.name.removesuffix(GIVEN))
 
+    def voted(self, params: EvaluateParams) -> bool:
+        """Whether SAM's masks vote on its label maps."""
+        return params.regions == "sam" and self.name in ("dense", *ALIGNED)
+
     def key(self, params: EvaluateParams) -> str:
         """Of all that its predictions depend on beside the image: parameters, weights and, for FMbSeg, the module's file."""
         weights, versions = [clip.weights_key(params.clip)], cache.versions("clip")
@@ -104,6 +108,9 @@ class Method:
             described, used = modules.load(self.module)[1], params.content(SegmentParams)
             weights = [files.sha256_of(self.module), clip.weights_key(described["clip"]), encoders.weights_key(described["encoder"])]
             versions = cache.versions("encoder")
+        if self.voted(params):
+            used, versions = used | params.content(MaskParams), versions | cache.versions("masks")
+            weights.append(sam.weights_key(params.sam))
         used |= params.content(TextParams)
         for in_the_words in ("words", "background_words"):  # the counts' key has the words themselves
             used.pop(in_the_words, None)
@@ -149,7 +156,8 @@ def predict(
         if segmenter.embedder.encoder.key not in seen:
             seen[segmenter.embedder.encoder.key] = segmenter.through_windows(images.read_image(path), segmenter.embedder.encode)
         embedded = segmenter.aligned(seen[segmenter.embedder.encoder.key])
-    return [segmenter.label(embedded, segmenter.texts(space), space.rule) for space in spaces]
+    masks = cache.regions(path, models, params)
+    return [segmenter.label(embedded, segmenter.texts(space), space.rule, masks) for space in spaces]
 
 
 def _of_crops(found: ImageFeatures, texts: ClassTexts, rule: Background, params: SegmentParams) -> np.ndarray:
@@ -309,6 +317,8 @@ def measure(
         for i, (dataset, space, confusion) in enumerate(zip(datasets, spaces, of_method)):
             failed = sum(column == i for task in tasks for column, _ in task.columns) - numbers[i]
             record = records.of_evaluation(method.name, dataset, space, params, device, method.module, described)
+            if method.voted(params):
+                record = dataclasses.replace(record, weights=record.weights | {"sam": sam.weights_key(params.sam)})
             if num_shards > 1:
                 note = f"shard {shard} of {num_shards} alone"
                 record = dataclasses.replace(record, notes=[*record.notes, note])

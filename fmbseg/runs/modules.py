@@ -157,7 +157,11 @@ class Segmenter(segmenter.Segmenter):
         return cls(embedder, clip, params, templates or described.get("templates", "one"), average or described.get("text_average", "unit"))
 
     def segment(
-        self, image: np.ndarray | str | Path, classes: Words | LabelSpace, background: Sequence[str] | str | None = None
+        self,
+        image: np.ndarray | str | Path,
+        classes: Words | LabelSpace,
+        background: Sequence[str] | str | None = None,
+        masks: Sequence[np.ndarray] = (),
     ) -> Segmentation:
         """As ``stage2.Segmenter.segment``, also of an image file."""
-        return super().segment(images.read_image(image) if isinstance(image, (str, Path)) else image, classes, background)
+        return super().segment(images.read_image(image) if isinstance(image, (str, Path)) else image, classes, background, masks)

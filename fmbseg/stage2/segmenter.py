@@ -202,13 +202,15 @@ class Segmenter:
         """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
         return self.place(embedded, texts).interpolated()
 
-    def label(self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE) -> np.ndarray:
+    def label(
+        self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE, masks: Sequence[np.ndarray] = ()
+    ) -> np.ndarray:
         """The class of every pixel, (height, width) ``int16``: ``similarity`` interpolated to the image's size, then argmax.
 
-        rule: how class 0 is found, where it is background.
+        rule: how class 0 is found, where it is background; masks: regions that vote (``vote``).
         """
-        placed = self.place(embedded, texts, rule, self.params.word_maximum == "after")
-        return best_class(placed.at(embedded.size, self.params.interpolation), rule)
+        placed = self.place(embedded, texts, rule, self.params.word_maximum == "after").at(embedded.size, self.params.interpolation)
+        return vote(best_class(placed, rule), placed, masks, rule)
 
     @torch.inference_mode()
     def place(self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE, apart: bool = False) -> Placed:
@@ -224,22 +226,28 @@ class Segmenter:
         across = placing((w.left for w in embedded.windows), one.width, of_one[2], width, self.params.interpolation)
         return Placed(patches, down, across, owner if apart else None)
 
-    def segment(self, image: np.ndarray, classes: Words | LabelSpace, background: Sequence[str] | str | None = None) -> Segmentation:
+    def segment(
+        self,
+        image: np.ndarray,
+        classes: Words | LabelSpace,
+        background: Sequence[str] | str | None = None,
+        masks: Sequence[np.ndarray] = (),
+    ) -> Segmentation:
         """Segment a (height, width, 3) RGB ``uint8`` image into any words.
 
         classes: words, one comma-separated string, {name: words}, a .txt file, or a label space (``words_space``); background:
-        words that together are class 0, "background". Raises ParameterError for an empty or repeated list.
-        Pixels are unlabelled (IGNORED) as ``UnlabelledParams`` among the parameters have it; else none.
+        words that together are class 0, "background"; masks: regions that vote (``vote``). Raises ParameterError for an empty or
+        repeated list. Pixels are unlabelled (IGNORED) as ``UnlabelledParams`` among the parameters have it; else none.
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
         p = self.params if isinstance(self.params, UnlabelledParams) else UnlabelledParams()
         embedded, texts = self.embed(image), self.texts(space)
         if p.detected_only:
             kept = self.detected(image, space, p)
-            few = self.label(embedded, texts.only(kept), space.rule) if kept else np.zeros(embedded.size, np.int16)
+            few = self.label(embedded, texts.only(kept), space.rule, masks) if kept else np.zeros(embedded.size, np.int16)
             labels = np.array(kept or [IGNORED], dtype=few.dtype)[few]
         else:
-            labels = self.label(embedded, texts, space.rule)
+            labels = self.label(embedded, texts, space.rule, masks)
         placed = self.place(embedded, texts, space.rule)
         fine = placed.at(embedded.size, self.params.interpolation)
         result = Segmentation(labels, space, placed, functools.cache(lambda: confidence(fine, labels)))
@@ -372,6 +380,27 @@ def confidence(placed: Placed, labels: np.ndarray) -> Confidence:
             similarity[here], margin[here] = own, own - other
     none = given == IGNORED
     return Confidence(similarity.masked_fill(none, 0).numpy(), margin.masked_fill(none, 0).numpy())
+
+
+@torch.inference_mode()
+def vote(labels: np.ndarray, placed: Placed, masks: Sequence[np.ndarray], rule: Background = WORDS_ALONE) -> np.ndarray:
+    """Label map in which each mask has one class, that of its mean similarity; small masks lie over large ones (ours).
+
+    Of a mask M of |M| pixels, and with similarities S_k = D P_k A' (``Placed``):
+
+        class(M) = argmax_k  mean_{x in M} S_k(x) = argmax_k  <D' M A, P_k> / |M|
+
+    labels: (height, width), kept outside all masks; masks: (height, width) bool each; rule: with a threshold on the
+    best one's probability, as ``best_class`` has it.
+    """
+    labels = labels.copy()
+    for mask in sorted((mask for mask in masks if mask.any()), key=lambda mask: -int(mask.sum())):
+        weights = placed.down.T @ torch.from_numpy(mask).float() @ placed.across
+        means = placed.patches.flatten(1) @ weights.flatten() / int(mask.sum())
+        best = int(means.argmax())
+        under = rule.threshold and (rule.scale * (means - means[best])).exp().sum() * rule.threshold > 1
+        labels[mask] = 0 if under else best if placed.owner is None else int(placed.owner[best])
+    return labels
 
 
 def candidates(patches: torch.Tensor) -> torch.Tensor:

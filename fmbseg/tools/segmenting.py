@@ -18,8 +18,9 @@ from fmbseg import files
 from fmbseg.data import images
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError, ParameterError
-from fmbseg.params import SegmentParams, UnlabelledParams
-from fmbseg.runs import modules, parallel
+from fmbseg.params import MaskParams, SamParams, SegmentParams, UnlabelledParams
+from fmbseg.runs import cache, modules, parallel
+from fmbseg.runs.cache import Models
 from fmbseg.schemas import SegmentRun
 from fmbseg.stage2 import segmenter
 from fmbseg.tools.export import Labelled
@@ -98,7 +99,7 @@ def run(
     return made
 
 
-_CONTENT = (SegmentParams, UnlabelledParams)
+_CONTENT = (SegmentParams, UnlabelledParams, MaskParams, SamParams)
 
 
 def _one(
@@ -114,7 +115,7 @@ def _one(
     if _key(place) == key and all(beside(place, suffix).is_file() for suffix in files.RESULT_SUFFIXES):
         return
     image, described = images.read_image(path), beside(place, ".json")
-    result = _loaded(module, params).segment(image, space)
+    result = _loaded(module, params).segment(image, space, masks=cache.regions(path, Models.of(params), params))
     said = {"image": os.path.abspath(path)} | segmenter.describe(result)
     files.write_json(described, said)  # the files beside it are ours from now on; with its key, they are whole
     images.write_label_map(beside(place, ".labels.png"), result.labels, space.palette)
