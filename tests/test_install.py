@@ -94,7 +94,7 @@ print(sorted(f.name for f in profiles.published_folder().glob("*.csv")), files.w
 
 def test_profiles_and_published_numbers_are_in_the_package(elsewhere):
     loaded, published = elsewhere("-c", LOAD).splitlines()
-    assert loaded == "embedded cpu fp32 dinov2_vitl14 ['base', 'embedded', 'paper', 'paper_literal', 'smoke']"
+    assert loaded == "embedded cpu fp32 dinov2_vitl14 ['base', 'base+', 'embedded', 'paper', 'paper+', 'paper_literal', 'smoke']"
     assert published == f"['later.csv', 'table1.csv', 'table2.csv'] {elsewhere.work}"
 
 

@@ -8,7 +8,7 @@ from fmbseg.data import benchmarks, fetch, label_spaces
 from fmbseg.runs import records, tables
 from fmbseg.schemas import STEPS
 
-BIG = ("paper", "base")
+BIG = ("paper", "base", "paper+", "base+")
 
 
 @pytest.mark.parametrize("profile", BIG)
@@ -58,6 +58,19 @@ def test_paper_literal_is_the_paper_with_eq_1_as_written():
         assert changed <= {"profile", "temperature", "text_weight", "image_weight", "learning_rate"}, step
     t = profiles.load("train", "paper_literal")
     assert (t.temperature, t.text_weight, t.image_weight) == (1.0, None, None)
+
+
+@pytest.mark.parametrize("profile", ["base", "paper"])
+def test_plus_changes_the_teacher_the_encoder_the_start_and_the_words_alone(profile):
+    for step in STEPS:
+        plain, plus = (profiles.load(step, name).model_dump() for name in (profile, f"{profile}+"))
+        changed = {name for name in plain if plain[name] != plus[name]}
+        assert changed <= {"profile", "path", "encoder", "prealign", "vocabulary"}, step
+    t = profiles.load("train", f"{profile}+")
+    assert (t.path, t.prealign, t.encoder) == ("selfcal", True, f"dinov2_vit{profile[0].replace('p', 'l')}14_reg")
+    assert len(label_spaces.vocabulary(t.vocabulary)) > 250
+    text = (ROOT / "params" / f"{profile}+" / "shared.yaml").read_text()
+    assert "ours" in text and "Not run by us." in text
 
 
 @pytest.mark.parametrize("profile", BIG)
