@@ -238,14 +238,9 @@ def reproduce(options: argparse.Namespace) -> None:
         table = folder / f"table{number}.csv"
         if table.is_file():
             print(f"\nTable {number}\n{pd.read_csv(table).to_string(index=False, na_rep='')}")
-    print()
-    for what, where in (
-        ("tables", folder),
-        ("figures", folder / "figures"),
-        ("records", folder / "records"),
-        ("executed notebooks", folder / "notebooks"),
-    ):
-        print(f"{what:20s}{where}")
+    print(f"\n{'tables':20s}{folder}")
+    for what in ("figures", "records", "notebooks"):
+        print(f"{what:20s}{folder / what}")
 
 
 def report(options: argparse.Namespace) -> None:

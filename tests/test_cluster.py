@@ -10,10 +10,9 @@ from fmbseg import cli
 from fmbseg.data import collections
 from fmbseg.data.samples import Sample
 from fmbseg.errors import ParameterError
-from fmbseg.params import EvaluateParams
 from fmbseg.runs import cluster, evaluate, label
 from fmbseg.runs.evaluate import Method
-from fmbseg.schemas import LabelRun
+from fmbseg.schemas import EvaluateRun, LabelRun
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='Ray is not installed: pip install -e ".[ray]"')
 
@@ -48,7 +47,7 @@ def test_two_ray_workers_make_the_same_files_as_one_process(samples, smoke, tmp_
 
     params = smoke(LabelRun, profile="smoke", vocabulary="voc20", workers=2, reference_images=0)
     _, serial = label.label(samples, params.model_copy(update={"workers": 1}), tmp_path / "serial")
-    found, measured = evaluate.find_benchmarks(["drawn"]), smoke(EvaluateParams, eval_limit=2)
+    found, measured = evaluate.find_benchmarks(["drawn"]), smoke(EvaluateRun, profile="smoke", eval_limit=2)
     whole = evaluate.measure([Method("dense_high_resolution")], found, measured)[0][0]
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it writes a token into the home folder
     monkeypatch.setenv("FMBSEG_HOME", str(tmp_path / "other"))
@@ -58,7 +57,7 @@ def test_two_ray_workers_make_the_same_files_as_one_process(samples, smoke, tmp_
         with pytest.raises(ParameterError, match="the Ray cluster has 3 CPUs and they want 4; give fewer workers"):
             label.label(samples, params.model_copy(update={"workers": 4}), tmp_path / "ray", "ray")
         monkeypatch.setattr(evaluate.parallel, "each", _no_prediction(evaluate.parallel.each, monkeypatch))
-        counted = evaluate.measure([Method("dense_high_resolution")], found, measured, workers=2, engine="ray")[0][0]
+        counted = evaluate.measure([Method("dense_high_resolution")], found, measured.model_copy(update={"workers": 2}), engine="ray")[0][0]
         assert ray.is_initialized()  # only what it started itself is shut down
     finally:
         ray.shutdown()

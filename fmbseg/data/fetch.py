@@ -91,14 +91,14 @@ def find(name: str) -> Weight:
 
 
 def table() -> pd.DataFrame:
-    """All weights and images of all profiles: source, hash, licence, size."""
+    """All weights and images of all profiles: whether they are here, source, hash, licence, size."""
     import pandas as pd
 
     rows = []
     for w in TABLE:
         source = (w.archive.requirement, w.archive.sha256) if w.archive else (w.url or w.repository, w.sha256 or "-")
-        rows.append((w.name, w.use, "/".join(w.profiles) or "-", w.megabytes, w.licence, *source))
-    return pd.DataFrame(rows, columns=["name", "use", "profiles", "MB", "licence", "source", "sha256"])
+        rows.append((w.name, w.use, is_here(w), "/".join(w.profiles) or "-", w.megabytes, w.licence, *source))
+    return pd.DataFrame(rows, columns=["name", "use", "here", "profiles", "MB", "licence", "source", "sha256"])
 
 
 # ---------------------------------------------------------------- what is here

@@ -53,9 +53,9 @@ def compare(runs: Sequence[Run], kind: str, samples: list[Sample], store: LabelS
         print(f"[{number}/{len(runs)}] {run.variant}, seed {run.params.seed}", flush=True)
         trained.append(train.fit(samples, store, run.params, run.path))
     params = runs[0].params
-    measured = evaluate.measure([Method("fmbseg", str(r.path)) for r in runs], found, params, params.device, params.workers)
+    measured = evaluate.measure([Method("fmbseg", str(r.path)) for r in runs], found, params)
     made = [
-        dataclasses.replace(record, kind=kind, method=run.variant, seconds=result.seconds)
+        dataclasses.replace(record, method=run.variant, seconds=result.seconds)
         for run, of_run, result in zip(runs, measured, trained)
         for record in of_run
     ]
@@ -109,8 +109,7 @@ def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -
     """
     made = []
     for method in [f"{name}{given}" for given in ("", evaluate.GIVEN) for name in evaluate.STAGES]:
-        for record in evaluate.measure([Method(method)], found, params, params.device, params.workers)[0]:
-            made.append(dataclasses.replace(record, kind="stages"))
+        made += evaluate.measure([Method(method)], found, params)[0]
     plain = params.model_copy(update={"image_level_names": ""})
     for given, base in (("", plain), (evaluate.GIVEN, params)):
         if given and not params.image_level_names:
@@ -119,8 +118,8 @@ def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -
             staged = base.model_copy(update={"stages": stage})
             path = train.module_path(params, f"stages-{name}{given}")
             train.fit(samples, label.label(samples, staged)[0], staged, path)
-            for record in evaluate.measure([Method("fmbseg", str(path))], found, staged, params.device, params.workers)[0]:
-                made.append(dataclasses.replace(record, kind="stages", method=f"fmbseg on {name}{given}"))
+            for record in evaluate.measure([Method("fmbseg", str(path))], found, staged)[0]:
+                made.append(dataclasses.replace(record, method=f"fmbseg on {name}{given}"))
     return records.keep(made, params, "stages")
 
 
@@ -154,11 +153,6 @@ def fine_tune(found: Sequence[Dataset], params: FineTuneRun) -> pd.DataFrame:
     tuned = params.model_copy(update=changed)
     samples = label.collection(tuned)
     train.fit(samples, label.label(samples, tuned)[0], tuned, after, before)
-    both = [Method("fmbseg", str(path)) for path in (before, after)]
-    measured = evaluate.measure(both, found, params, params.device, params.workers)
-    made = [
-        dataclasses.replace(record, kind="fine_tune", method=method)
-        for method, of_module in zip(("before", "after"), measured)
-        for record in of_module
-    ]
+    measured = evaluate.measure([Method("fmbseg", str(path)) for path in (before, after)], found, params)
+    made = [dataclasses.replace(record, method=name) for name, of_one in zip(("before", "after"), measured) for record in of_one]
     return records.keep(made, params, "fine_tune")

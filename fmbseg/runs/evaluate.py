@@ -268,8 +268,6 @@ def measure(
     methods: Sequence[Method],
     datasets: Sequence[Dataset],
     params: EvaluateParams,
-    device: str = "cpu",
-    workers: int = 1,
     shard: int = 0,
     num_shards: int = 1,
     engine: str = "processes",
@@ -277,12 +275,13 @@ def measure(
     """Methods of one kind on several benchmarks: a list of records a method, one a benchmark.
 
     Images that benchmarks share go through the models once, and several modules share the encoder's pass. An image
-    that fails is told, left out and counted in the record. shard, num_shards: only every ``num_shards``-th image
+    that fails is told, left out and counted in the record. params: where they have device and workers of a run, these do the
+    work. shard, num_shards: only every ``num_shards``-th image
     from ``shard``; the records say so. engine: "processes" or "ray". Raises ParameterError for an unknown method or shard.
     """
-    started = time.perf_counter()
+    started, models = time.perf_counter(), Models.of(params)
+    device, workers = models.device, getattr(params, "workers", 1)
     params = EvaluateParams(**params.part(EvaluateParams))  # drop fields of the run
-    models = dataclasses.replace(Models.of(params), device=device)
     if any(method.stage for method in methods):
         cache.prepare_votes(params, workers)  # before the keys, which name the images that it finds
     keyed = [(method, method.key(params)) for method in methods]
@@ -354,7 +353,7 @@ def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | N
     aligned = [method for method in methods if method.name in ALIGNED]  # together: they share the encoder's pass
     made: list[Record] = []
     for group in [[method] for method in methods if method not in aligned] + ([aligned] if aligned else []):
-        for of_method in measure(group, found, params, params.device, params.workers, params.shard, params.num_shards, engine):
+        for of_method in measure(group, found, params, params.shard, params.num_shards, engine):
             made += of_method
     if params.num_shards > 1:
         return records.frame(made).dropna(axis=1, how="all")

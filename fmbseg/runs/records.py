@@ -265,10 +265,10 @@ def counted(record: Record, names: Sequence[str], confusion: Confusion, images: 
 def keep(made: Sequence[Record], params: RunParams, kind: str = "") -> pd.DataFrame:
     """Write records into the parameters' run; returns them, and them alone, as a frame.
 
-    kind: the comparison that they are all of: what the run held of it before is removed, but for whole data sets where
+    kind: the comparison that they are all made part of: what the run held of it before is removed, but for whole data sets where
     these are a quick look (``eval_limit``).
     """
-    made = [dataclasses.replace(record, run=params.run) for record in made]
+    made = [dataclasses.replace(record, run=params.run, kind=kind or record.kind) for record in made]
     folder = run_folder(params)
     written, same = {record.write(folder) for record in made}, {(record.dataset, record.limit) for record in made}
     for path in set(folder.glob("*.json")) - written if kind else ():

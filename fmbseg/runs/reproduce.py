@@ -42,26 +42,11 @@ def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[st
 def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
     import yaml
 
-    root = files.project_root()
+    folder = files.project_root() / "notebooks"
     out.parent.mkdir(parents=True, exist_ok=True)  # papermill does not make it
-    command = [
-        sys.executable,
-        "-m",
-        "fmbseg.runs.headless",
-        str(root / "notebooks" / f"{name}.ipynb"),
-        str(out),
-        "--cwd",
-        str(root / "notebooks"),
-        "--kernel",
-        "python3",
-        "--no-progress-bar",
-        "--log-output",
-        "--log-level",
-        "WARNING",
-        "-y",
-        yaml.safe_dump(dict(values)),
-    ]
-    run = subprocess.run(command)
+    options = ["--cwd", folder, "--kernel", "python3", "--no-progress-bar", "--log-output", "--log-level", "WARNING"]
+    values = ["-y", yaml.safe_dump(dict(values))]
+    run = subprocess.run([sys.executable, "-m", "fmbseg.runs.headless", folder / f"{name}.ipynb", out, *options, *values])
     if run.returncode != 0:
         raise DataError(f"{name} stopped with an error, told above; its executed copy is {out}. What was computed is kept: run again")
 

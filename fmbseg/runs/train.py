@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from fmbseg import files
-from fmbseg.data import fetch
 from fmbseg.data.images import IGNORED
 from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, FmbsegError, ParameterError
@@ -304,13 +303,3 @@ def train(samples: Sequence[Sample], store: LabelStore, params: RunParams, path:
 def module_path(params: RunParams, name: str = "alignment") -> Path:
     """Where a module of this profile lies."""
     return modules.place(params.profile, name)
-
-
-def encoders() -> pd.DataFrame:
-    """Every frozen encoder by name: its source, size and licence, and the command that brings it where it is not here."""
-    rows = []
-    for weight in fetch.TABLE:
-        if "encoder" in weight.use:
-            here = fetch.is_here(weight)
-            rows.append((weight.name, here, weight.source, weight.megabytes, weight.licence, "" if here else f"fmbseg fetch {weight.name}"))
-    return pd.DataFrame(rows, columns=["encoder", "here", "source", "MB", "licence", "command"]).set_index("encoder")
