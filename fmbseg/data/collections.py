@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fmbseg import files
-from fmbseg.data import benchmarks, embedded, fetch, images
-from fmbseg.data.benchmarks import LAYOUTS, UNLABELLED
-from fmbseg.data.embedded import EMBEDDED
+from fmbseg.data import benchmarks, fetch, images
+from fmbseg.data.benchmarks import EMBEDDED, LAYOUTS, UNLABELLED
 from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, ImageError, WeightsError, tell
 
@@ -29,7 +28,7 @@ def load_collection(name: str, data_root: str = "", evaluated: Sequence[str] = (
     DataError or ImageError when the collection is not here, or nothing of it is left.
     """
     if name == "drawn":
-        return [Sample(s.name, s.image) for s in embedded.drawn().samples]
+        return [Sample(s.name, s.image) for s in benchmarks.drawn().samples]
     if name in COLLECTIONS:
         found = [path for pool in COLLECTIONS[name] for path in images.find_images(fetch.require(pool))]
         root = fetch.require(POOL[0]).parent

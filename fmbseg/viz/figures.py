@@ -137,13 +137,6 @@ def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: fl
         _write(axis, columns[nearest], rows[nearest], readable(space.names[k], k))
 
 
-def enlarge(labels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(h, w) patch labels -> (height, width), by nearest neighbour."""
-    rows = np.arange(size[0]) * labels.shape[0] // size[0]
-    columns = np.arange(size[1]) * labels.shape[1] // size[1]
-    return labels.numpy()[rows][:, columns]
-
-
 def contact_sheet(paths: Sequence[Path]) -> Figure:
     """Small images side by side."""
     figure, axes = panels(len(paths), columns=8, size=1.4)
