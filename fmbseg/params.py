@@ -151,6 +151,9 @@ class MaskParams(ModelParams):
     predicted_iou: Share = Field(0.88, description="masks under it are dropped")
     stability: Share = Field(0.95, description="masks under it are dropped")
     box_nms: Share = Field(0.7, description="duplicates over this box IoU are dropped")
+    sam_long_side: Count = Field(
+        1024, description="ours: masks of a longer image are compared at this length, and those that stay enlarged"
+    )
     min_area: Share = Field(0.001, description="ours: masks under this share of the image are dropped")
 
 

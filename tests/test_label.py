@@ -51,6 +51,28 @@ def test_an_image_in_memory_gets_the_labels_of_its_file(label_params, real_image
     np.testing.assert_array_equal(kept.labels, again.labels)
 
 
+def test_sams_encoder_sees_each_image_once_for_both_stages(smoke, own_home, tmp_path):
+    """In memory, in one labelling of the collection, and in notebook 02 followed by 03; no embedding is kept on disk."""
+    params = smoke(LabelRun, stages="both", min_votes=0, reference_images=0, keep_embeddings=False, workers=1)
+    samples, models = collections.load_collection("drawn")[:2], Models.of(params)
+    space, passes = label_spaces.vocabulary(params.vocabulary), []
+    hook = models.sam.model.image_encoder.register_forward_hook(lambda module, given, out: passes.append(len(out)))
+
+    def passes_of(work):
+        models.sam.set_image(np.zeros((9, 9, 3), np.uint8))  # it may hold an image of these
+        passes.clear()
+        return work(), list(passes)
+
+    image = images.read_image(samples[0].image)
+    made, count = passes_of(lambda: fmbseg.label_image(image, models.clip, models.sam, models.texts(space), params))
+    assert made.queries and count == [1]
+    assert passes_of(lambda: label.label(samples, params, tmp_path / "labels"))[1] == [1, 1]
+    other = params.model_copy(update={"points": 1, "min_area": 0.002})
+    assert passes_of(lambda: label.make_queries(samples, other))[1] == [1, 1]
+    assert passes_of(lambda: label.label(samples, other, tmp_path / "other"))[1] == []
+    hook.remove()
+
+
 # ---------------------------------------------------------------- the store
 
 

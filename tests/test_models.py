@@ -263,7 +263,7 @@ def test_what_sam_computes_for_automatic_masks(real_image, monkeypatch):
     sam.model.mask_decoder.output_upscaling.register_forward_hook(lambda m, given, out: upscaled.append(len(out)))
     decode, scale = sam_decoder.decode, sam._scaled
     monkeypatch.setattr(sam_decoder, "decode", lambda *given: decoded.append(len(given[3])) or decode(*given))
-    monkeypatch.setattr(sam, "_scaled", lambda logits: scaled.append(len(logits)) or scale(logits))
+    monkeypatch.setattr(sam, "_scaled", lambda logits, size: scaled.append(len(logits)) or scale(logits, size))
     everything = sam.automatic_masks(image, 3, 4, 0.0, 0.0, 1.0)
     assert (encoded, decoded, upscaled, scaled) == ([1], [4, 4, 1], [4, 4, 1], [12, 12, 3]) and len(everything) == 27
 
@@ -279,6 +279,17 @@ def test_what_sam_computes_for_automatic_masks(real_image, monkeypatch):
     assert len(sam.automatic_masks(image, 3, 4, likely, 0.0, 1.0)) == 3 == sum(scaled) and sum(upscaled) <= 3
     scaled.clear()
     assert sam.automatic_masks(image, 3, 4, 0.0, 1.0 + sam_models.ROUGHLY + 0.01, 1.0) == [] and not scaled
+
+
+def test_masks_of_a_long_image_are_compared_at_another_length_and_enlarged(real_image, monkeypatch):
+    sam, image = load_sam("random:tiny_sam"), real_image[:301, :203]
+    whole, sizes, scale = sam.automatic_masks(image, 3, 4, 0.0, 0.0, 1.0, 301), [], sam._scaled
+    monkeypatch.setattr(sam, "_scaled", lambda logits, size: sizes.append(size) or scale(logits, size))
+    short = sam.automatic_masks(image, 3, 4, 0.0, 0.0, 1.0, 150)
+    assert set(sizes) == {(150, 101)} and len(short) == len(whole) == 27
+    for one, other in zip(short, whole, strict=True):
+        assert one.point == other.point and one.mask.shape == other.mask.shape == (301, 203) and one.mask.dtype == bool
+        assert overlap(one.mask, other.mask) > 0.8
 
 
 def test_encoders_joined_are_their_patches_side_by_side(real_image):

@@ -9,6 +9,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
@@ -168,11 +169,11 @@ class SamSegmenter:
         with lowered.autocast(str(predictor.device), self._precision):
             return sam_decoder.decode(model.mask_decoder, image, self._place, prompts, (rows, columns), predicted_iou)
 
-    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of ``_decode`` at the image's size, (M, height, width), by the package's two interpolations."""
+    def _scaled(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Logits of ``_decode`` at a size of the image, (M, height, width), by the package's two interpolations."""
         height, width = self._predictor.input_size
         square = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=False)[..., :height, :width]
-        return F.interpolate(square, self._predictor.original_size, mode="bilinear", align_corners=False)[0]
+        return F.interpolate(square, size, mode="bilinear", align_corners=False)[0]
 
     @torch.inference_mode()
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +183,7 @@ class SamSegmenter:
         Returns masks (3, height, width) bool and SAM's own confidence (3,), its predicted IoU.
         """
         logits, scores, _ = self._decode(np.asarray(points, dtype=np.float32)[None])
-        return (self._scaled(logits) > self.model.mask_threshold).cpu().numpy(), scores.cpu().numpy()
+        return (self._scaled(logits, self._predictor.original_size) > self.model.mask_threshold).cpu().numpy(), scores.cpu().numpy()
 
     @torch.inference_mode()
     def automatic_masks(
@@ -193,15 +194,18 @@ class SamSegmenter:
         predicted_iou: float,
         stability: float,
         box_nms: float,
+        long_side: int | None = None,
     ) -> list[AutomaticMask]:
         """Masks from a grid of points: those of the segment-anything package's generator, but for rounding.
 
         image: (height, width, 3) RGB ``uint8``; the thresholds are the generator's own. Masks of too low a predicted IoU are not
         drawn, those far under the stability not scaled, the others ``SCALED_PIXELS`` at a time, and kept as bits until the last is.
+        long_side: of a longer image they are drawn and compared at this length, and those that stay are enlarged (ours; none: never).
         """
         self.set_image(image)
-        size, level = image.shape[:2], self.model.mask_threshold
-        points = amg.build_point_grid(points_per_side) * np.array(size[::-1])
+        level, scale = self.model.mask_threshold, min(1, (long_side or np.inf) / max(image.shape[:2]))
+        size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
+        points = amg.build_point_grid(points_per_side) * np.array(image.shape[1::-1])
         packed, boxes, ious, scores, origins = [], [], [], [], []
         for start in range(0, len(points), points_per_batch):
             logits, iou, origin = self._decode(points[start : start + points_per_batch, None], predicted_iou)
@@ -210,7 +214,7 @@ class SamSegmenter:
             for some in (~(rough < stability - ROUGHLY)).nonzero()[:, 0].split(max(1, SCALED_PIXELS // (size[0] * size[1]))):
                 if not len(some):
                     continue
-                drawn = self._scaled(logits[some])
+                drawn = self._scaled(logits[some], size)
                 score = amg.calculate_stability_score(drawn, level, 1.0)
                 stable = score >= stability if stability > 0 else torch.ones_like(score, dtype=torch.bool)
                 masks = drawn[stable] > level
@@ -221,15 +225,13 @@ class SamSegmenter:
         if not packed:
             return []
         iou, score, origin = (torch.cat(parts).tolist() for parts in (ious, scores, origins))
-        return [
-            AutomaticMask(
-                np.unpackbits(packed[i], count=size[0] * size[1]).view(bool).reshape(size),
-                iou[i],
-                score[i],
-                tuple(points[origin[i]].tolist()),
-            )
-            for i in nms(torch.cat(boxes), torch.cat(ious), box_nms).tolist()
-        ]
+        kept = []
+        for i in nms(torch.cat(boxes), torch.cat(ious), box_nms).tolist():
+            mask = np.unpackbits(packed[i], count=size[0] * size[1]).view(bool).reshape(size)
+            if size != image.shape[:2]:
+                mask = np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+            kept.append(AutomaticMask(mask, iou[i], score[i], tuple(points[origin[i]].tolist())))
+        return kept
 
 
 def _build(name: str) -> Sam:

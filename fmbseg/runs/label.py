@@ -43,14 +43,18 @@ def _features(sample: Sample, models: Models, params: RunParams) -> None:
 
 
 def make_queries(samples: Sequence[Sample], params: LabelParams) -> list[Failure]:
-    """Detected classes and Stage 1.1's masks of every image, on disk (notebook 02)."""
+    """Detected classes and Stage 1.1's masks of every image, on disk (notebook 02).
+
+    Where Stage 1.2 is wanted too, its automatic masks are made in the same pass: SAM's encoder sees each image once.
+    """
     cache.prepare_votes(params)
     work = partial(_queries, space=label_spaces.vocabulary(params.vocabulary, params.words), models=Models.of(params), params=params)
     return parallel.each(work, samples, "Stage 1.1", params.workers).failures
 
 
 def _queries(sample: Sample, space: LabelSpace, models: Models, params: LabelParams) -> None:
-    cache.queries(sample.image, space, models, params)
+    if cache.queries(sample.image, space, models, params) and params.stages != "1.1":
+        cache.automatic_masks(sample.image, models, params)
 
 
 def query_table(samples: Sequence[Sample], params: LabelParams) -> pd.DataFrame:

@@ -33,9 +33,8 @@ class LabelledMask:
 
 def automatic_masks(image: np.ndarray, sam: SamSegmenter, params: MaskParams) -> list[AutomaticMask]:
     """SAM's automatic masks of a (height, width, 3) RGB ``uint8`` image, filtered by confidence and by size."""
-    found = sam.automatic_masks(
-        image, params.points_per_side, params.points_per_batch, params.predicted_iou, params.stability, params.box_nms
-    )
+    grid, thresholds = (params.points_per_side, params.points_per_batch), (params.predicted_iou, params.stability, params.box_nms)
+    found = sam.automatic_masks(image, *grid, *thresholds, params.sam_long_side)
     smallest = params.min_area * image.shape[0] * image.shape[1]
     return [mask for mask in found if mask.area >= max(smallest, 1)]
 
