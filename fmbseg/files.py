@@ -202,21 +202,18 @@ RESULT_SUFFIXES = (".json", ".labels.png", ".overlay.png", ".margin.png")
 
 
 def is_result(path: Path) -> bool:
-    """Whether an image is a label map or an overlay that ``fmbseg segment`` wrote: such are never taken for inputs."""
-    for suffix in RESULT_SUFFIXES[1:]:
-        if path.name.endswith(suffix):
-            return result_of(path.with_name(path.name.removesuffix(suffix) + RESULT_SUFFIXES[0])) is not None
-    return False
+    """Whether an image is what ``fmbseg segment`` wrote beside its JSON: such are never taken for inputs."""
+    stem = next((path.name.removesuffix(suffix) for suffix in RESULT_SUFFIXES if path.name.endswith(suffix)), None)
+    return stem is not None and bool(result(path.with_name(f"{stem}{RESULT_SUFFIXES[0]}")))
 
 
-def result_of(path: Path) -> str | None:
-    """The image whose result the JSON that ``fmbseg segment`` writes describes; None where the file is none or another."""
+def result(path: Path) -> dict[str, Any]:
+    """What the JSON that ``fmbseg segment`` writes says of its image; empty where the file is none or another."""
     try:
         described = read_json(path)
     except DataError:
-        return None
-    known = isinstance(described, dict) and {"image", "height", "width", "classes"} <= described.keys()
-    return described["image"] if known else None
+        return {}
+    return described if isinstance(described, dict) and {"image", "height", "width", "classes"} <= described.keys() else {}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:

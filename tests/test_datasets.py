@@ -311,9 +311,9 @@ def test_crowds_are_ignored_and_small_outlines_lie_on_top():
     square = [[0, 0, 8, 0, 8, 8, 0, 8]]
     small = [[2, 2, 4, 2, 4, 4, 2, 4]]
     crowd = {"size": [8, 10], "counts": [64, 16]}  # the last two columns
-    truth = samples.read_instances(
-        (8, 10), (samples.Outline(2, small, 4), samples.Outline(1, square, 64), samples.Outline(1, crowd, 16, crowd=True)), 0
-    )
+    instances = [(2, small, 4, 0), (1, square, 64, 0), (1, crowd, 16, 1)]
+    annotations = [(index, {"segmentation": outline, "area": area, "iscrowd": many}) for index, outline, area, many in instances]
+    truth = samples.read_instances((8, 10), annotations, 0)
     assert truth[0].tolist() == [1] * 8 + [IGNORED] * 2 and truth[3, 3] == 2 and truth[6, 3] == 1
 
 

@@ -20,7 +20,7 @@ from fmbseg import files
 from fmbseg.data import fetch, images, label_spaces
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace, label_space
-from fmbseg.data.samples import Dataset, Outline, Sample, Table, lookup, read_index, read_instances, read_panoptic, shifted
+from fmbseg.data.samples import Dataset, Sample, Table, lookup, read_index, read_instances, read_panoptic, shifted
 from fmbseg.errors import DataError, ImageError, ParameterError
 
 
@@ -131,29 +131,26 @@ def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
 EMBEDDED = ("embedded_coco_object80", "embedded_coco_object81", "embedded_coco_panoptic133")
 
 
+def _class_of(category: int, space: LabelSpace) -> int | None:
+    """Class of a COCO category: of 133, or of things with or without background; None for what is none of these."""
+    ids = label_spaces.assets()["id_maps"]
+    if space.name == "coco_panoptic133":
+        return ids["coco_panoptic133_ids"].index(category)
+    thing = ids["coco_object81_ids"].get(str(category))
+    return thing - (not space.background) if thing is not None else 0 if space.background else None
+
+
 def _embedded_panoptic(space: LabelSpace) -> list[Sample]:
-    """The 20 images with full panoptic truth, as 133 classes, or as things with or without background."""
+    """The 20 images with full panoptic truth."""
     folder = fetch.require("coco_panoptic_20")
     described = files.read_json(folder / "panoptic.json")
-    ids = label_spaces.assets()["id_maps"]["coco_panoptic133_ids"]
-    things = label_spaces.assets()["id_maps"]["coco_object81_ids"]
-    names = {image["id"]: image["file_name"] for image in described["images"]}
+    names = {image["id"]: Path(image["file_name"]).name for image in described["images"]}
     samples = []
     for annotation in sorted(described["annotations"], key=lambda a: a["image_id"]):
-        segments = []
-        for segment in annotation["segments_info"]:
-            category = segment["category_id"]
-            if segment["iscrowd"]:
-                continue
-            if space.name == "coco_panoptic133":
-                segments.append((segment["id"], ids.index(category)))
-            elif str(category) in things:
-                segments.append((segment["id"], things[str(category)] - (not space.background)))
-            elif space.background:
-                segments.append((segment["id"], 0))
-        path = folder / "images" / Path(names[annotation["image_id"]]).name
-        mask = folder / "masks" / Path(annotation["file_name"]).name
-        samples.append(Sample(path.stem, path, functools.partial(read_panoptic, mask, tuple(segments))))
+        classes = ((one["id"], _class_of(one["category_id"], space)) for one in annotation["segments_info"] if not one["iscrowd"])
+        segments = tuple((segment, index) for segment, index in classes if index is not None)
+        path, mask = folder / "images" / names[annotation["image_id"]], folder / "masks" / Path(annotation["file_name"]).name
+        samples.append(Sample(path.stem, path, functools.partial(read_panoptic, mask, segments)))
     return samples
 
 
@@ -161,19 +158,13 @@ def _embedded_instances(space: LabelSpace) -> list[Sample]:
     """The 10 images with instance outlines; what has no outline is background."""
     folder = fetch.require("coco_instances_10")
     described = files.read_json(folder / "instances_val2017_subset.json")
-    things = label_spaces.assets()["id_maps"]["coco_object81_ids"]
     samples = []
     for image in sorted(described["images"], key=lambda i: i["id"]):
         path = folder / "images" / image["file_name"]
-        if not path.is_file():
-            continue
-        outlines = tuple(
-            Outline(things[str(a["category_id"])] - (not space.background), a["segmentation"], a["area"], bool(a["iscrowd"]))
-            for a in described["annotations"]
-            if a["image_id"] == image["id"]
-        )
-        read = functools.partial(read_instances, (image["height"], image["width"]), outlines, 0 if space.background else IGNORED)
-        samples.append(Sample(path.stem, path, read))
+        if path.is_file():
+            own = tuple((_class_of(a["category_id"], space), a) for a in described["annotations"] if a["image_id"] == image["id"])
+            size, rest = (image["height"], image["width"]), 0 if space.background else IGNORED
+            samples.append(Sample(path.stem, path, functools.partial(read_instances, size, own, rest)))
     return samples
 
 

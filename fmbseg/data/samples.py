@@ -93,27 +93,18 @@ def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarr
     return truth
 
 
-@dataclass(frozen=True)
-class Outline:
-    """One COCO instance. index: its class; segmentation: polygons or a run-length code; area: in pixels; crowd: ignored."""
-
-    index: int
-    segmentation: list | dict
-    area: float
-    crowd: bool = False
-
-
-def read_instances(size: tuple[int, int], outlines: Iterable[Outline], background: int) -> np.ndarray:
+def read_instances(size: tuple[int, int], instances: Iterable[tuple[int, Mapping]], background: int) -> np.ndarray:
     """Truth from COCO instances, large ones painted first: (height, width) ``int16`` of ``size``; the rest is ``background``.
 
-    Raises DataError for an outline that is no polygon or run-length code of that size.
+    instances: (class, COCO's annotation) each; crowds are ignored. Raises DataError for an outline that is no polygon or
+    run-length code of that size.
     """
     truth = np.full(size, background, dtype=np.int16)
-    for outline in sorted(outlines, key=lambda o: -o.area):
+    for index, annotation in sorted(instances, key=lambda one: -one[1]["area"]):
         try:
-            coded = rle.frPyObjects(outline.segmentation, *size)
+            coded = rle.frPyObjects(annotation["segmentation"], *size)
             coded = rle.merge(coded) if isinstance(coded, list) else coded
-            truth[rle.decode(coded).astype(bool)] = IGNORED if outline.crowd else outline.index
+            truth[rle.decode(coded).astype(bool)] = IGNORED if annotation["iscrowd"] else index
         except Exception as error:  # pycocotools raises plain Exception too
-            raise DataError(f"instance of class {outline.index}: its outline cannot be read ({error}); repair the annotations") from error
+            raise DataError(f"instance of class {index}: its outline cannot be read ({error}); repair the annotations") from error
     return truth

@@ -243,7 +243,7 @@ def assemble_lit() -> Path:
 
 
 def load_clip(name: str, device: str = "cpu", image_size: int | None = None, precision: Precision = "fp32") -> ImageText:
-    """An image-text model by name: ``clip_vitl14``, ``clip_vitb16`` or the embedded stand-in; kept for the next call.
+    """An image-text model by name: ``clip_vitl14``, ``clip_vitb16`` or the embedded stand-in.
 
     Any "MODEL TAG" that open_clip knows works too (``"ViT-B-32 laion2b_s34b_b79k"``), and ``random:MODEL`` gives
     open_clip's architecture with random weights (tests). image_size: side of the crops in pixels, where it is not

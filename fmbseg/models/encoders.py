@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -105,19 +103,13 @@ def _mobile_sam(key: str, weights_here: bool) -> Encoder:
     return FeaturePyramid(key, sam.image_encoder.trunk, [2, 3], 16, tuple(mean), tuple(std))
 
 
-def _transformer(name: str) -> Callable[[str, bool], Encoder]:
-    def build(key: str, weights_here: bool) -> Encoder:
-        return Transformer(key, VITS[name], vit.load(VITS[name]) if weights_here else vit.build(VITS[name]))
-
-    return build
+ENCODER_NAMES = ("efficientnet_lite2", "mobile_sam", *VITS)
 
 
-_BUILDERS: dict[str, Callable[[str, bool], Encoder]] = {
-    "efficientnet_lite2": _efficientnet,
-    "mobile_sam": _mobile_sam,
-    **{name: _transformer(name) for name in VITS},
-}
-ENCODER_NAMES = tuple(_BUILDERS)
+def _build(name: str, key: str, weights_here: bool) -> Encoder:
+    if name in VITS:
+        return Transformer(key, VITS[name], (vit.load if weights_here else vit.build)(VITS[name]))
+    return (_efficientnet if name == "efficientnet_lite2" else _mobile_sam)(key, weights_here)
 
 
 def weights_key(name: str) -> str:
@@ -127,7 +119,7 @@ def weights_key(name: str) -> str:
 
 
 def load_encoder(name: str, device: str = "cpu", precision: Precision = "fp32") -> Encoder:
-    """A frozen encoder by name, several joined by "+" (``efficientnet_lite2+mobile_sam``); kept for the next call.
+    """A frozen encoder by name, several joined by "+" (``efficientnet_lite2+mobile_sam``).
 
     ``random:NAME`` gives the architecture with random weights (tests).
     Raises ParameterError for an unknown name or device, WeightsError where weights are not here.
@@ -136,14 +128,14 @@ def load_encoder(name: str, device: str = "cpu", precision: Precision = "fp32") 
     parts = []
     for part in name.split("+"):
         base = part.strip().removeprefix("random:")
-        if base not in _BUILDERS:
+        if base not in ENCODER_NAMES:
             raise ParameterError(
                 f"encoder = {name!r}: no such encoder {base!r}; known are {', '.join(ENCODER_NAMES)}, and several joined by +"
             )
         here = base == part.strip()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            parts.append(_BUILDERS[base](weights_key(part), here))
+            parts.append(_build(base, weights_key(part), here))
     encoder = parts[0] if len(parts) == 1 else SideBySide(parts)
     encoder.key, encoder.precision = precision_key(encoder.key, precision), precision
     return encoder.eval().requires_grad_(False).to(device)

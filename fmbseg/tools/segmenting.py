@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fmbseg import files
 from fmbseg.data import images
 from fmbseg.data.label_spaces import LabelSpace
-from fmbseg.errors import DataError, ParameterError
+from fmbseg.errors import ParameterError
 from fmbseg.params import MaskParams, SamParams, SegmentParams, UnlabelledParams
 from fmbseg.runs import cache, modules, parallel
 from fmbseg.runs.cache import Models
@@ -62,7 +62,7 @@ def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
     places = {path: out / name for (path, _), name in zip(found.values(), names)}
     for path, place in places.items():
         there = [file for suffix in files.RESULT_SUFFIXES if (file := beside(place, suffix)).exists()]
-        if there and (other := files.result_of(beside(place, ".json"))) != os.path.abspath(path):
+        if there and (other := files.result(beside(place, ".json")).get("image")) != os.path.abspath(path):
             whose = f"the result of {other}" if other else "no result of fmbseg segment"
             raise ParameterError(f"{there[0]}: is {whose}, and that of {path} would replace it; give another --out, or delete it")
     return places
@@ -112,7 +112,8 @@ def _one(
     overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
 ) -> None:
     place, key = places[path], files.digest(key, files.sha256_of(path))
-    if _key(place) == key and all(beside(place, suffix).is_file() for suffix in files.RESULT_SUFFIXES):
+    whole = all(beside(place, suffix).is_file() for suffix in files.RESULT_SUFFIXES)
+    if whole and files.result(beside(place, ".json")).get("key") == key:
         return
     image, described = images.read_image(path), beside(place, ".json")
     result = _loaded(module, params).segment(image, space, masks=cache.regions(path, Models.of(params), params))
@@ -128,13 +129,6 @@ def _one(
 @functools.lru_cache(maxsize=1)
 def _loaded(module: Path, params: SegmentRun) -> modules.Segmenter:
     return modules.Segmenter.load(module, params.device, params)
-
-
-def _key(place: Path) -> str | None:
-    try:
-        return files.read_json(beside(place, ".json")).get("key")
-    except DataError:
-        return None
 
 
 def write_margin(path: Path, margin: np.ndarray) -> None:
