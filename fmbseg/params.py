@@ -29,7 +29,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings"}  # how fast, not what
+SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings", "keep_features"}  # how fast, not what
 SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
 COLLECTION_ONLY = {"collection", "data_root", "limit", "eval_limit"}  # which images, not what is made of each
 NAMES_OTHERS = {"protocol"}  # sets other parameters, which count
@@ -75,7 +75,9 @@ class RunParams(DataParams):
     )
     seed: int = Field(0, ge=0, description="of everything random")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$", description="where models run: cpu, cuda, cuda:1, mps")
-    workers: Count = Field(1, description="processes of one thread each for work that goes image by image (CPU)")
+    workers: Count = Field(
+        1, description="CPU: processes for work that goes image by image; GPU: threads and processes that read ahead of it"
+    )
     checkpoint_seconds: Float = Field(
         60.0, ge=0, description="a training that is stopped goes on from a checkpoint at most so old; 0: of every step"
     )
@@ -89,7 +91,14 @@ class ModelParams(Params):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen models: float32, or bfloat16 matrix products")
 
 
-class FeatureParams(ModelParams):
+class KeptParams(ModelParams):
+    keep_features: bool = Field(
+        True,
+        description="keep features, masks and encoder patches on disk (4 MB an image), so that they are made once; no: they are made when needed",
+    )
+
+
+class FeatureParams(KeptParams):
     """High-resolution features (Sec. 3.1, 3.2)."""
 
     clip: str = Field("clip_vitl14", description="image-text model")
@@ -171,7 +180,7 @@ class CombineParams(Params):
     )
 
 
-class PatchParams(ModelParams):
+class PatchParams(KeptParams):
     """Encoder patches and their labels (Sec. 3.3)."""
 
     encoder: str = Field("dinov2_vitl14", description="frozen encoder to be aligned")

@@ -133,13 +133,39 @@ class Cache:
         rest = f"-{key}{self.suffix}"
         return self.folder / f"{files.short_name(Path(image).stem[:80], files.WHOLE_NAME - len(rest))}{rest}"
 
-    def read(self, image: str | Path, make: Callable[[Path], Any], load: Callable[[Path], T]) -> T:
-        """``load`` of the image's file, which ``make(path)`` writes first where it is missing or damaged."""
+    def read(self, image: Path, make: Callable[[], T], write: Callable[[Path, T], Any], load: Callable[[Path], T], keep: bool = True) -> T:
+        """``load`` of the image's file, which ``write`` writes first of what ``make`` gives, where it is missing or damaged.
+
+        Without ``keep`` nothing is read or written: the last image's is kept in memory.
+        """
         path = self.path(image)
+        if not keep:
+            if _last.get(self.folder.name, (None,))[0] != path:
+                _last[self.folder.name] = path, make()
+            return _last[self.folder.name][1]
         if (found := kept(path, load)) is None:
-            make(path)
+            write(path, make())
             found = load(path)
         return found
+
+
+_last: dict[str, tuple[Path, Any]] = {}
+
+
+def image(path: Path) -> np.ndarray:
+    """The (height, width, 3) RGB ``uint8`` image of a file; the last ones are in memory. It is not to be written to."""
+    status = path.stat()
+    return _image(path, status.st_size, status.st_mtime_ns)
+
+
+def reader(device: str) -> Callable[[Any], Any] | None:
+    """What ``parallel.each`` has to read ahead of models on a GPU: the image of a path, or of what has one. None on a CPU."""
+    return (lambda item: image(getattr(item, "image", item))) if parallel.on_gpu(device) else None
+
+
+@functools.lru_cache(maxsize=2 * parallel.AHEAD)
+def _image(path: Path, size: int, changed: int) -> np.ndarray:
+    return images.read_image(path)
 
 
 def kept(path: Path, load: Callable[[Path], T]) -> T | None:
@@ -167,8 +193,7 @@ def decode_rle(coded: dict[str, Any]) -> np.ndarray:
 def clip_features(path: Path, models: Models, params: FeatureParams) -> ImageFeatures:
     """High-resolution CLIP features of one image (``stage1.features.extract``), kept in fp16."""
 
-    def make(target: Path) -> None:
-        made = features.extract(images.read_image(path), models.clip, params)
+    def write(target: Path, made: ImageFeatures) -> None:
         crops = [[c.top, c.left, c.height, c.width] for c in made.crops]
         tensors = {"map": made.map.half(), "tokens": made.tokens.half()}
         files.write_tensors(target, tensors, {"image": json.dumps({"size": made.size, "crops": crops})})
@@ -179,7 +204,8 @@ def clip_features(path: Path, models: Models, params: FeatureParams) -> ImageFea
         crops = tuple(Window(*c) for c in image["crops"])
         return ImageFeatures(tuple(image["size"]), tensors["map"].float(), tensors["tokens"].float(), crops)
 
-    return Cache("clip", ".safetensors", models.clip.key, params.content(FeatureParams)).read(path, make, load)
+    here = Cache("clip", ".safetensors", models.clip.key, params.content(FeatureParams))
+    return here.read(path, lambda: features.extract(image(path), models.clip, params), write, load, params.keep_features)
 
 
 def queries(path: Path, space: LabelSpace, models: Models, params: LabelParams, given: Sequence[int] | None = None) -> list[QueryMask]:
@@ -187,15 +213,17 @@ def queries(path: Path, space: LabelSpace, models: Models, params: LabelParams, 
     content = params.content(FeatureParams, DetectParams, QueryParams)
     content |= {"reference_images": vote_content(params) if given is None else None}
 
-    def make(target: Path) -> None:
+    def make() -> list[QueryMask]:
         found, texts = clip_features(path, models, params), models.texts(space)
         detected = detection.detect(found, texts, params, vote_scale(texts, params)) if given is None else detection.given(given, texts)
-        image = _set_image(path, models, params) if detected else images.read_image(path)
-        made = query_sam.query_masks(image, found, detected, texts, models.sam, params)
+        pixels = _set_image(path, models, params) if detected else image(path)
+        return query_sam.query_masks(pixels, found, detected, texts, models.sam, params)
+
+    def write(target: Path, made: list[QueryMask]) -> None:
         files.write_json(target, [_query_row(q) for q in made])
 
     here = Cache("queries", ".json", models.clip.key, models.sam.key, content, space.names, space.prompts, given)
-    return here.read(path, make, lambda target: [_query_mask(row) for row in files.read_json(target)])
+    return here.read(path, make, write, lambda target: [_query_mask(row) for row in files.read_json(target)], params.keep_features)
 
 
 def _query_row(query: QueryMask) -> dict[str, Any]:
@@ -223,8 +251,10 @@ def _query_mask(row: dict[str, Any]) -> QueryMask:
 def automatic_masks(path: Path, models: Models, params: LabelParams) -> list[AutomaticMask]:
     """Stage 1.2's unlabelled masks of one image; they do not depend on any word."""
 
-    def make(target: Path) -> None:
-        found = label_masks.automatic_masks(_set_image(path, models, params), models.sam, params)
+    def make() -> list[AutomaticMask]:
+        return label_masks.automatic_masks(_set_image(path, models, params), models.sam, params)
+
+    def write(target: Path, found: list[AutomaticMask]) -> None:
         rows = [{"mask": encode_rle(m.mask), "predicted_iou": m.predicted_iou, "stability": m.stability, "point": m.point} for m in found]
         files.write_json(target, rows)
 
@@ -234,7 +264,7 @@ def automatic_masks(path: Path, models: Models, params: LabelParams) -> list[Aut
             for row in files.read_json(target)
         ]
 
-    return Cache("masks", ".json", models.sam.key, params.content(MaskParams)).read(path, make, load)
+    return Cache("masks", ".json", models.sam.key, params.content(MaskParams)).read(path, make, write, load, params.keep_features)
 
 
 def regions(path: Path, models: Models, params: RunParams) -> list[np.ndarray]:
@@ -244,17 +274,17 @@ def regions(path: Path, models: Models, params: RunParams) -> list[np.ndarray]:
 
 def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
     """Set an image for SAM, with its embedding kept on disk if so wished; returns the image."""
-    image, segmenter = images.read_image(path), models.sam
+    pixels, segmenter = image(path), models.sam
     if not params.keep_embeddings:
-        segmenter.set_image(image)
-        return image
+        segmenter.set_image(pixels)
+        return pixels
     place = Cache("sam", ".safetensors", segmenter.key).path(path)
     if (embedding := kept(place, lambda target: files.read_tensors(target)[0]["embedding"])) is not None:
-        segmenter.set_image(image, embedding)
+        segmenter.set_image(pixels, embedding)
     else:
-        segmenter.set_image(image)
+        segmenter.set_image(pixels)
         files.write_tensors(place, {"embedding": segmenter.embedding})
-    return image
+    return pixels
 
 
 # ---------------------------------------------------------------- votes standardised over a collection (ours)
@@ -280,7 +310,8 @@ def prepare_votes(params: LabelParams, workers: int | None = None) -> None:
             work = functools.partial(_crop_tokens, models=Models.of(params), params=FeatureParams(**params.part(FeatureParams)))
             paths = [sample.image for sample in chosen]
             several = workers or getattr(params, "workers", 1)
-            tokens = [result for _, result in parallel.each(work, paths, "CLIP features of the votes' reference", several).results]
+            title, read = "CLIP features of the votes' reference", reader(params.device if isinstance(params, RunParams) else "cpu")
+            tokens = [result for _, result in parallel.each(work, paths, title, several, read=read).results]
             if chosen and not tokens:
                 raise DataError(f"reference_images: none of {len(chosen)} can be read; give other images, or set it to 0")
             files.write_tensors(path, {"tokens": torch.cat(tokens or [torch.zeros(0, 1)])}, {"images": json.dumps(content)})
@@ -334,12 +365,23 @@ def _side(encoder: Encoder, params: PatchParams) -> int:
     return params.image_size // encoder.patch * encoder.patch
 
 
+def encoder_pixels(path: Path, models: Models, params: PatchParams) -> torch.Tensor:
+    """(side, side, 3) ``uint8``: one image squashed to the encoder's square input."""
+    side = _side(models.encoder, params)
+    return torch.from_numpy(images.resize(image(path), (side, side)))
+
+
+def encode(pixels: torch.Tensor, models: Models) -> torch.Tensor:
+    """(B, width, h, w) fp16 patches of (B, side, side, 3) ``uint8`` pixels, on the models' device."""
+    return models.encoder.encode(pixels.to(models.device, non_blocking=True)).half()
+
+
 def encoder_patches(path: Path, models: Models, params: PatchParams) -> torch.Tensor:
-    """(width, h, w) patches of one image squashed to the encoder's square input, kept in fp16."""
-
-    def make(target: Path) -> None:
-        side = _side(models.encoder, params)
-        pixels = torch.from_numpy(images.resize(images.read_image(path), (side, side)))[None].to(models.device)
-        files.write_tensors(target, {"patches": models.encoder.encode(pixels)[0].half()})
-
-    return encoder_cache(models, params).read(path, make, lambda target: files.read_tensors(target)[0]["patches"])
+    """(width, h, w) fp16 patches of one image squashed to the encoder's square input."""
+    return encoder_cache(models, params).read(
+        path,
+        lambda: encode(encoder_pixels(path, models, params)[None], models)[0].cpu(),
+        lambda target, made: files.write_tensors(target, {"patches": made}),
+        lambda target: files.read_tensors(target)[0]["patches"],
+        params.keep_features,
+    )

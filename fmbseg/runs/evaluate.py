@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from fmbseg import files
-from fmbseg.data import benchmarks, images, label_spaces
+from fmbseg.data import benchmarks, label_spaces
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import Background, LabelSpace
 from fmbseg.data.samples import Dataset, Sample
@@ -150,11 +150,11 @@ def predict(
         return [_of_crops(found, models.texts(space), space.rule, params) for space in spaces]
     if method.name == "dense":
         segmenter = _dense(models, params)
-        embedded = segmenter.embed(images.read_image(path))
+        embedded = segmenter.embed(cache.image(path))
     else:
         segmenter, seen = _aligned(method.module, models, params), {} if seen is None else seen
         if segmenter.embedder.encoder.key not in seen:
-            seen[segmenter.embedder.encoder.key] = segmenter.through_windows(images.read_image(path), segmenter.embedder.encode)
+            seen[segmenter.embedder.encoder.key] = segmenter.through_windows(cache.image(path), segmenter.embedder.encode)
         embedded = segmenter.aligned(seen[segmenter.embedder.encoder.key])
     masks = cache.regions(path, models, params)
     return [segmenter.label(embedded, segmenter.texts(space), space.rule, masks) for space in spaces]
@@ -304,7 +304,7 @@ def measure(
     if engine == "ray":
         cluster.each(work, tasks, workers, float(device.startswith("cuda")))
     title = f"{', '.join(dict.fromkeys(m.name for m in methods))} on {', '.join(d.name for d in datasets)}"
-    parallel.each(work, tasks, title, workers if engine == "processes" else 1, take)
+    parallel.each(work, tasks, title, workers if engine == "processes" else 1, take, cache.reader(device))
     for dataset, confusion in zip(datasets, confusions[0]):
         if absent := benchmarks.unseen(dataset, confusion.counts.sum(axis=1)):
             tell(absent)

@@ -35,7 +35,7 @@ def collection(params: CollectionParams) -> list[Sample]:
 def make_features(samples: Sequence[Sample], params: RunParams) -> list[Failure]:
     """High-resolution CLIP features of every image, on disk (notebook 01)."""
     work = partial(_features, models=Models.of(params), params=params)
-    return parallel.each(work, samples, "CLIP features", params.workers).failures
+    return parallel.each(work, samples, "CLIP features", params.workers, read=cache.reader(params.device)).failures
 
 
 def _features(sample: Sample, models: Models, params: RunParams) -> None:
@@ -49,7 +49,7 @@ def make_queries(samples: Sequence[Sample], params: LabelParams) -> list[Failure
     """
     cache.prepare_votes(params)
     work = partial(_queries, space=label_spaces.vocabulary(params.vocabulary, params.words), models=Models.of(params), params=params)
-    return parallel.each(work, samples, "Stage 1.1", params.workers).failures
+    return parallel.each(work, samples, "Stage 1.1", params.workers, read=cache.reader(params.device)).failures
 
 
 def _queries(sample: Sample, space: LabelSpace, models: Models, params: LabelParams) -> None:
@@ -235,19 +235,20 @@ def label(
     store = LabelStore(folder, space, params)
     if own:
         store.check_images(samples)
-    work = partial(label_one, folder=store.folder, space=space, models=Models.of(params), params=params)
+    work = partial(label_one, store=store, models=Models.of(params), params=params)
     if engine == "ray":
         gpus = float(params.device.startswith("cuda")) if gpus is None else gpus
         return store, cluster.each(work, samples, params.workers, gpus)
-    return store, parallel.each(work, samples, "pseudo labels", params.workers).failures
+    of_image = cache.reader(params.device)
+    read = of_image and (lambda sample: store.has(sample) or of_image(sample))
+    return store, parallel.each(work, samples, "pseudo labels", params.workers, read=read).failures
 
 
-def label_one(sample: Sample, folder: Path, space: LabelSpace, models: Models, params: LabelParams) -> None:
-    """Pseudo labels of one image in a folder, where it has none yet. A failure is kept there and raised."""
-    store = LabelStore(folder, space, params)
+def label_one(sample: Sample, store: LabelStore, models: Models, params: LabelParams) -> None:
+    """Pseudo labels of one image in a store, where it has none yet. A failure is kept there and raised."""
     try:
         if not store.has(sample):
-            store.write(sample, label_cached(sample.image, space, models, params, given_labels(sample, space, params)))
+            store.write(sample, label_cached(sample.image, store.space, models, params, given_labels(sample, store.space, params)))
     except Exception as error:
         if parallel.is_expected(error):
             store.fail(sample, parallel.reason(error))

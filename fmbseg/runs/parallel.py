@@ -12,8 +12,9 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ EXPECTED = (ImageError, DataError, OSError, MemoryError, torch.OutOfMemoryError,
 Other errors of ours (a parameter, weights, a full disk) would come again at every item: they end the run. Anything else is a
 bug: it ends the run and names the item.
 """
+
+AHEAD = 4
+"""So many images at most are read ahead of a GPU."""
 
 IDLE_SECONDS = 300
 """How long worker processes and the models that they hold wait for more work."""
@@ -122,10 +126,45 @@ def leave_out(failure: Failure) -> None:
 _TAKEN = object()
 
 
+def on_gpu(device: str) -> bool:
+    """Whether ``workers`` are threads and processes that read ahead of one process with the models, for each would load them all."""
+    return device != "cpu"
+
+
+def whole(function: Callable[[T], Any], items: Iterable[T]) -> Iterator[Any]:
+    """``function`` of one item after the other; one whose work fails is told and left out."""
+    for item in items:
+        if isinstance(outcome := guarded(function, item), Failure):
+            leave_out(outcome)
+        else:
+            yield outcome
+
+
+def _read_ahead(read: Callable[[T], Any], items: Sequence[T], threads: int) -> Iterator[T]:
+    """The items in order, each after ``read`` of it by another thread. What it raises comes again at the item's turn."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque = deque()
+        for item in (*items, *[None] * threads):
+            if item is not None:
+                waiting.append((item, pool.submit(read, item)))
+            if waiting and (item is None or len(waiting) > threads):
+                due, future = waiting.popleft()
+                future.exception()
+                yield due
+
+
 def each(
-    function: Callable[[T], Any], items: Sequence[T], title: str, workers: int = 1, take: Callable[[T, Any], None] | None = None
+    function: Callable[[T], Any],
+    items: Sequence[T],
+    title: str,
+    workers: int = 1,
+    take: Callable[[T, Any], None] | None = None,
+    read: Callable[[T], Any] | None = None,
 ) -> Done:
     """``function`` on every item.
+
+    read: what ``workers`` threads (AHEAD at most) do with the next items while ``function`` works on one in this process,
+    such as reading their images; none: ``function`` runs in several processes.
 
     take: called with every item and its result as it comes, in any order; no result is kept then, so memory does not
     grow with the number of items.
@@ -144,8 +183,8 @@ def each(
         bar.update()
 
     with progress(len(items), title) as bar:
-        if workers == 1 or len(items) < 2:
-            for i, item in enumerate(items):
+        if read or workers == 1 or len(items) < 2:
+            for i, item in enumerate(_read_ahead(read, items, min(workers, AHEAD)) if read else items):
                 settle(i, guarded(function, item))
         else:
             try:

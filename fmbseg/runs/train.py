@@ -35,9 +35,14 @@ CURVE_ROWS = 2000
 
 
 class PatchDataset(Dataset):
-    """The images of a collection as ``stage2.train`` takes them: patches from the cache, labels kept in memory (1 KB an image)."""
+    """The images of a collection as ``stage2.train`` takes them: patches from the cache, labels kept in memory (1 KB an image).
+
+    Without ``keep_features`` an item has the encoder's input, (side, side, 3) ``uint8``, in place of patches: ``encode`` makes them.
+    """
 
     def __init__(self, samples: Sequence[Sample], store: LabelStore, params: AlignParams):
+        if params.dense_weight and not params.keep_features:
+            raise ParameterError("dense_weight: its targets are read from kept features; set keep_features=true, or dense_weight=0")
         self.samples, self.params, self.models = samples, params, Models.of(params)
         self.width, *grid = self.patches(0).shape
         self.labels = [patch_labels(store.read(s), tuple(grid), params.min_labelled).short() for s in samples]
@@ -48,7 +53,8 @@ class PatchDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int | None) -> tuple[torch.Tensor, ...]:
-        patches, labels = self.patches(index or 0), self.labels[index or 0].long()
+        of_image = self.patches if self.params.keep_features else self.pixels
+        patches, labels = of_image(index or 0), self.labels[index or 0].long()
         item = (patches, torch.full_like(labels, IGNORED) if index is None else labels)
         if not self.params.dense_weight:
             return item
@@ -58,6 +64,13 @@ class PatchDataset(Dataset):
     def patches(self, index: int) -> torch.Tensor:
         """(width, h, w) fp16 encoder patches of one image."""
         return cache.encoder_patches(self.samples[index].image, self.models, self.params)
+
+    def pixels(self, index: int) -> torch.Tensor:
+        return cache.encoder_pixels(self.samples[index].image, self.models, self.params)
+
+    def encode(self, batch: torch.Tensor) -> torch.Tensor:
+        """What an item's first part has to become for the module: (B, width, h, w) patches on the device."""
+        return (batch if self.params.keep_features else cache.encode(batch, self.models)).to(self.params.device, non_blocking=True).float()
 
     def classes(self) -> tuple[int, ...]:
         """Indices of the classes that label any patch, sorted: the K classes of the loss."""
@@ -81,8 +94,10 @@ def prealign(params: RunParams) -> Path:
         models = Models.of(params)
         key = _key(params, (PatchParams, ModuleParams, PrealignParams, FeatureParams), samples)
         if _read(path, key) is None:
-            both = partial(_dense_and_patches, models=models, params=params)
-            samples = [sample for sample, _ in parallel.each(both, samples, "dense map and encoder patches", params.workers).results]
+            if params.keep_features:
+                both, read = partial(_dense_and_patches, models=models, params=params), cache.reader(params.device)
+                done = parallel.each(both, samples, "dense map and encoder patches", params.workers, read=read)
+                samples = [sample for sample, _ in done.results]
             if not samples:
                 raise DataError(f"{params.collection}: no image could be encoded for pre-alignment; the reasons are told above")
             paths = [sample.image for sample in samples]
@@ -91,11 +106,11 @@ def prealign(params: RunParams) -> Path:
             patches = (cache.encoder_patches(one, models, params) for one in some)
             out = len(cache.clip_features(paths[0], models, params).map)
             fresh = training.new_module(patches, width, out, params, params.seed)
-            items = (
-                (cache.encoder_patches(one, models, params), dense_target(one, models, params, tuple(grid)))
-                for one in parallel.progress_over(paths, "pre-alignment")
-            )
-            made = prealignment.prealign(fresh, items, params)
+
+            def pair(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+                return cache.encoder_patches(path, models, params), dense_target(path, models, params, tuple(grid))
+
+            made = prealignment.prealign(fresh, parallel.whole(pair, parallel.progress_over(paths, "pre-alignment")), params)
             described = {"key": key, "images": len(samples), "prealigned": len(samples), "classes": [], "indices": [], "curve": {}}
             modules.save(path, made, _made_with(params, sam=False) | described)
     parallel.wait()
@@ -115,10 +130,13 @@ def _dense_and_patches(sample: Sample, models: Models, params: RunParams) -> Non
 def prepare(samples: Sequence[Sample], params: RunParams) -> list[Sample]:
     """Encode every image once, on disk, in several processes; returns those that could be encoded, in order.
 
-    Under torchrun each rank encodes its share, and all wait for each other.
+    Without ``keep_features`` nothing is encoded before its turn, and all are returned. Under torchrun each rank encodes its
+    share, and all wait for each other.
     """
+    if not params.keep_features:
+        return list(samples)
     work = partial(_encode, models=Models.of(params), params=params)
-    parallel.each(work, parallel.split_by_rank(samples), "encoder patches", params.workers)
+    parallel.each(work, parallel.split_by_rank(samples), "encoder patches", params.workers, read=cache.reader(params.device))
     parallel.wait()
     kept = cache.encoder_cache(Models.of(params), params)
     return [sample for sample in samples if kept.path(sample.image).is_file()]
@@ -176,7 +194,18 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
 
         try:
             result = training.train(
-                data, classes, texts[list(classes)], start, params, params.seed, params.device, tell, state, keeper.after_batch
+                data,
+                classes,
+                texts[list(classes)],
+                start,
+                params,
+                params.seed,
+                params.device,
+                tell,
+                state,
+                keeper.after_batch,
+                data.encode,
+                params.workers if parallel.on_gpu(params.device) else 0,
             )
         except FmbsegError:
             with suppress(FmbsegError):

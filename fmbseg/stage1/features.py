@@ -75,4 +75,5 @@ def extract(image: np.ndarray, clip: ImageText, params: FeatureParams) -> ImageF
         out = clip.encode_crops(torch.from_numpy(np.stack([images.resize(p, (side, side)) for p in pixels])), params.path, params.residual)
         tokens.append(out.tokens.cpu())
         tiles += zip(batch, out.maps.cpu())
-    return ImageFeatures(image.shape[:2], windows.stitch(tiles, height, width), torch.cat(tokens), tuple(crops))
+    rounded = (one.half().float() for one in (windows.stitch(tiles, height, width), torch.cat(tokens)))  # as they are kept (ours)
+    return ImageFeatures(image.shape[:2], *rounded, tuple(crops))

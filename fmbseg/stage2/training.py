@@ -93,11 +93,15 @@ def new_module(patches: Iterable[torch.Tensor], width: int, out: int, params: Mo
     return alignment
 
 
-def batches(data: Dataset, images_per_batch: int, seed: int) -> DataLoader:
-    """Every image once an epoch, in an order that the seed gives. Under torchrun, this process's part of each batch."""
+def batches(data: Dataset, images_per_batch: int, seed: int, workers: int = 0) -> DataLoader:
+    """Every image once an epoch, in an order that the seed gives. Under torchrun, this process's part of each batch.
+
+    workers: processes that read the next batches ahead, which changes neither their order nor what is in them.
+    """
     generator = torch.Generator().manual_seed(seed)
     drawn = BatchSampler(RandomSampler(data, generator=generator), images_per_batch, drop_last=False)
-    return DataLoader(data, batch_sampler=distributed.RankBatchSampler(drawn), generator=generator)
+    pinned = workers > 0 and torch.cuda.is_available()
+    return DataLoader(data, batch_sampler=distributed.RankBatchSampler(drawn), generator=generator, num_workers=workers, pin_memory=pinned)
 
 
 def optimiser_of(alignment: nn.Module, params: AlignParams) -> torch.optim.Optimizer:
@@ -130,6 +134,8 @@ def train(
     on_step: Callable[[dict[str, float] | None], None] = lambda row: None,
     state: TrainState | None = None,
     on_state: Callable[[Callable[[], TrainState]], None] = lambda take: None,
+    encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    workers: int = 0,
 ) -> TrainResult:
     """Train M on pseudo labels: SGD, cosine to zero, 5 images a batch (Sec. 4.1). The same seed gives the same module on a CPU.
 
@@ -140,6 +146,7 @@ def train(
     on_step: called after every step with its row, or None where a batch had no labelled patch.
     state: of the same training, stopped: it goes on from there, reads no batch that is done, and ends with the same module.
     on_state: called after every batch but the last with a function that gives the state.
+    encode: makes (B, width, h, w) patches on the device of what items hold in their place, such as pixels; workers: as ``batches`` has it.
     Under torchrun every rank takes its part of each batch, and all end with the same module.
 
     Raises TrainingError, before the step is done, where the loss or its gradient is not finite, and at the end where the
@@ -149,7 +156,7 @@ def train(
     row_of, texts = rows_of(classes), texts.to(device)
     alignment = copy.deepcopy(initial).to(device).train()
     network, loss_of, optimiser = distributed.parallel(alignment), loss_function(params), optimiser_of(alignment, params)
-    loader = batches(data, params.images_per_batch, seed)
+    loader = batches(data, params.images_per_batch, seed, workers)
     total = params.epochs * len(loader)
     steps: list[dict[str, float]] = []
     done = 0
@@ -170,7 +177,7 @@ def train(
         at_start = loader.generator.get_state()
         loader.batch_sampler.skip = done - epoch * len(loader)
         for patches, labels, *dense in loader:
-            maps = network(patches.float().to(device))
+            maps = network(encode(patches) if encode else patches.to(device).float())
             z, y = maps.permute(0, 2, 3, 1).flatten(0, 2), row_of[labels.flatten()]
             if total - done <= LAST_BATCHES:
                 nearest = (z.detach() @ texts.T).argmax(dim=1)
