@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -75,10 +76,10 @@ def _orientation(opened: Image.Image) -> int:
         return 1
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The image of a file as PIL decodes it, all of it read. Raises ImageError when the file is missing or damaged."""
+def open_image(path: str | Path | BinaryIO) -> Image.Image:
+    """The image of a file, or of an open one, as PIL decodes it, all of it read. Raises ImageError when the file is missing or damaged."""
     with _reading(path):
-        if not Path(path).is_file():
+        if isinstance(path, (str, Path)) and not Path(path).is_file():
             raise ImageError(f"{path}: no such file; give the path of an image ({', '.join(SUFFIXES)})")
         opened = Image.open(path)
         opened.load()
@@ -137,7 +138,7 @@ def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
     return image
 
 
-def read_mask(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_mask(path: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read an index mask (8-bit grayscale or palette, or 16-bit grayscale; PNG or TIFF) as (height, width) ``int32``.
 
     The largest value of the file's depth (IGNORED_IN_FILES) is read as IGNORED. size: the (height, width) of its image; another size raises ImageError, for a mask is never resized.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +21,9 @@ from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, ImageError
 from fmbseg.models import clip, sam
 from fmbseg.params import CollectionParams, LabelParams, RunParams
-from fmbseg.runs import cache, cluster, parallel
+from fmbseg.runs import cache, cluster, packs, parallel
 from fmbseg.runs.cache import Models
+from fmbseg.runs.packs import Member, Packs
 from fmbseg.runs.parallel import Failure
 from fmbseg.stage1 import pseudo_labels
 from fmbseg.stage1.pseudo_labels import PseudoLabel
@@ -121,10 +124,12 @@ class LabelStore:
 
     labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. An image
     that failed has its reason in failed/NAME.json until it succeeds. NAME is the sample's, cut where files cannot be named so.
+    ``pack`` moves both files of many images into a tar file under packed/; they are read from there as before.
     """
 
     def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
         self.folder, self.failed, self.space = Path(folder), Path(folder) / "failed", space
+        self.packs = Packs(Path(folder) / "packed")
         header = {"vocabulary": list(space.names), "prompts": [list(p) for p in space.prompts], "parameters": content(params)}
         self.key = files.digest(header)
         path = self.folder / "labels.json"
@@ -142,19 +147,28 @@ class LabelStore:
 
     def _said(self, sample: Sample, *names: str) -> list | None:
         """What the image's record says under these names; None where it is missing or damaged."""
-        return cache.kept(self._record(sample), lambda record: [files.read_json(record)[name] for name in names])
+        return cache.kept(self._record(sample), lambda record: [self._described(record)[name] for name in names])
+
+    def _described(self, record: Path) -> dict[str, Any]:
+        packed = None if record.is_file() else self.packs.read(record.name)
+        return files.read_json(record) if packed is None else json.load(packed)
 
     def _failed(self, sample: Sample) -> Path:
         return self.failed / f"{_name(sample)}.json"
 
     def has(self, sample: Sample) -> bool:
         """Whether this image has a whole pseudo label, made with these words and parameters."""
-        if self._said(sample, "key", "sha256") != [self.key, files.sha256_of(sample.image)] or not self.path(sample).is_file():
+        if self._said(sample, "key", "sha256") != [self.key, files.sha256_of(sample.image)]:
             return False
         try:
             return bool(self.read(sample).size)
-        except ImageError:
+        except (DataError, ImageError):
             return False
+
+    def pack(self, samples: Sequence[Sample]) -> None:
+        """Move the labels of these images into one tar file, those that are not in one."""
+        if loose := [path for s in samples for path in (self._record(s), self.path(s)) if path.is_file()]:
+            self.packs.add(loose)
 
     def check_images(self, samples: Sequence[Sample]) -> None:
         """Raise DataError where the folder holds the label of another image, from another place, under a name of these."""
@@ -192,9 +206,18 @@ class LabelStore:
 
     def read(self, sample: Sample) -> np.ndarray:
         """(height, width) class indices, IGNORED where unlabelled."""
-        if not self.path(sample).is_file():
+        return images.read_mask(self._map(sample))
+
+    def sha256(self, sample: Sample) -> str:
+        """The hash of the file of the label map."""
+        found = self._map(sample)
+        return files.sha256_of(found) if isinstance(found, Path) else hashlib.sha256(found.getbuffer()).hexdigest()
+
+    def _map(self, sample: Sample) -> Path | Member:
+        path = self.path(sample)
+        if (found := path if path.is_file() else self.packs.read(path.name)) is None:
             raise DataError(f"{sample.name}: has no pseudo label in {self.folder}; run Stage 1 (notebook 03 or fmbseg label) first")
-        return images.read_mask(self.path(sample))
+        return found
 
 
 def _name(sample: Sample) -> str:
@@ -218,6 +241,7 @@ def label(
 ) -> tuple[LabelStore, list[Failure]]:
     """Pseudo labels of both stages for every image, on disk; resumable. Returns the store and what failed, with reasons.
 
+    folder: where the files lie; none: in the cache, and those of every ``packs.PACK`` images go into one tar file.
     engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
     Raises ParameterError or DataError, before any work, for a folder that cannot be written, that lies among the images, or
     that holds the labels of other images of the same names.
@@ -241,7 +265,15 @@ def label(
         return store, cluster.each(work, samples, params.workers, gpus)
     of_image = cache.reader(params.device)
     read = of_image and (lambda sample: store.has(sample) or of_image(sample))
-    return store, parallel.each(work, samples, "pseudo labels", params.workers, read=read).failures
+    loose: list[Sample] = []
+
+    def pack(sample: Sample, _: None) -> None:
+        loose.extend([sample] if not own and store.path(sample).is_file() else [])
+        if len(loose) == packs.PACK:
+            store.pack(loose)
+            loose.clear()
+
+    return store, parallel.each(work, samples, "pseudo labels", params.workers, pack, read).failures
 
 
 def label_one(sample: Sample, store: LabelStore, models: Models, params: LabelParams) -> None:

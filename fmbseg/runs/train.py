@@ -161,7 +161,7 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
         initial = prealign(params)
     words = [store.space.names, store.space.prompts, params.templates, params.text_average]
     several = [distributed.size(), params.negatives] if distributed.size() > 1 else []
-    maps = [files.sha256_of(store.path(sample)) for sample in samples]
+    maps = [store.sha256(sample) for sample in samples]
     schemas = (AlignParams, FeatureParams) if params.dense_weight else (AlignParams,)
     on_cuda = ["deterministic"] if params.deterministic and params.device.startswith("cuda") else []
     key = _key(params, schemas, samples, maps, words, files.sha256_of(initial) if initial else "", several, *on_cuda)
