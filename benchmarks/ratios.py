@@ -28,7 +28,7 @@ from fmbseg.runs.modules import Segmenter
 from fmbseg.stage2 import losses, metrics, training
 from fmbseg.stage2.segmenter import words_space
 
-from throughput import hardware  # isort: skip
+from throughput import hardware, peak_memory, reset_peak  # isort: skip
 
 
 def best(turns: int, **sides: Callable[[], object]) -> dict[str, float]:
@@ -72,16 +72,10 @@ def plain_log_sum_others(z: torch.Tensor, temperature: float = 1.0) -> torch.Ten
 def peak_of_loss(n: int) -> None:
     """Print the bytes by which TSupCon's forward and backward over n patches raise this process's memory at most (Linux)."""
     losses.tsupcon(*patches(64), temperature=0.2).backward()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    reset_peak("cpu")
     before = peak_memory()
     losses.tsupcon(*patches(n), temperature=0.2).backward()
     print(peak_memory() - before)
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process held at most."""
-    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(told["VmHWM"].split()[0])
 
 
 def loss(turns: int) -> list[dict]:

@@ -58,6 +58,22 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def reset_peak(device: str) -> None:
+    """Let the peak that ``peak_memory`` tells begin anew (on a CPU: Linux)."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """Bytes that this process held at most, models included: of the GPU's memory, or of the machine's."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(told["VmHWM"].split()[0])
+
+
 class Clock:
     """Seconds spent inside each model, by its name: ``watch`` an object's method and every call of it counts."""
 
@@ -158,10 +174,12 @@ def measure(pipelines: dict[str, Pipeline], count: int) -> pd.DataFrame:
     """One row a step and variant; variants take turns image by image, so that other load meets all alike."""
     rows = []
     for step in STEPS:
-        taken = {name: [] for name in pipelines}
+        taken, peaks = {name: [] for name in pipelines}, dict.fromkeys(pipelines, 0)
         for i in range(-WARM_UP, count):
             for name, pipeline in pipelines.items():
+                reset_peak(pipeline.params.device)
                 made = pipeline.run(step, i % count)
+                peaks[name] = max(peaks[name], peak_memory(pipeline.params.device))
                 if i >= 0:
                     taken[name].append(made)
         for name, found in taken.items():
@@ -171,6 +189,7 @@ def measure(pipelines: dict[str, Pipeline], count: int) -> pd.DataFrame:
             shares = {model: round(sum(models.get(model, 0.0) for _, models in found) / total, 3) for model in sorted(inside)}
             seconds = statistics.median(seconds for seconds, _ in found) / arrays
             rows.append({"step": step, "variant": name, "seconds": round(seconds, 5), "images/s": round(1 / seconds, 3), "shares": shares})
+            rows[-1]["peak_bytes"] = peaks[name]
         print(
             "  ".join([f"{step:20s}", *(f"{r['variant']}: {r['seconds']:.4f} s an image" for r in rows if r["step"] == step)]), flush=True
         )
@@ -247,6 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table["bf16 / fp32"] = (table["bf16"] / table["fp32"]).round(2)
         ratios["bf16 / fp32"] = table["bf16 / fp32"].to_dict()
     print("\nimages per second\n" + table.to_string())
+    print(
+        "\npeak memory, GB, all variants' models included\n"
+        + (frame.set_index(["step", "variant"])["peak_bytes"] / 1e9).round(2).to_string()
+    )
     print("\nshare of the time in each model\n" + "\n".join(f"{r['step']:20s}{r['variant']:6s}{r['shares']}" for _, r in frame.iterrows()))
     if "processes" in options.compare and params.device == "cpu":
         ratios["SAM embeddings per second, processes x threads"] = processes_against_threads(params, arrays)

@@ -15,7 +15,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)
     yield
-    for name in ("costs", "ratios", "throughput"):
+    for name in ("costs", "ratios", "scaling", "throughput"):
         sys.modules.pop(name, None)
 
 
@@ -59,5 +59,25 @@ def test_throughput_measures_every_step_and_writes_a_record(capsys, monkeypatch,
     found = record["protocol"]["steps"]
     assert [(r["step"], r["variant"]) for r in found] == [(s, v) for s in throughput.STEPS for v in ("fp32", "bf16")]
     assert all(r["seconds"] > 0 and 0 < sum(r["shares"].values()) <= 1.001 for r in found)
+    assert all(1e8 < r["peak_bytes"] < 1e11 for r in found)
     assert set(found[0]["shares"]) == {"CLIP"} and set(found[-1]["shares"]) == {"encoder", "alignment module"}
     assert "a test" in record["notes"] and record["hardware"] in told and set(record["protocol"]["ratios"]) == {"bf16 / fp32"}
+
+
+def test_scaling_measures_growth_and_draws_it(capsys, monkeypatch, tmp_path):
+    import scaling
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert scaling.slope([10, 100, 1000], [3, 300, 30000]) == 2 and scaling.slope([1, 4, 16], [7, 7, 7]) == 0
+    held = []
+
+    def sizes():
+        for n in (4, 8, 16):
+            yield n, lambda n=n: held.clear() or held.append(torch.ones(n, 2**20).sum())
+
+    monkeypatch.setattr(scaling, "MEASURED", {"ones": ("make ones", "millions", sizes)})
+    out = tmp_path / "scaling.json"
+    scaling.main(["--out", str(out)])
+    (row,) = files.read_json(out)["protocol"]["growth"]
+    assert row["sizes"] == [4, 8, 16] and 0.8 < row["slope_of_bytes"] < 1.2 and 12e6 < row["bytes"][0] < 40e6
+    assert "make ones" in out.with_suffix(".svg").read_text() and "slope" in capsys.readouterr().out

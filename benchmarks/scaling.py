@@ -1,0 +1,161 @@
+"""How time and memory grow: with the number of images, classes and patches, and with the size of an image.
+
+    python benchmarks/scaling.py            record and chart: results/embedded/benchmarks/scaling.json and scaling.svg
+    python benchmarks/scaling.py images     one of them
+
+One thread; processor seconds of the best of the turns, and the bytes by which a turn raises the process's memory at most. The slope
+is that of the least-squares line through the logarithms: 1 is linear growth, 0 none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from fmbseg import files, profiles
+from fmbseg.data import collections, images, label_spaces
+from fmbseg.runs import modules, packs, records
+from fmbseg.runs.modules import Segmenter
+from fmbseg.stage2 import losses
+from fmbseg.stage2.segmenter import words_space
+
+from ratios import patches, real_image  # isort: skip
+from throughput import hardware, peak_memory, reset_peak  # isort: skip
+
+Work = Callable[[], object]
+MEASURED: dict[str, tuple[str, str, Callable[[], Iterator[tuple[int, Work]]]]] = {}
+"""name -> (what is done, unit of its size, its (size, work) one after the other)."""
+
+
+def measured(what: str, unit: str):
+    def add(sizes: Callable[[], Iterator[tuple[int, Work]]]):
+        MEASURED[sizes.__name__] = what, unit, sizes
+        return sizes
+
+    return add
+
+
+@measured("list and check a folder of images", "images")
+def collection() -> Iterator[tuple[int, Work]]:
+    for n in (1_183, 11_829, 118_287):
+        with tempfile.TemporaryDirectory() as folder:
+            for i in range(n):
+                Path(folder, f"{i:012d}.jpg").touch()
+            yield n, lambda folder=folder: collections.load_collection(folder)
+
+
+@measured("find and read 1,000 packed pseudo labels", "images")
+def labels() -> Iterator[tuple[int, Work]]:
+    for n in (1_000, 10_000, 100_000):
+        with tempfile.TemporaryDirectory() as folder:
+            for start in range(0, n, packs.PACK):
+                made = [Path(folder, f"{i:012d}.png") for i in range(start, start + packs.PACK)]
+                for path in made:
+                    path.write_bytes(b"label")
+                packs.Packs(Path(folder, "packed")).add(made)
+            here, some = packs.Packs(Path(folder, "packed")), [f"{i * n // 1000:012d}.png" for i in range(1000)]
+            here.read(some[0])  # the first finds out where all lie
+            yield n, lambda here=here, some=some: [here.read(name) for name in some]
+
+
+@measured("segment an image of 640 x 480", "classes")
+def classes() -> Iterator[tuple[int, Work]]:
+    segmenter, image = Segmenter.load(modules.SHIPPED), real_image()
+    names = label_spaces.vocabulary("coco_stuff171").names
+    for k in (10, 40, 160):
+        space = words_space(names[:k])
+        segmenter.texts(space)  # once for all images
+        yield k, lambda space=space: segmenter.segment(image, space)
+
+
+@measured("TSupCon, forward and backward", "patches")
+def loss() -> Iterator[tuple[int, Work]]:
+    for n in (512, 2048, 8192):
+        given = patches(n)
+        yield n, lambda given=given: losses.tsupcon(*given, temperature=0.2).backward()
+
+
+@measured("segment an image into 20 classes", "pixels")
+def size() -> Iterator[tuple[int, Work]]:
+    segmenter, space = Segmenter.load(modules.SHIPPED), words_space(label_spaces.vocabulary("coco_stuff171").names[:20])
+    segmenter.texts(space)
+    for height, width in ((240, 320), (480, 640), (960, 1280), (1920, 2560)):
+        image = images.resize(real_image(), (height, width))
+        yield height * width, lambda image=image: segmenter.segment(image, space)
+
+
+def measure(work: Work, turns: int) -> tuple[float, int]:
+    """(processor seconds of the best turn, bytes by which memory rose at most in any turn), after one turn that is not counted."""
+    work()
+    seconds, peaks = [], []
+    for _ in range(turns):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or freed memory that the process still holds would hide the peak
+        reset_peak("cpu")
+        before, started = peak_memory(), time.process_time()
+        work()
+        seconds.append(time.process_time() - started)
+        peaks.append(peak_memory() - before)
+    return min(seconds), max(peaks)
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    return round(float(np.polyfit(np.log(sizes), np.log(np.maximum(values, 1e-9)), 1)[0]), 2)
+
+
+def chart(rows: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3), layout="constrained", squeeze=False)
+    for axis, row in zip(axes[0], rows):
+        axis.loglog(row["sizes"], row["seconds"], "o-", label=f"seconds, slope {row['slope_of_seconds']}")
+        axis.loglog(row["sizes"], np.array(row["bytes"]) / 1e9, "s--", label=f"GB, slope {row['slope_of_bytes']}")
+        axis.set_title(row["what"], fontsize=9)
+        axis.set_xlabel(row["unit"])
+        axis.legend(fontsize=8)
+    with files.atomic_path(path) as part:
+        figure.savefig(part, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("which", nargs="*", choices=[[], *MEASURED], help=f"of {', '.join(MEASURED)} (default: all)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each; the best counts")
+    parser.add_argument("--out", type=Path, help="file of the record (default: results/embedded/benchmarks/scaling.json)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    started, params, rows = time.perf_counter(), profiles.load("evaluate", "embedded"), []
+    for name in options.which or MEASURED:
+        what, unit, sizes = MEASURED[name]
+        found = [(n, *measure(work, options.turns)) for n, work in sizes()]
+        numbers, seconds, peaks = (list(column) for column in zip(*found))
+        rows.append({"what": what, "unit": unit, "sizes": numbers, "seconds": [round(s, 5) for s in seconds], "bytes": peaks})
+        rows[-1] |= {"slope_of_seconds": slope(numbers, seconds), "slope_of_bytes": slope(numbers, peaks)}
+        print(rows[-1], flush=True)
+    record = records.Record(
+        "benchmark",
+        "scaling",
+        params.model_dump(),
+        params.collection,
+        images=0,
+        seconds=round(time.perf_counter() - started, 1),
+        hardware=hardware("cpu"),
+        protocol={"threads": 1, "turns": options.turns, "growth": rows},
+        notes=records.notes_of(params),
+    )
+    out = options.out or records.results_folder(params) / "benchmarks" / "scaling.json"
+    record.write(out.parent, out.stem)
+    chart(rows, out.with_suffix(".svg"))
+    print(f"record: {out}")
+
+
+if __name__ == "__main__":
+    main()
