@@ -137,8 +137,10 @@ def label(options: argparse.Namespace) -> None:
 @_counting
 def train(options: argparse.Namespace) -> None:
     from fmbseg import files
+    from fmbseg.data import label_spaces
     from fmbseg.runs import label, modules, parallel, records, train
     from fmbseg.stage2.distributed import rank
+    from fmbseg.tools.corrected import MixedStore, take
 
     p = _params(options, "train")
     if p.deterministic:
@@ -149,8 +151,12 @@ def train(options: argparse.Namespace) -> None:
         files.check_place(records.results_folder(p), folder=True, name="results_dir")
     with parallel.group(p.device) as device:
         p = p.model_copy(update={"device": device})
-        samples = label.collection(p)
-        store, _ = label.label(parallel.split_by_rank(samples), p)
+        samples, corrected = label.collection(p), {}
+        if options.labels:
+            corrected = take(options.labels, samples, label_spaces.vocabulary(p.vocabulary, p.words))
+            print(f"{len(corrected)} of {len(samples)} images have masks of {options.labels}; pseudo labels are made of the others")
+        store, _ = label.label(parallel.split_by_rank([sample for sample in samples if sample.name not in corrected]), p)
+        store = MixedStore(store, corrected) if corrected else store
         parallel.wait()
         result = train.train(samples, store, p, path)
         if rank() == 0:
@@ -316,6 +322,13 @@ def _parser() -> argparse.ArgumentParser:
         "On several GPUs: torchrun --nproc-per-node 8 -m fmbseg.cli train --profile paper",
     )
     common(sub, collection=True)
+    sub.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FOLDER",
+        help="masks that a person corrected, in the place of those images' pseudo labels: a COCO .json, a VOC folder (CVAT), or PNGs"
+        " with classes.txt; of results of segment that were reviewed, the accepted ones",
+    )
     sub.add_argument(
         "--out",
         type=Path,

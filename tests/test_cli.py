@@ -152,7 +152,10 @@ def test_segment_writes_labels_overlay_and_json(trained, capsys, monkeypatch, tm
     status, told_out, error = told(capsys, "segment", str(image), str(broken), *arguments)
     assert status == 3 and told_out.splitlines()[-3:-1] == [f"1 of 2 images segmented in {out}", "1 left out:"]
     assert told_out.splitlines()[-1].startswith(f"  {broken}: cannot be read as an image")
-    assert {p.name for p in out.iterdir()} == {f"{image.stem}{suffix}" for suffix in files.RESULT_SUFFIXES} | {"fmbseg-summary.csv"}
+    assert {p.name for p in out.iterdir()} == {f"{image.stem}{suffix}" for suffix in files.RESULT_SUFFIXES} | {
+        "fmbseg-summary.csv",
+        "fmbseg-classes.txt",
+    }
     rows = pd.read_csv(out / "fmbseg-summary.csv").fillna({"class": "", "failed": ""})
     assert list(rows["image"]) == [str(image)] * (len(rows) - 1) + [str(broken)] and list(rows["class"])[0] == list(rows["class"])[-1] == ""
     assert rows["failed"].iloc[-1].startswith("cannot be read as an image")
@@ -206,7 +209,14 @@ def test_segment_of_names_with_dots_and_of_folders(trained, capsys, monkeypatch,
     assert (np.array(shown) == np.array(Image.open(tmp_path / "in/a.b.labels.png")) + 1).all()
     status, out, _ = told(capsys, *arguments, "--out", str(tmp_path / "in"))
     assert status == 0 and "1 of 1 images segmented" in out  # what was written for other tools is no image of the user's
-    assert status == 0 and there == ["a.b.json", "a.b.labels.png", "a.b.margin.png", "a.b.overlay.png", "fmbseg-summary.csv"]
+    assert status == 0 and there == [
+        "a.b.json",
+        "a.b.labels.png",
+        "a.b.margin.png",
+        "a.b.overlay.png",
+        "fmbseg-classes.txt",
+        "fmbseg-summary.csv",
+    ]
 
 
 def test_label_and_evaluate_also_in_shards(trained, capsys, monkeypatch, tmp_path):
@@ -295,6 +305,20 @@ def test_labels_as_coco_annotations_read_by_pycocotools(trained, capsys, monkeyp
             pixels += mask.sum()
         assert (back == labels).all()
     assert pixels > 0 and len({a["id"] for a in coco.dataset["annotations"]}) == len(coco.dataset["annotations"])
+
+
+def test_train_takes_corrected_masks(trained, capsys, monkeypatch, tmp_path):
+    home, _, image = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    size = Image.open(image).size[::-1]
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/classes.txt").write_text("cat\nperson\n")
+    Image.fromarray(np.ones(size, np.uint8)).save(tmp_path / "labels" / f"{image.stem}.png")
+    module = tmp_path / "own.safetensors"
+    status, out, _ = told(capsys, "train", "--profile", "smoke", "--labels", str(tmp_path / "labels"), "--out", str(module))
+    assert status == 0 and f"1 of 6 images have masks of {tmp_path / 'labels'}; pseudo labels are made of the others" in out
+    described = modules.load(module)[1]
+    assert "person" in described["classes"] and described["notes"][-1].endswith("that a person corrected: not annotation-free")
 
 
 def test_a_read_only_home_with_everything_in_it_serves_label_evaluate_and_segment(trained, capsys, monkeypatch, tmp_path):

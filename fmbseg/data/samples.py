@@ -102,7 +102,9 @@ def read_instances(size: tuple[int, int], instances: Iterable[tuple[int, Mapping
     truth = np.full(size, background, dtype=np.int16)
     for index, annotation in sorted(instances, key=lambda one: -one[1]["area"]):
         try:
-            coded = rle.frPyObjects(annotation["segmentation"], *size)
+            coded = annotation["segmentation"]
+            if isinstance(coded, list) or not isinstance(coded["counts"], str):  # else it is compressed already
+                coded = rle.frPyObjects(coded, *size)
             coded = rle.merge(coded) if isinstance(coded, list) else coded
             truth[rle.decode(coded).astype(bool)] = IGNORED if annotation["iscrowd"] else index
         except Exception as error:  # pycocotools raises plain Exception too

@@ -125,7 +125,10 @@ class LabelStore:
     labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. An image
     that failed has its reason in failed/NAME.json until it succeeds. NAME is the sample's, cut where files cannot be named so.
     ``pack`` moves both files of many images into a tar file under packed/; they are read from there as before.
+    notes: what a module that is trained on them has to say.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, folder: str | Path, space: LabelSpace, params: LabelParams):
         self.folder, self.failed, self.space = Path(folder), Path(folder) / "failed", space

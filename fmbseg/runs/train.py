@@ -295,7 +295,9 @@ def _curve(path: Path) -> Path:
 
 
 def _description(key: str, result: TrainResult, data: PatchDataset, store: LabelStore, params: RunParams) -> dict:
-    return _made_with(params) | {
+    made = _made_with(params)
+    return made | {
+        "notes": [*made["notes"], *store.notes],
         "key": key,
         "classes": [store.space.names[k] for k in result.classes],
         "indices": result.classes,

@@ -25,8 +25,8 @@ from fmbseg.schemas import SegmentRun
 from fmbseg.stage2 import segmenter
 from fmbseg.tools.export import Labelled
 
-EXPORT, SUMMARY = "fmbseg-export", "fmbseg-summary.csv"
-"""In a folder of results, the folder of other tools' formats, and the table of all images and classes."""
+EXPORT, SUMMARY, CLASSES = "fmbseg-export", "fmbseg-summary.csv", "fmbseg-classes.txt"
+"""In a folder of results, the folder of other tools' formats, the table of all images and classes, and the classes, a line each."""
 
 
 def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
@@ -96,6 +96,9 @@ def run(
     rows += [{"image": failure.item, "failed": failure.why} for failure in done.failures]
     with files.atomic_path(out / SUMMARY) as part:
         pd.DataFrame(rows).to_csv(part, index=False)
+    with files.atomic_path(out / CLASSES) as part:
+        lines = [f"{name}: {', '.join(words)}\n" for name, words in zip(space.names, space.prompts)]
+        part.write_text("".join(lines), encoding="utf-8")
     return made
 
 
