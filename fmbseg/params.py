@@ -39,7 +39,7 @@ Names = Annotated[tuple[str, ...], _AsTuple]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-DensePath = Literal["value", "plain", "kk", "qq", "qqkk", "selfcal"]
+DensePath = Literal["value", "plain", "kk", "qq", "qqkk", "selfcal", "guided"]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _AsTuple, Field(min_length=1)]
 
 

@@ -9,9 +9,10 @@ import timm
 import torch
 from torch import nn
 
+from fmbseg.data import images
 from fmbseg.errors import ParameterError
 from fmbseg.models import dense_paths
-from fmbseg.models.clip import ImageText, load_clip
+from fmbseg.models.clip import Guide, ImageText, load_clip
 from fmbseg.models.dense_paths import Calibration
 from fmbseg.params import DensePath, FeatureParams, make
 from fmbseg.stage2.segmenter import DenseClip
@@ -51,6 +52,18 @@ tower = pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
 
 def crops(count=2, seed=0):
     return torch.from_numpy(np.random.RandomState(seed).randint(0, 255, (count, SIDE, SIDE, 3), dtype=np.uint8))
+
+
+def guide(pixels, regions=False):
+    """Another encoder's patches: the mean colours of the crops' own patches; regions: two masks, and a rest in none."""
+    maps = nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2) / 255 - 0.5, SIDE // GRID)
+    of = torch.zeros(len(pixels), GRID, GRID, dtype=torch.long)
+    of[:, :2, :3], of[:, 3:, 2:] = 1, 2
+    return Guide(maps, of if regions else None)
+
+
+def encode(clip, pixels, path):
+    return clip.encode_crops(pixels, path, guide=guide(pixels) if path == "guided" else None)
 
 
 # ---------------------------------------------------------------- the equations, one token at a time
@@ -117,6 +130,24 @@ class Literal:
     def kk(self, x):
         s = self.scores(x, 1, 1)
         return self.mixed(x, lambda h, i: softmax(s(h, i) + [self.near(i, j) for j in range(len(x))]))
+
+    def guided(self, x, features, regions):
+        """(P, W): features (P, width) and regions (P,) of the other encoder's patches."""
+        similar = literal_cosines(features)
+        mean = similar.mean()
+
+        def weigh(_, i):
+            row = []
+            for j, s in enumerate(similar[i]):
+                if regions is None:
+                    score, left = 3 * (s - 1.2 * mean), 3 * (s - 1.2 * mean) >= 0
+                else:
+                    free = regions[i] == 0 or regions[j] == 0
+                    score, left = 4 * s, s > mean if free else regions[i] == regions[j]
+                row.append(score if left or i == j else -np.inf)
+            return softmax(np.array(row))
+
+        return self.mixed(x[self.prefix :], weigh)
 
     def selfcal(self, states, pre, post, multi, cls):
         x, patches = states[-1], [h[self.prefix :] for h in states]
@@ -241,6 +272,47 @@ def test_mending_takes_the_unmarked_neighbours_and_leaves_an_island():
     assert not np.allclose(made[16], patches[16])
 
 
+@tower
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_guided_path_is_its_equation(tower, regions):
+    clip, pixels = tower(), crops()
+    literal, (*_, states, _), by = Literal(clip), block_outputs(clip, pixels), guide(crops(), regions)
+    made = clip.encode_crops(pixels, "guided", guide=by).maps
+    for image, x in enumerate(states):
+        features = by.patches[image].flatten(1).T.double().numpy()
+        tokens = literal.guided(x, features, by.regions[image].flatten().tolist() if regions else None)
+        expected = clip._project(torch.from_numpy(tokens).float()[None])[0]
+        torch.testing.assert_close(made[image].flatten(1).T, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_numbers_of_regions_do_not_matter_and_a_guide_is_for_its_path_alone():
+    clip, by = own(), guide(crops(), True)
+    renamed = Guide(by.patches, torch.tensor([0, 9, 4])[by.regions])
+    made, other = (clip.encode_crops(crops(), "guided", guide=one).maps for one in (by, renamed))
+    assert torch.equal(made, other) and not torch.equal(made, encode(clip, crops(), "guided").maps)
+    for path, given in (("guided", None), ("kk", by)):
+        with pytest.raises(ParameterError, match=f"path = '{path}': guided, and no other, takes .* give path=selfcal or kk there"):
+            clip.encode_crops(crops(), path, guide=given)
+    with pytest.raises(ParameterError, match="path = 'guided', residual = True: it takes no residual"):
+        clip.encode_crops(crops(), "guided", residual=True, guide=by)
+
+
+def test_dense_clip_asks_its_guide_on_the_towers_grid():
+    class Colours:
+        key, patch = "colours", 8
+
+        def encode(self, pixels):
+            assert pixels.shape[1:3] == (GRID * 8, GRID * 8)
+            return nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2) / 255 - 0.5, 8)
+
+    clip, colours = own(), Colours()
+    dense = DenseClip(clip, "guided", guide=colours)
+    small = torch.stack([torch.from_numpy(images.resize(p.numpy(), (GRID * 8, GRID * 8))) for p in crops()])
+    expected = clip.encode_crops(crops(), "guided", guide=Guide(colours.encode(small))).maps
+    torch.testing.assert_close(dense.embed(crops()), nn.functional.normalize(expected, dim=1))
+    assert "guided x1 by colours" in dense.key
+
+
 # ---------------------------------------------------------------- what holds of all
 
 
@@ -249,7 +321,7 @@ def test_mending_takes_the_unmarked_neighbours_and_leaves_an_island():
 def test_a_constant_image_gives_numbers(tower, path):
     clip = tower()
     for level in (0, 127, 255):
-        assert clip.encode_crops(torch.full((2, SIDE, SIDE, 3), level, dtype=torch.uint8), path).maps.isfinite().all()
+        assert encode(clip, torch.full((2, SIDE, SIDE, 3), level, dtype=torch.uint8), path).maps.isfinite().all()
 
 
 @tower
@@ -274,15 +346,15 @@ def test_self_calibration_is_done_in_float32(tower):
 @pytest.mark.parametrize("path", PATHS)
 def test_images_of_a_batch_do_not_meet(tower, path):
     clip, order = tower(), [2, 0, 1]
-    made = clip.encode_crops(crops(3), path).maps
-    torch.testing.assert_close(clip.encode_crops(crops(3)[order], path).maps, made[order], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(clip.encode_crops(crops(3)[1:2], path).maps, made[1:2], atol=1e-5, rtol=1e-4)
+    made = encode(clip, crops(3), path).maps
+    torch.testing.assert_close(encode(clip, crops(3)[order], path).maps, made[order], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encode(clip, crops(3)[1:2], path).maps, made[1:2], atol=1e-5, rtol=1e-4)
 
 
 @tower
 def test_the_votes_are_the_same_whatever_the_path_and_the_maps_are_not(tower):
     clip = tower()
-    made = {path: clip.encode_crops(crops(), path) for path in PATHS}
+    made = {path: encode(clip, crops(), path) for path in PATHS}
     for path, out in made.items():
         assert torch.equal(out.tokens, made["value"].tokens)
         assert out.maps.shape == (2, 24, GRID, GRID)
@@ -295,9 +367,9 @@ def test_the_votes_are_the_same_whatever_the_path_and_the_maps_are_not(tower):
 @pytest.mark.parametrize("path", PATHS)
 def test_bfloat16_stays_near(tower, path):
     clip = tower()
-    exact = clip.encode_crops(crops(), path).maps
+    exact = encode(clip, crops(), path).maps
     clip.precision = "bf16"
-    near = clip.encode_crops(crops(), path).maps
+    near = encode(clip, crops(), path).maps
     assert near.dtype == torch.float32 and torch.nn.functional.cosine_similarity(near, exact, dim=1).median() > 0.9
 
 

@@ -257,6 +257,12 @@ def test_a_vote_in_regions_is_in_the_key_with_all_that_makes_its_masks(smoke, mo
     assert key("stage1.1", regions="sam") == key("stage1.1") and Method("fmbseg").voted(smoke(EvaluateParams, regions="sam"))
 
 
+def test_the_encoder_that_guides_is_in_the_key_of_the_dense_row_and_of_no_other_path(smoke):
+    key = lambda **values: Method("dense").key(smoke(EvaluateParams, **values))  # noqa: E731
+    assert key(path="guided") != key(path="guided", encoder="random:mobile_sam")
+    assert key(path="kk") == key(path="kk", encoder="random:mobile_sam")
+
+
 def test_masks_of_sam_reach_the_vote(smoke, own_home, monkeypatch):
     drawn, given = benchmarks.load_benchmark("drawn"), []
     monkeypatch.setattr(segmenter, "vote", lambda labels, placed, masks, rule: given.append(masks) or labels)

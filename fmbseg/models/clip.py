@@ -42,6 +42,17 @@ class CropFeatures:
     maps: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Guide:
+    """What the path "guided" attends by, on the tower's own grid.
+
+    patches: (B, width, h, w) of a frozen encoder; regions: (B, h, w) numbers of masks from 1, 0 in none; none: no masks.
+    """
+
+    patches: torch.Tensor
+    regions: torch.Tensor | None = None
+
+
 class ImageText:
     """A frozen open_clip model: texts and crops into one space of D dimensions.
 
@@ -119,17 +130,25 @@ class ImageText:
         return ids[:, :length]
 
     @torch.inference_mode()
-    def encode_crops(self, crops: torch.Tensor, path: DensePath = "value", residual: bool = False) -> CropFeatures:
+    def encode_crops(
+        self, crops: torch.Tensor, path: DensePath = "value", residual: bool = False, guide: Guide | None = None
+    ) -> CropFeatures:
         """Class token and dense features of (B, height, width, 3) ``uint8`` crops, in one pass through the tower.
 
         path: "value" (the paper's), "plain" (the projected patch tokens it calls sub-optimal) or one of later work, by
         the function of its name in ``dense_paths``. A tower without attention has one path only: its last feature map
-        through the projection, which "value" and "plain" name alike. Raises ParameterError for a path it has not.
+        through the projection, which "value" and "plain" name alike. guide: for the path "guided", of these crops.
+        Raises ParameterError for a path it has not.
         """
         self._check_path(path, residual)
+        if (path == "guided") != (guide is not None):
+            raise ParameterError(
+                f"path = {path!r}: guided, and no other, takes the frozen encoder's patches of each window, which the dense row has and Stage 1"
+                " has not; give path=selfcal or kk there"
+            )
         x = normalise(crops.to(self.device), self.mean, self.std)
         with autocast(self.device, self.precision):
-            found = self._encode(x, path, residual)
+            found = self._encode(x, path, residual, guide)
         return CropFeatures(found.tokens.float(), found.maps.float())
 
     def _check_path(self, path: DensePath, residual: bool) -> None:
@@ -140,13 +159,15 @@ class ImageText:
         if residual and (path == "plain" or self.blocks is None):
             whose = "path = 'plain' keeps the last block's residual and MLP" if self.blocks is not None else f"{self.key} has no attention"
             raise ParameterError(f"residual = True: {whose}, so it would change nothing; leave residual out, or give path=value and a ViT")
+        if path == "guided" and residual:
+            raise ParameterError("path = 'guided', residual = True: it takes no residual; give residual=false")
         if path == "selfcal" and (residual or not self._has_class_token or len(self.blocks) < 2):
             raise ParameterError(
                 f"path = 'selfcal' for {self.key}, residual = {residual}: it takes a tower of two blocks or more with a class token, and"
                 " no residual; give path=kk, or residual=false"
             )
 
-    def _encode(self, x: torch.Tensor, path: DensePath, residual: bool) -> CropFeatures:
+    def _encode(self, x: torch.Tensor, path: DensePath, residual: bool, guide: Guide | None = None) -> CropFeatures:
         if self.blocks is None:
             features = self.tower.trunk.forward_features(x)
             return CropFeatures(self.tower.head(features.mean(dim=(2, 3))), self._project_map(features))
@@ -156,6 +177,8 @@ class ImageText:
             dense = last_output
         elif path == "selfcal":
             dense = dense_paths.selfcal(LastBlock.of(self.blocks[-1]), inputs, grid)
+        elif path == "guided":
+            dense = dense_paths.guided(LastBlock.of(self.blocks[-1]), inputs[-1], grid, guide.patches, guide.regions)
         else:
             block = LastBlock.of(self.blocks[-1])
             added = dense_paths.kk(block, inputs[-1], grid) if path == "kk" else dense_paths.BY_NAME[path](block, inputs[-1])

@@ -111,6 +111,33 @@ def kk(block: LastBlock, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
     return block.attend(x, (_alike(block, x, 1, 1) + F.pad(near, (prefix, 0, prefix, 0))).softmax(-1))
 
 
+def guided(
+    block: LastBlock, x: torch.Tensor, grid: tuple[int, int], guide: torch.Tensor, regions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, P, W) patches, o(A v) with A from another encoder (ProxyCLIP, Lan et al. 2024; scope: CorrCLIP, Zhang et al. 2025).
+
+    v is of the P patches alone and A one for all heads. With the rows d of unit norm of the guide's patches and S = d d':
+
+        without regions  A = softmax(3 (S - 1.2 mean S)), its entries under 0 left out before
+        with regions     A = softmax(4 S), left out before where neither i and j are in one region nor, one of them being
+                         in none, S_ij > mean S
+
+    mean S is of one image; the diagonal stays. guide: (B, width, *grid) of the frozen encoder; regions: (B, *grid) numbers
+    of SAM's masks from 1, 0 in none. In float32.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        similar = _cosines(guide.float().flatten(2).transpose(1, 2))
+        mean = similar.mean(dim=(1, 2), keepdim=True)
+        if regions is None:
+            scores, left = 3 * (similar - 1.2 * mean), similar >= 1.2 * mean
+        else:
+            of = regions.flatten(1)
+            one, none = of[:, :, None] == of[:, None], (of == 0)[:, :, None] | (of == 0)[:, None]
+            scores, left = 4 * similar, torch.where(none, similar > mean, one)
+        left = left | torch.eye(similar.shape[-1], dtype=torch.bool, device=similar.device)
+        return block.attend(x[:, -grid[0] * grid[1] :].float(), scores.masked_fill(~left, -torch.inf).softmax(-1)[:, None])
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Constants of the selfcal path; blocks are numbered from 0.

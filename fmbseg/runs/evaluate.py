@@ -102,6 +102,9 @@ class Method:
             used = params.content(FeatureParams) | {"interpolation": params.interpolation, "word_maximum": params.word_maximum}
         elif self.name == "dense":
             used = params.content(SegmentParams, FeatureParams) | {"dense_enlarge": params.dense_enlarge}
+            if params.path == "guided":
+                weights.append(encoders.weights_key(params.encoder))
+                versions |= cache.versions("encoder")
             for crops_only in ("short_side", "long_limit", "crop_size", "crop_stride", "crop_input"):
                 used.pop(crops_only)
         else:
@@ -188,8 +191,13 @@ def _dense(models: Models, params: EvaluateParams) -> Segmenter:
     image_text = models.clip
     if image_text.blocks is not None:  # a transformer's position embedding fits one size only
         image_text = dataclasses.replace(models, crop_input=params.window).clip
+    guide = models.encoder if params.path == "guided" else None
     return Segmenter(
-        DenseClip(image_text, params.path, params.dense_enlarge, params.residual), image_text, params, params.templates, params.text_average
+        DenseClip(image_text, params.path, params.dense_enlarge, params.residual, guide),
+        image_text,
+        params,
+        params.templates,
+        params.text_average,
     )
 
 

@@ -16,7 +16,7 @@ from fmbseg.data import images, label_spaces
 from fmbseg.data.images import IGNORED, resampling
 from fmbseg.data.label_spaces import WORDS_ALONE, Background, LabelSpace
 from fmbseg.errors import ParameterError
-from fmbseg.models.clip import ImageText
+from fmbseg.models.clip import Guide, ImageText
 from fmbseg.models.encoders import Encoder
 from fmbseg.models.texts import ClassTexts, class_texts
 from fmbseg.params import DensePath, SegmentParams, UnlabelledParams
@@ -56,12 +56,15 @@ class AlignedEncoder:
 class DenseClip:
     """CLIP's own dense features, the zero-shot baseline in the style of MaskCLIP.
 
-    enlarge: the window is scaled by this before the tower (a tower of large stride sees more that way; ours).
+    enlarge: the window is scaled by this before the tower (a tower of large stride sees more that way; ours); guide: the
+    encoder of the path "guided".
     """
 
-    def __init__(self, clip: ImageText, path: DensePath = "value", enlarge: float = 1.0, residual: bool = False):
-        self.clip, self.path, self.enlarge, self.residual = clip, path, enlarge, residual
-        self.key = f"{clip.key} {path}{' residual' if residual else ''} x{enlarge:g}"
+    def __init__(
+        self, clip: ImageText, path: DensePath = "value", enlarge: float = 1.0, residual: bool = False, guide: Encoder | None = None
+    ):
+        self.clip, self.path, self.enlarge, self.residual, self.guide = clip, path, enlarge, residual, guide
+        self.key = f"{clip.key} {path}{' residual' if residual else ''} x{enlarge:g}{f' by {guide.key}' if guide else ''}"
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.clip.blocks is not None:  # a transformer's position embedding fits one size only
@@ -69,7 +72,12 @@ class DenseClip:
             pixels = torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
         else:
             pixels = _to_multiple(pixels, self.clip.stride, self.enlarge)
-        return F.normalize(self.clip.encode_crops(pixels, self.path, self.residual).maps, dim=1)
+        guide = None
+        if self.guide:  # on the tower's own grid
+            size = tuple(side // self.clip.stride * self.guide.patch for side in pixels.shape[1:3])
+            scaled = torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
+            guide = Guide(self.guide.encode(scaled.to(self.clip.device)))
+        return F.normalize(self.clip.encode_crops(pixels, self.path, self.residual, guide).maps, dim=1)
 
 
 def _to_multiple(pixels: torch.Tensor, multiple: int, scale: float = 1.0) -> torch.Tensor:
