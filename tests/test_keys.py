@@ -199,7 +199,7 @@ def key_of(product, world, **changed):
             elif product == "prealigned module":
                 train.prealign(params)
             elif product.startswith("module"):
-                store = SimpleNamespace(path=lambda sample: world.mask, has=lambda sample: True, space=world.space)
+                store = SimpleNamespace(sha256=lambda sample: files.sha256_of(world.mask), has=lambda sample: True, space=world.space)
                 train.fit([sample], store, params, world.tmp / "made.safetensors", world.tmp / "initial.safetensors")
             else:
                 method = Method(product, str(world.tmp / "module.safetensors") if product == "fmbseg" else "")
