@@ -3,43 +3,52 @@
     python benchmarks/ratios.py                      all of them; record in results/embedded/benchmarks/ratios.json
     python benchmarks/ratios.py loss                 one of them
 
-Both sides of a ratio take turns on one thread, and the best of the turns counts, so that other load meets both alike.
+Both sides of a ratio take turns on one thread, and the best of the turns counts (of SAM and Stage 1, the median), so that other load
+meets both alike. Rows that are not measured keep what the record says of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fmbseg import profiles
+from fmbseg import files, profiles
 from fmbseg.data import benchmarks, images, label_spaces
 from fmbseg.data.samples import Sample
+from fmbseg.models import sam_decoder
+from fmbseg.models.sam import load_sam, read_sam
 from fmbseg.runs import modules, records, train
 from fmbseg.runs.cache import Models
 from fmbseg.runs.modules import Segmenter
+from fmbseg.schemas import EvaluateRun
+from fmbseg.stage1 import pseudo_labels
 from fmbseg.stage2 import losses, metrics, training
 from fmbseg.stage2.segmenter import words_space
 
 from throughput import hardware, peak_memory, reset_peak  # isort: skip
 
 
-def best(turns: int, **sides: Callable[[], object]) -> dict[str, float]:
-    """Processor seconds of each side's best turn; they take turns, after one that is not counted."""
+def best(turns: int, of: Callable[[list[float]], float] = min, **sides: Callable[[], object]) -> dict[str, float]:
+    """Processor seconds of each side's best turn (or what else ``of`` makes of them); they take turns, after one that is not counted."""
     taken = {name: [] for name in sides}
     for _ in range(turns + 1):
         for name, work in sides.items():
             started = time.process_time()
             work()
             taken[name].append(time.process_time() - started)
-    return {name: min(seconds[1:]) for name, seconds in taken.items()}
+    return {name: of(seconds[1:]) for name, seconds in taken.items()}
 
 
 def row(what: str, target: float, over: float, under: float) -> dict:
@@ -49,9 +58,9 @@ def row(what: str, target: float, over: float, under: float) -> dict:
     return made
 
 
-def real_image() -> np.ndarray:
+def real_image(number: int = 0) -> np.ndarray:
     """(480, 640, 3), as most of COCO's."""
-    sample = benchmarks.load_benchmark("embedded_coco_object81").samples[0]
+    sample = benchmarks.load_benchmark("embedded_coco_object81").samples[number]
     return images.resize(images.read_image(sample.image), (480, 640))
 
 
@@ -166,7 +175,78 @@ def training_step(turns: int) -> list[dict]:
     return rows
 
 
-MEASURED = {"loss": loss, "segment": segment, "counting": counting, "training": training_step}
+# ---------------------------------------------------------------- SAM and Stage 1
+
+
+def sam(turns: int) -> list[dict]:
+    """SAM's encoder and its automatic masks, each turn of another image, beside the package's own on the same network."""
+    from segment_anything import SamAutomaticMaskGenerator
+
+    params, several = profiles.load("evaluate", "embedded"), [real_image(number) for number in range(turns + 1)]
+    ours, package = load_sam(params.sam), read_sam(params.sam).eval()
+    square = torch.from_numpy(several[0]).permute(2, 0, 1)[None].float()
+    square = package.preprocess(F.interpolate(square, (768, 1024), mode="bilinear"))
+    with torch.no_grad():
+        encoders = best(
+            turns, statistics.median, ours=lambda: ours.model.image_encoder(square), package=lambda: package.image_encoder(square)
+        )
+    rows = [row("SAM's image encoder / the package's own call", 0.75, *encoders.values())]
+
+    given, batch = (params.predicted_iou, params.stability, params.box_nms), params.points_per_batch
+    generator = SamAutomaticMaskGenerator(package, params.points_per_side, batch, *given[:2], box_nms_thresh=given[2])
+    made, expected, mine, theirs = [], [], iter(several), iter(several)
+    taken = best(
+        turns,
+        statistics.median,
+        ours=lambda: made.append(ours.automatic_masks(next(mine), params.points_per_side, batch, *given)),
+        package=lambda: expected.append(generator.generate(next(theirs))),
+    )
+    overlaps = [
+        max(((one["segmentation"] & mask.mask).sum() / (one["segmentation"] | mask.mask).sum() for mask in masks), default=0)
+        for masks, package_masks in zip(made, expected)
+        for one in package_masks
+    ]
+    same = f"{sum(o >= 0.99 for o in overlaps)} of its {len(overlaps)} masks with IoU >= 0.99, {sum(map(len, made))} made"
+    points = f"{params.points_per_side**2} points, {batch} at once"
+    return [*rows, row(f"automatic masks of an image, {points} / the package's generator", 0.55, *taken.values()) | {"masks": same}]
+
+
+def stage1(turns: int) -> list[dict]:
+    """Stage 1 of an image in memory beside the calls of its models alone, with the same inputs."""
+    params = profiles.load("evaluate", "embedded")
+    models, space = Models.of(params), label_spaces.vocabulary(params.vocabulary, params.words)
+    clip, segmenter, texts = models.clip, models.sam, models.texts(space)
+    shown = itertools.cycle((real_image(0), real_image(1)))  # in turns, so that SAM's encoder sees an image anew each time
+    places = [(clip, "_encode"), (segmenter.model.image_encoder, "forward"), (sam_decoder, "decode")]
+
+    def ratio(what: str, stages: str) -> dict:
+        staged = params.model_copy(update={"stages": stages})
+        replayed = itertools.cycle([calls(next(shown), staged) for _ in range(2)])
+        taken = best(
+            turns, statistics.median, stage1=lambda: label(next(shown), staged), models=lambda: [call() for call in next(replayed)]
+        )
+        return row(f"{what} of an image / the forward passes of CLIP, SAM's encoder and its decoder", 1.15, *taken.values())
+
+    def label(image: np.ndarray, staged: EvaluateRun) -> None:
+        pseudo_labels.label_image(image, clip, segmenter, texts, staged)
+
+    def calls(image: np.ndarray, staged: EvaluateRun) -> list[Callable[[], object]]:
+        noted = []
+
+        def noting(call: Callable) -> Callable:
+            return lambda *given: noted.append(lambda: call(*given)) or call(*given)
+
+        with contextlib.ExitStack() as stack:
+            for owner, name in places:
+                stack.enter_context(mock.patch.object(owner, name, noting(getattr(owner, name))))
+            label(image, staged)
+        return noted
+
+    with torch.inference_mode():
+        return [ratio("Stage 1.1", "1.1"), ratio("Stages 1.1 and 1.2", "both")]
+
+
+MEASURED = {"loss": loss, "segment": segment, "counting": counting, "training": training_step, "sam": sam, "stage1": stage1}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -184,6 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return peak_of_loss(options.peak_of_loss)
     started, params = time.perf_counter(), profiles.load("evaluate", "embedded")
     rows = [one for which in options.which or MEASURED for one in MEASURED[which](options.turns)]
+    out = options.out or records.results_folder(params) / "benchmarks" / "ratios.json"
+    if out.is_file():
+        before = files.read_json(out)["protocol"]["ratios"]
+        rows = [one for one in before if one["what"] not in {new["what"] for new in rows}] + rows
     record = records.Record(
         "benchmark",
         "ratios",
@@ -195,7 +279,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         protocol={"threads": 1, "turns": options.turns, "ratios": rows},
         notes=records.notes_of(params),
     )
-    out = options.out or records.results_folder(params) / "benchmarks" / "ratios.json"
     record.write(out.parent, out.stem)
     print(f"record: {out}")
 
