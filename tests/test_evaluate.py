@@ -87,6 +87,7 @@ def test_a_prediction_is_what_the_methods_functions_give(name, toy, plain, home)
     for space in (toy.drawn.space, words_space("sun, house", "sky, grass")):
         (made,) = evaluate.predict(of(name, toy), [(sample, space)], plain, Models.of(plain))
         expected = direct(name, images.read_image(sample.image), space, plain, toy)
+        made = np.asarray(made)
         assert made.shape == expected.shape and made.dtype == np.int16
         assert (made == expected).mean() > 0.999  # features are kept in fp16
 

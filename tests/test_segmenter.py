@@ -100,7 +100,7 @@ def test_masks_take_the_class_of_their_mean_similarity(rule):
     masks = [np.zeros((37, 50), bool) for _ in range(4)]
     masks[0][3:9, 4:20], masks[1][:30, :25], masks[2][20:37, 30:50] = True, True, True  # small in large; the last is empty
     placed = of.Placed(similarity, down, across, torch.tensor([0, 1, 1, 2]))
-    before = of.best_class(placed)
+    before = of.best_class(placed).numpy()
     full = F.interpolate(similarity[None], (37, 50), mode="bilinear", align_corners=False)[0]
     expected = before.copy()
     for mask in (masks[2], masks[1], masks[0]) if masks[2].sum() > masks[1].sum() else (masks[1], masks[2], masks[0]):
@@ -197,8 +197,9 @@ def make_run(segment, unlabelled):
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_label_map_is_interpolation_then_argmax(mode):
-    similarity = torch.randn(40, 6, 9, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("classes", [40, of.MANY + 40])
+def test_label_map_is_interpolation_then_argmax(mode, classes):
+    similarity = torch.randn(classes, 6, 9, generator=torch.Generator().manual_seed(0))
     for size in ((37, 50), (of.TILE, 2 * of.TILE), (2 * of.TILE + 7, of.TILE + 1)):
         expected = F.interpolate(similarity[None], size, mode=mode, align_corners=False)[0].argmax(dim=0)
         np.testing.assert_array_equal(of.label_map(similarity, size, mode), expected.numpy())

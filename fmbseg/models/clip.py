@@ -30,6 +30,10 @@ LIT = "lit-efficientnet-lite2-minilm"
 CLIP_NAMES = {LIT: "", "clip_vitl14": "ViT-L-14-quickgelu openai", "clip_vitb16": "ViT-B-16-quickgelu openai"}
 
 
+TOKENS = 16
+"""Texts of a Hugging Face tower are padded to a multiple of so many tokens, not to all that it reads."""
+
+
 @dataclass(frozen=True)
 class CropFeatures:
     """What an image-text model says about a batch of crops.
@@ -116,7 +120,12 @@ class ImageText:
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str], unit: bool = True) -> torch.Tensor:
         """(N, D) text features of N prompts, of unit norm or as the text tower gives them."""
-        features = self.model.encode_text(self._tokens(prompts).to(self.device)).float()
+        ids = self._tokens(prompts)
+        pad = getattr(getattr(getattr(self.model, "text", None), "config", None), "pad_token_id", None)
+        if pad is not None:  # a Hugging Face tower, which masks padding: what is padding of all texts is cut, to a multiple of TOKENS
+            longest = int((ids != pad).sum(dim=1).max())
+            ids = ids[:, : -(-longest // TOKENS) * TOKENS]
+        features = self.model.encode_text(ids.to(self.device)).float()
         return F.normalize(features, dim=-1) if unit else features
 
     def _tokens(self, prompts: Sequence[str]) -> torch.Tensor:

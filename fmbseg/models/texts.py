@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,9 +38,13 @@ class ClassTexts:
     owner: torch.Tensor
     names: tuple[str, ...]
 
+    def to(self, device: torch.device | str) -> ClassTexts:
+        """The same on a device."""
+        return dataclasses.replace(self, features=self.features.to(device), owner=self.owner.to(device))
+
     def per_class(self, similarity: torch.Tensor) -> torch.Tensor:
         """(..., P) similarities to words -> (..., K) to classes: the most similar of a class's words counts."""
-        if torch.equal(self.owner, torch.arange(len(self.names))):
+        if torch.equal(self.owner, torch.arange(len(self.names), device=self.owner.device)):
             return similarity
         out = similarity.new_full((*similarity.shape[:-1], len(self.names)), -torch.inf)
         return out.scatter_reduce(-1, self.owner.expand_as(similarity), similarity, "amax")
@@ -49,7 +54,9 @@ class ClassTexts:
 
         apart: words, each by itself, else classes (``per_class``); score: what class 0 has everywhere, in place of its own.
         """
-        rows, owner = (similarity, self.owner) if apart else (self.per_class(similarity), torch.arange(len(self.names)))
+        rows, owner = (
+            (similarity, self.owner) if apart else (self.per_class(similarity), torch.arange(len(self.names), device=self.owner.device))
+        )
         if score is None:
             return rows, owner
         others = owner > 0

@@ -139,8 +139,9 @@ Columns = Sequence[tuple[Sample, LabelSpace]]
 
 def predict(
     method: Method, columns: Columns, params: EvaluateParams, models: Models, seen: dict[str, EmbeddedImage] | None = None
-) -> list[np.ndarray]:
-    """(height, width) ``int16`` label maps of one image, one a column; models see the image once.
+) -> list[np.ndarray | torch.Tensor]:
+    """(height, width) ``int16`` label maps of one image, one a column, tensors on the device of the model that made them; models see
+    the image once.
 
     seen: the frozen encoder's patches of this image from another module's prediction, and where they are put.
     """
@@ -160,7 +161,7 @@ def predict(
             seen[segmenter.embedder.encoder.key] = segmenter.through_windows(cache.image(path), segmenter.embedder.encode)
         embedded = segmenter.aligned(seen[segmenter.embedder.encoder.key])
     masks = cache.regions(path, models, params)
-    return [segmenter.label(embedded, segmenter.texts(space), space.rule, masks) for space in spaces]
+    return [segmenter.label_tensor(embedded, segmenter.texts(space), space.rule, masks) for space in spaces]
 
 
 def _of_crops(found: ImageFeatures, texts: ClassTexts, rule: Background, params: SegmentParams) -> np.ndarray:

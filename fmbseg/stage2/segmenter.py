@@ -104,7 +104,7 @@ class Placed:
     """Similarities that are not interpolated yet: ``down @ patches @ across.T`` are those at every pixel.
 
     patches: (K, rows, columns) cosine similarities at the patches of all windows, side by side; down: (height, rows);
-    across: (width, columns), which interpolate each window and average overlaps; owner: the class of each of the K, where
+    across: (width, columns), which interpolate each window and average overlaps (CPU); owner: the class of each of the K, where
     they are words or the like; none: k is class k.
     """
 
@@ -119,8 +119,8 @@ class Placed:
         return dataclasses.replace(self, down=height @ self.down, across=width @ self.across)
 
     def interpolated(self) -> torch.Tensor:
-        """(K, height, width) similarities."""
-        return self.down @ self.patches @ self.across.T
+        """(K, height, width) similarities, on the CPU."""
+        return (self.down.to(self.patches.device) @ self.patches @ self.across.T.to(self.patches.device)).cpu()
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,13 @@ class Segmenter:
         maps = []
         pixels = [torch.from_numpy(scaled[w.top : w.top + w.height, w.left : w.left + w.width].copy()) for w in places]
         for start in range(0, len(pixels), p.window_batch):  # windows of one image are of one size
-            maps += model(torch.stack(pixels[start : start + p.window_batch])).cpu().unbind()
+            maps += model(torch.stack(pixels[start : start + p.window_batch])).unbind()
         return EmbeddedImage(image.shape[:2], (height, width), tuple(places), tuple(maps))
 
     def aligned(self, patches: EmbeddedImage) -> EmbeddedImage:
         """The encoder's patches of every window (``embedder.encode``) through the trained module."""
-        maps = tuple(self.embedder.align(m[None])[0].cpu() for m in patches.maps)
-        return dataclasses.replace(patches, maps=maps)
+        batches = (patches.maps[i : i + self.params.window_batch] for i in range(0, len(patches.maps), self.params.window_batch))
+        return dataclasses.replace(patches, maps=tuple(one for batch in batches for one in self.embedder.align(torch.stack(batch))))
 
     def similarity(self, embedded: EmbeddedImage, texts: ClassTexts) -> torch.Tensor:
         """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
@@ -217,8 +217,15 @@ class Segmenter:
 
         rule: how class 0 is found, where it is background; masks: regions that vote (``vote``).
         """
+        return self.label_tensor(embedded, texts, rule, masks).cpu().numpy()
+
+    def label_tensor(
+        self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE, masks: Sequence[np.ndarray] = ()
+    ) -> torch.Tensor:
+        """``label`` as a tensor, on the device of the patches unless masks vote."""
         placed = self.place(embedded, texts, rule, self.params.word_maximum == "after").at(embedded.size, self.params.interpolation)
-        return vote(best_class(placed, rule), placed, masks, rule)
+        labels = best_class(placed, rule)
+        return torch.from_numpy(vote(labels.cpu().numpy(), placed, masks, rule)) if len(masks) else labels
 
     @torch.inference_mode()
     def place(self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE, apart: bool = False) -> Placed:
@@ -227,6 +234,7 @@ class Segmenter:
         rule: how class 0 is found; apart: every word by itself, not the best of each class.
         """
         z = side_by_side(embedded.windows, embedded.maps)
+        texts = texts.to(z.device)
         rows, owner = texts.rows(z.flatten(1).T @ texts.features.T, rule.score, apart)
         patches = rows.T.reshape(-1, *z.shape[1:])
         (height, width), one, of_one = embedded.scaled, embedded.windows[0], embedded.maps[0].shape
@@ -257,6 +265,7 @@ class Segmenter:
         else:
             labels = self.label(embedded, texts, space.rule, masks)
         placed = self.place(embedded, texts, space.rule)
+        placed = dataclasses.replace(placed, patches=placed.patches.cpu())
         fine = placed.at(embedded.size, self.params.interpolation)
         result = Segmentation(labels, space, placed, functools.cache(lambda: confidence(fine, labels)))
         return result.unlabelled(p.least_similarity, p.least_margin)
@@ -331,19 +340,22 @@ def label_map(
     owner: the class of each of the K, as ``Placed`` has it; rule: how class 0 is found.
     """
     down, across = (resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:]))
-    return best_class(Placed(similarity, down, across, owner), rule)
+    return best_class(Placed(similarity, down, across, owner), rule).cpu().numpy()
 
 
 TILE = 96
 """Side in pixels of the squares in which classes are compared: a trade of calls for memory and for classes left out."""
+
+MANY = 256
+"""With more classes than this, the squares have half that side: more classes are left out of each."""
 
 ROUNDING = 1e-5
 """A class is left out of a square only where it is less similar than another by more than this, which rounding cannot make up."""
 
 
 @torch.inference_mode()
-def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> np.ndarray:
-    """The argmax over K of the similarities, (height, width) ``int16``; a tie goes to the first class.
+def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> torch.Tensor:
+    """The argmax over K of the similarities, (height, width) ``int16`` on the device of the patches; a tie goes to the first class.
 
     By a rule with a threshold, class 0 where 1 / sum_k exp(scale (s_k - max s)), the best one's probability, is under it.
 
@@ -351,25 +363,26 @@ def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> np.ndarray:
     no negative value: a class that is less similar than one other class at all patches of a square wins none of its
     pixels and is not interpolated there. Bicubic interpolation leaves out none.
     """
-    down, across = placed.down, placed.across
+    down, across, device = placed.down, placed.across, placed.patches.device
+    tile = TILE if len(placed.patches) <= MANY else TILE // 2
     some = not rule.threshold and bool((down >= 0).all() and (across >= 0).all())
-    labels = torch.empty((len(down), len(across)), dtype=torch.int16)
-    for top in range(0, len(down), TILE):
-        tall = down[top : top + TILE]
+    labels = torch.empty((len(down), len(across)), dtype=torch.int16, device=device)
+    for top in range(0, len(down), tile):
+        tall = down[top : top + tile]
         rows = tall.any(dim=0)
-        tall, strip = tall[:, rows], placed.patches[:, rows]
-        for left in range(0, len(across), TILE):
-            wide = across[left : left + TILE]
+        tall, strip = tall[:, rows].to(device), placed.patches[:, rows]
+        for left in range(0, len(across), tile):
+            wide = across[left : left + tile]
             columns = wide.any(dim=0)
-            wide, patches = wide[:, columns], strip[:, :, columns]
-            classes = candidates(patches) if some else torch.arange(len(patches))
+            wide, patches = wide[:, columns].to(device), strip[:, :, columns]
+            classes = candidates(patches) if some else torch.arange(len(patches), device=device)
             similar = tall @ patches[classes] @ wide.T
             best = similar.max(dim=0)
             found = classes[best.indices] if placed.owner is None else placed.owner[classes[best.indices]]
             if rule.threshold:
                 found[(rule.scale * (similar - best.values)).exp().sum(dim=0) * rule.threshold > 1] = 0
-            labels[top : top + TILE, left : left + TILE] = found
-    return labels.numpy()
+            labels[top : top + tile, left : left + tile] = found
+    return labels
 
 
 @torch.inference_mode()
@@ -404,7 +417,7 @@ def vote(labels: np.ndarray, placed: Placed, masks: Sequence[np.ndarray], rule: 
     labels = labels.copy()
     for mask in sorted((mask for mask in masks if mask.any()), key=lambda mask: -int(mask.sum())):
         weights = placed.down.T @ torch.from_numpy(mask).float() @ placed.across
-        means = placed.patches.flatten(1) @ weights.flatten() / int(mask.sum())
+        means = placed.patches.flatten(1) @ weights.flatten().to(placed.patches.device) / int(mask.sum())
         best = int(means.argmax())
         under = rule.threshold and (rule.scale * (means - means[best])).exp().sum() * rule.threshold > 1
         labels[mask] = 0 if under else best if placed.owner is None else int(placed.owner[best])

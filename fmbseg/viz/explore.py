@@ -5,6 +5,7 @@ No widget is in here (``explorer.py`` holds those), so all of it works and is te
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -223,7 +224,7 @@ def segmentation(maps: torch.Tensor, size: tuple[int, int], threshold: float) ->
     """
     labels = label_map(maps, size)
     low, high = limits(maps)
-    best = resize_map(maps[None], size)[0].amax(dim=0).numpy()
+    best = functools.reduce(torch.maximum, (resize_map(one[None, None], size)[0, 0] for one in maps)).numpy()
     labels[best < low + threshold * (high - low)] = IGNORED
     return labels
 
