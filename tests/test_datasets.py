@@ -25,7 +25,8 @@ def write_image(path, size=(8, 10), value=90):
 def write_mask(path, row, palette=False):
     """An 8 x 10 mask whose rows are all ``row``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = Image.fromarray(np.tile(np.array(row, np.uint8), (8, 1)), mode="P" if palette else "L")
+    made = Image.fromarray(np.tile(np.array(row, np.uint16 if path.suffix == ".tif" else np.uint8), (8, 1)))
+    made = made.convert("P") if palette else made
     if palette:
         made.putpalette(list(range(256)) * 3)
     made.save(path)
@@ -55,6 +56,10 @@ def root(tmp_path):
     write_mask(root / "cityscapes/gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", [7, 8, 33, 31, 0, 9, 29, 30, 3, 255])
     write_image(root / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg")
     write_mask(root / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png", [0, 1, 2, 150, 0, 0, 0, 0, 0, 0])
+    write_image(root / "ADE20K_2021_17_01/images_detectron2/validation/ADE_val_00000001.jpg")
+    write_mask(root / "ADE20K_2021_17_01/annotations_detectron2/validation/ADE_val_00000001.tif", [0, 1, 255, 846, 65535] * 2)
+    for stem in ("b_1", "a_1"):
+        write_mask(root / VOC10 / "annotations_detectron2/pc459_val" / f"{stem}.tif", [0, 1, 255, 458, 65535] * 2)
     write_image(root / "camvid/images/0016E5_07959.jpg")
     write_mask(root / "camvid/masks/0016E5_07959.png", [0, 1, 2, 255] + [0] * 6)
     (root / "camvid/classes.txt").write_text("pavement\ntree\nbicyclist\n")
@@ -70,6 +75,8 @@ def names_in(name, row):
 @pytest.mark.parametrize(
     "name, row",
     [
+        ("ade847", ["wall", "building", "pier", "adding machine", "-"]),
+        ("context459", ["accordion", "aeroplane", "monkey", "wool", "-"]),
         ("voc21", ["background", "aeroplane", "tvmonitor", "-", "background"]),
         ("voc20", ["-", "aeroplane", "tvmonitor", "-", "-"]),
         ("context60", ["background", "aeroplane", "wood", "-", "background"]),
@@ -101,7 +108,7 @@ def test_either_name_of_a_root_is_read(name, folder, other, root):
     (root / other).parent.mkdir(exist_ok=True)
     (root / folder).rename(root / other)
     made = benchmarks.load_benchmark(name, str(root)).samples
-    assert [s.name for s in made] == [s.name for s in expected] and (made[0].truth() != 255).any()
+    assert [s.name for s in made] == [s.name for s in expected] and (made[0].truth() != IGNORED).any()
     (root / folder).mkdir()  # what is not whole does not hide what is
     assert benchmarks.load_benchmark(name, str(root)).samples[0].image == made[0].image
     write_image(root / other / "images/train2017/1.jpg")
@@ -149,6 +156,18 @@ def test_every_class_has_a_raw_id_and_no_other_id_is_read(name, ids, pattern, la
         f"{mask_file}: holds id {last + 1}, which this data set does not define; its ids are 0 to {last}, and 255 (65535 in 16 bits)"
         == str(caught.value)
     )
+
+
+@pytest.mark.parametrize(
+    "name, last, pattern", [("ade847", 846, "ADE20K*/annotations*/*/*.tif"), ("context459", 458, f"{VOC10}/*/*/b_1.tif")]
+)
+def test_large_benchmarks_read_masks_of_sixteen_bits(name, last, pattern, root):
+    write_image(root / VOC10 / "JPEGImages/of_the_training_split.jpg")  # has no mask
+    (mask_file,), samples = root.glob(pattern), benchmarks.load_benchmark(name, str(root)).samples
+    assert [s.name for s in samples] == (["ADE_val_00000001"] if name == "ade847" else ["a_1", "b_1"])
+    write_mask(mask_file, [0, last + 1] * 5)
+    with pytest.raises(DataError, match=f"holds id {last + 1}, which .* its ids are 0 to {last}, and 255 .65535 in 16 bits"):
+        samples[-1].truth()
 
 
 def test_camvid_refuses_a_word_that_is_no_class_of_it(root):

@@ -42,7 +42,7 @@ def test_paper_is_the_papers():
     p = profiles.load("evaluate", "paper")
     assert (p.clip, p.sam, p.encoder, p.precision) == ("clip_vitl14", "sam_vith", "dinov2_vitl14", "bf16")
     assert (p.collection, p.limit, p.vocabulary, p.templates) == ("coco_stuff_train", None, "coco_stuff171", "one")
-    assert set(p.benchmarks) == set(benchmarks.LAYOUTS) - {"camvid11"} and p.eval_limit is None
+    assert set(p.benchmarks) == set(benchmarks.LAYOUTS) - {"camvid11", "ade847", "context459"} and p.eval_limit is None
     assert (p.segment_short_side, p.segment_long_limit, p.window, p.window_stride) == (448, 2048, 448, 224)
     t = profiles.load("train", "paper")
     assert (t.optimiser, t.epochs, t.images_per_batch, t.loss, t.module) == ("sgd", 10, 5, "tsupcon", "transformer")

@@ -26,6 +26,9 @@ SIZES = {
     "cityscapes19": 19,
     "ade150": 150,
     "camvid11": 11,
+    "ade847": 847,
+    "context459": 459,
+    "lvis1203": 1203,
 }
 
 

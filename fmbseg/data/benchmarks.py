@@ -34,6 +34,7 @@ class Layout:
     pattern: str
     source: str
     other: str = ""
+    suffix: str = ".png"
 
     def base(self, root: Path) -> Path:
         """Its top folder under the data root, by the name of the two that is whole there; ``folder`` where neither is."""
@@ -59,7 +60,7 @@ class Layout:
 _ALL = {name: Layout(**values) for name, values in files.asset("layouts.yaml").items()}
 
 LAYOUTS = {name: layout for name, layout in _ALL.items() if "masks" in layout.parts}
-"""The columns of Table 1, and CamVid, which is 11 of Cityscapes' classes."""
+"""The columns of Table 1, CamVid, which is 11 of Cityscapes' classes, and two of hundreds of classes."""
 
 UNLABELLED = {name: layout for name, layout in _ALL.items() if name not in LAYOUTS}
 """Images to train on, without any label: COCO-Stuff train, as in the paper, and all images of VOC."""
@@ -105,7 +106,8 @@ def _table(name: str, base: Path, space: LabelSpace) -> Table:
             raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items()}
             raw_ids[IGNORED] = stuff
         return lookup(raw_ids, known=range(182))
-    return lookup({index: index for index in range(len(space))}) if space.background else shifted(len(space))
+    from_zero = space.background or LAYOUTS[name].suffix == ".tif"
+    return lookup({index: index for index in range(len(space))}) if from_zero else shifted(len(space))
 
 
 def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
@@ -121,8 +123,10 @@ def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
 
     def mask_of(path: Path) -> Path:
         folder = base / parts["masks"] / (path.parent.name if name == "cityscapes19" else "")
-        return folder / f"{path.stem.replace('_leftImg8bit', '_gtFine_labelIds')}.png"
+        return folder / f"{path.stem.replace('_leftImg8bit', '_gtFine_labelIds')}{layout.suffix}"
 
+    if layout.suffix == ".tif":
+        paths = [path for path in paths if mask_of(path).is_file()]
     return pair(paths, mask_of, _table(name, base, space))
 
 

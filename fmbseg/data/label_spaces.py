@@ -168,6 +168,9 @@ SPACES = (
     "cityscapes19",
     "ade150",
     "camvid11",
+    "ade847",
+    "context459",
+    "lvis1203",
 )
 
 

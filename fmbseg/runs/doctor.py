@@ -64,7 +64,7 @@ def _data(data_root: str) -> list[str]:
         except (FmbsegError, OSError) as error:
             missing = layout.missing(root) if layout and root else []
             if layout and (missing or not root):
-                wanted[layout.folder] = layout.source
+                wanted[layout.source] = layout.folder
                 there = layout.count(root) if root else 0
                 what = ", ".join(missing) or layout.folder
                 lines.append(_line(False, f"{name:28s}{f'{there} images are here; ' if there else ''}no {what}", "see below"))
@@ -78,7 +78,7 @@ def _data(data_root: str) -> list[str]:
         lines.append(_line(there > 0, f"{name:28s}{there} of the official {layout.images} images", layout.source))
     if wanted:
         lines += ["", "official sources of the benchmarks that are missing"]
-        lines += [f"  {folder:24s}{bring}" for folder, bring in wanted.items()]
+        lines += [f"  {folder:24s}{bring}" for bring, folder in wanted.items()]
     return lines
 
 
