@@ -138,7 +138,7 @@ def label(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     from fmbseg import files
     from fmbseg.data import label_spaces
-    from fmbseg.runs import label, modules, parallel, records, train
+    from fmbseg.runs import label, parallel, records, train
     from fmbseg.stage2.distributed import rank
     from fmbseg.tools.corrected import MixedStore, take
 
@@ -160,7 +160,7 @@ def train(options: argparse.Namespace) -> None:
         parallel.wait()
         result = train.train(samples, store, p, path)
         if rank() == 0:
-            many, steps = f"trained on {modules.load(path)[1]['images']} of {len(samples)} images", result.steps[-1]["step"] + 1
+            many, steps = f"trained on {result.images} of {len(samples)} images", result.steps[-1]["step"] + 1
             print(f"{many}: {len(result.classes)} classes, {steps} steps, {result.seconds:.0f} s; the module is {path}")
 
 
@@ -185,7 +185,7 @@ def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
     """
     from fmbseg import files
     from fmbseg.params import AlignParams
-    from fmbseg.runs import label, modules, train
+    from fmbseg.runs import label, train
 
     words = [word for prompts in space.prompts for word in prompts]
     file = files.home() / "words" / f"{files.digest(words)}.txt"
@@ -198,7 +198,7 @@ def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
     seen = sorted(files.sha256_of(sample.image) for sample in samples if store.has(sample))
     path = train.module_path(p, f"own-{files.digest(words, seen, label.content(p), p.content(AlignParams), p.seed)}")
     result = train.fit(samples, store, p, path)
-    many = f"trained on {modules.load(path)[1]['images']} of {len(samples)} images of {options.train_on}"
+    many = f"trained on {result.images} of {len(samples)} images of {options.train_on}"
     print(f"{many} for {len(result.classes)} of {len(words)} words: {path}")
     return path
 

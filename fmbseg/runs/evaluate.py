@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,9 +44,8 @@ from fmbseg.runs.cache import Cache, Models
 from fmbseg.runs.records import Record
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.query_sam import word_similarity
-from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.metrics import Confusion
-from fmbseg.stage2.segmenter import AlignedEncoder, DenseClip, EmbeddedImage, Segmenter, label_map
+from fmbseg.stage2.segmenter import DenseClip, EmbeddedImage, Segmenter, label_map
 
 STAGES = {"stage1.1": "1.1", "stage1.2": "1.2", "stage1": "both"}
 GIVEN = "+labels"
@@ -88,6 +88,11 @@ class Method:
         """Whether SAM's masks vote on its label maps."""
         return params.regions == "sam" and self.name in ("dense", *ALIGNED)
 
+    @functools.cached_property
+    def described(self) -> dict[str, Any]:
+        """What the module's file says of its training; nothing without a module."""
+        return modules.load(self.module)[1] if self.module else {}
+
     def key(self, params: EvaluateParams) -> str:
         """Of all that its predictions depend on beside the image: parameters, weights and, for FMbSeg, the module's file."""
         weights, versions = [clip.weights_key(params.clip)], cache.versions("clip")
@@ -108,7 +113,7 @@ class Method:
             for crops_only in ("short_side", "long_limit", "crop_size", "crop_stride", "crop_input"):
                 used.pop(crops_only)
         else:
-            described, used = modules.load(self.module)[1], params.content(SegmentParams)
+            described, used = self.described, params.content(SegmentParams)
             weights = [files.sha256_of(self.module), clip.weights_key(described["clip"]), encoders.weights_key(described["encoder"])]
             versions = cache.versions("encoder")
         if self.voted(params):
@@ -205,22 +210,12 @@ def _dense(models: Models, params: EvaluateParams) -> Segmenter:
 def _aligned(module: str, models: Models, params: EvaluateParams) -> Segmenter:
     """The segmenter of a module's file, with the encoder and the image-text model that it was trained with."""
     changed = Path(module).stat().st_mtime_ns if Path(module).is_file() else 0  # a module trained anew is read anew
-    return _aligned_at(module, changed, models, params)
+    return _aligned_at(module, changed, models.device, params)
 
 
 @functools.lru_cache(maxsize=16)  # small: the models are shared
-def _alignment(module: str, changed: int) -> tuple[Alignment, dict]:
-    return modules.load(module)
-
-
-@functools.lru_cache(maxsize=16)
-def _aligned_at(module: str, changed: int, models: Models, params: EvaluateParams) -> Segmenter:
-    alignment, described = _alignment(module, changed)
-    own = dataclasses.replace(
-        models, encoder_name=described["encoder"], clip_name=described["clip"], crop_input=described.get("crop_input")
-    )
-    embedder = AlignedEncoder(own.encoder, alignment, f"fmbseg {files.sha256_of(module)[:16]}", models.device)
-    return Segmenter(embedder, own.clip, params, params.templates, params.text_average)
+def _aligned_at(module: str, changed: int, device: str, params: EvaluateParams) -> Segmenter:
+    return modules.Segmenter.load(module, device, params, params.templates, params.text_average)
 
 
 # ---------------------------------------------------------------- whole benchmarks
@@ -320,11 +315,10 @@ def measure(
     seconds = (time.perf_counter() - started) / len(methods)
     made = []
     for method, of_method in zip(methods, confusions):
-        described = modules.load(method.module)[1] if method.module else {}
         made.append([])
         for i, (dataset, space, confusion) in enumerate(zip(datasets, spaces, of_method)):
             failed = sum(column == i for task in tasks for column, _ in task.columns) - numbers[i]
-            record = records.of_evaluation(method.name, dataset, space, params, device, method.module, described)
+            record = records.of_evaluation(method.name, dataset, space, params, device, method.module, method.described)
             if method.voted(params):
                 record = dataclasses.replace(record, weights=record.weights | {"sam": sam.weights_key(params.sam)})
             if num_shards > 1:

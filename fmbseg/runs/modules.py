@@ -16,9 +16,8 @@ from fmbseg import files
 from fmbseg.data import images
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError
-from fmbseg.models.clip import load_clip
-from fmbseg.models.encoders import load_encoder
 from fmbseg.params import ModuleParams, SegmentParams
+from fmbseg.runs.cache import Models
 from fmbseg.stage2 import segmenter
 from fmbseg.stage2.alignment import Alignment
 from fmbseg.stage2.segmenter import AlignedEncoder, Segmentation, Words
@@ -145,16 +144,15 @@ class Segmenter(segmenter.Segmenter):
         """A trained module with the encoder and the image-text model that it was trained with.
 
         path: the module's file; none: the embedded profile's own, else the one that comes with the repository. templates,
-        average: of the words at test time, as ``class_texts`` has them; none: what it was trained with.
-        Raises DataError where there is no module.
+        average: of the words at test time, as ``class_texts`` has them; none: what it was trained with. The frozen models
+        stay in memory for the next module of the same ones. Raises DataError where there is no module.
         """
         path = path or default("embedded")
-        module, described = load(path)
-        params = params or SegmentParams()
-        encoder = load_encoder(described["encoder"], device, params.precision)
-        embedder = AlignedEncoder(encoder, module, f"fmbseg {files.sha256_of(path)[:16]}", device)
-        clip = load_clip(described["clip"], device, described.get("crop_input"), params.precision)
-        return cls(embedder, clip, params, templates or described.get("templates", "one"), average or described.get("text_average", "unit"))
+        (module, described), params = load(path), params or SegmentParams()
+        words = templates or described.get("templates", "one"), average or described.get("text_average", "unit")
+        models = Models(described["clip"], described.get("crop_input"), "", described["encoder"], params.precision, *words, device)
+        embedder = AlignedEncoder(models.encoder, module, f"fmbseg {files.sha256_of(path)[:16]}", device)
+        return cls(embedder, models.clip, params, *words)
 
     def segment(
         self,

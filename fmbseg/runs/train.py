@@ -284,7 +284,7 @@ def _read(path: Path, key: str) -> TrainResult | None:
             whole = cache.kept(_curve(path), lambda file: pd.read_csv(file).to_dict("records"))
             if whole and whole[-1].keys() == steps[-1].keys() and math.isclose(whole[-1]["loss"], steps[-1]["loss"]):
                 steps = whole
-        return TrainResult(made, steps, tuple(described["indices"]), modules.seconds(path))
+        return TrainResult(made, steps, tuple(described["indices"]), modules.seconds(path), described["images"])
     except (DataError, KeyError):
         return None
 

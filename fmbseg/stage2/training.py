@@ -27,13 +27,14 @@ class TrainResult:
     """A trained module.
 
     steps: one row a step (step, epoch, loss, learning_rate, patches: how many were labelled);
-    classes: indices of the K classes that occur in the pseudo labels, the texts of the loss.
+    classes: indices of the K classes that occur in the pseudo labels, the texts of the loss; images: how many it was trained on.
     """
 
     alignment: Alignment
     steps: list[dict[str, float]]
     classes: tuple[int, ...]
     seconds: float
+    images: int
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def train(
     alignment = alignment.cpu().eval()
     _check_weights(alignment.state_dict(), len(steps))
     _check_predictions(last)
-    return TrainResult(alignment, steps, tuple(classes), time.perf_counter() - started)
+    return TrainResult(alignment, steps, tuple(classes), time.perf_counter() - started, len(data))
 
 
 def _restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
