@@ -52,7 +52,7 @@ def project_root() -> Path:
 
 
 def working_root() -> Path:
-    """What a relative ``results_dir`` is relative to: the clone that the working folder lies in, else the working folder."""
+    """The folder that a relative ``results_dir`` starts from: the clone around the working folder, else the working folder."""
     return checkout() or Path.cwd()
 
 
@@ -70,7 +70,7 @@ def asset(name: str) -> Any:
 
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.EIO}
-"""Numbers of the system's errors that are the fault of the place that is written to."""
+"""Error numbers of the system that are the fault of the place that is written to."""
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
@@ -157,7 +157,7 @@ def flat_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
 
 
 def folded(name: str) -> str:
-    """A name as a file system that folds case and spellings of letters knows it."""
+    """A name as a file system sees it that ignores case and ways of writing a letter."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

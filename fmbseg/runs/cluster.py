@@ -1,4 +1,4 @@
-"""Work image by image on a cluster with Ray Data. Needs the optional extra: pip install "fmbseg[ray]".
+"""Work on a cluster, image by image, with Ray Data. Needs the optional extra: pip install "fmbseg[ray]".
 
 Ray joins the cluster that RAY_ADDRESS names, or starts workers on this machine. Every machine must see the images, the
 results and FMBSEG_HOME under the same paths. Files are those of the serial run.
@@ -23,7 +23,7 @@ ITEMS_A_TASK = 16
 
 
 class Worker:
-    """One worker: it keeps the models that its first item loads."""
+    """One worker. It keeps the models that its first item loads."""
 
     def __init__(self, function: Callable[[Any], Any], home: str, here: str):
         os.environ["FMBSEG_HOME"] = home

@@ -1,4 +1,4 @@
-"""What is installed, which weights and data are here, what is missing and the command that brings it."""
+"""What is installed, which weights and data are here, and the command that brings what is missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def report(data_root: str = "") -> str:
 
 
 def _data(data_root: str) -> list[str]:
-    """Which benchmarks and images are here, how many of how many, what is missing and where it officially comes from."""
+    """Which benchmarks and images are here and how many images of each; what is missing, and where it officially comes from."""
     root = Path(data_root).expanduser() if data_root else None
     lines = [f"benchmarks under {root}" if root else "benchmarks (give --data-root FOLDER for those in official layouts)"]
     wanted: dict[str, str] = {}

@@ -94,7 +94,7 @@ class Method:
         return modules.load(self.module)[1] if self.module else {}
 
     def key(self, params: EvaluateParams) -> str:
-        """Of all that its predictions depend on beside the image: parameters, weights and, for FMbSeg, the module's file."""
+        """A key of everything that its predictions depend on, except the image: parameters, weights and, for FMbSeg, the module's file."""
         weights, versions = [clip.weights_key(params.clip)], cache.versions("clip")
         if self.stage:
             given = self.name.endswith(GIVEN)
@@ -235,7 +235,7 @@ class Task:
 def _count(
     task: Task, methods: Sequence[tuple[Method, str]], spaces: Sequence[LabelSpace], params: EvaluateParams, models: Models
 ) -> list[list[np.ndarray]]:
-    """The image's own counts, for every method and each of its columns, from disk where they are there.
+    """The counts of one image for every method and each of its columns, read from disk where they are kept.
 
     methods: with their keys. Counts are as ``Confusion.nonzero`` gives them, kept under the bytes of image and truth.
     """

@@ -30,7 +30,7 @@ def place(profile: str = "embedded", name: str = "alignment") -> Path:
 
 
 SHIPPED = files.ASSETS / "fmbseg-embedded.safetensors"
-"""The module that comes with the repository, for the embedded profile's encoder; its model card lies beside it."""
+"""The module that comes with the repository, for the encoder of the embedded profile. Its model card lies beside it."""
 
 
 def default(profile: str) -> Path:
@@ -85,7 +85,7 @@ def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
 
 
 def seconds(path: Path) -> float:
-    """What the training of a module took, as the record beside it says; 0 where that is not there or another module's."""
+    """Seconds that the training of a module took, from the record beside it; 0 where there is none or it is of another module."""
     try:
         record = files.read_json(path.with_suffix(".json"))
         return record["seconds"] if record["weights"]["module"] == files.sha256_of(path) else 0.0
@@ -112,7 +112,7 @@ def save_state(path: Path, state: TrainState, key: str) -> None:
 
 
 def load_state(path: Path, key: str) -> TrainState | None:
-    """The state of the training of that key; None where there is none, another's, or a file that is damaged."""
+    """The state of the training with this key; None where there is none, it is of another training, or the file is damaged."""
     try:
         tensors, metadata = files.read_tensors(path)
         described = json.loads(metadata["fmbseg"])

@@ -71,12 +71,12 @@ class Record:
     time: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     def write(self, folder: str | Path, name: str = "") -> Path:
-        """Write it as JSON under ``folder``; returns the path. name: of the file, without the ending; none: ``stem``."""
+        """Write the record as JSON under ``folder``; returns the path. name: of the file, without the ending; none: ``stem``."""
         return files.write_json(Path(folder) / f"{name or self.stem}.json", dataclasses.asdict(self))
 
     @property
     def stem(self) -> str:
-        """Its file's name, without the ending: of all that makes it another number than the run's others."""
+        """The name of its file, without the ending. It holds everything that tells the number from others of the run."""
         parts = [file_name(part) for part in (self.kind, self.method, self.dataset) if part]
         if self.kind != "evaluate" and "seed" in self.parameters:
             parts.append(f"seed{self.parameters['seed']}")
@@ -100,7 +100,7 @@ def run_folder(params: RunParams) -> Path:
 
 
 def file_name(text: str) -> str:
-    """A name that is safe as a file's, another one for every text: what had to be changed, or differs in case, has a hash."""
+    """A safe name for a file, different for every text. A text that is no such name, or has upper case, gets a hash."""
     if re.fullmatch(r"[a-z0-9_][a-z0-9_.+]{0,79}", text):
         return text
     return f"{re.sub('[^A-Za-z0-9_.+-]', '_', text)[:80].lstrip('.')}~{files.digest(text)[:8]}"
@@ -135,7 +135,7 @@ def revision() -> str:
 
 
 def hardware(device: str = "cpu") -> str:
-    """The name of the device that did the work."""
+    """The name of a device, as records have it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
@@ -162,7 +162,7 @@ POSITIONS = {
 
 
 def deviations(params: TextParams, space: LabelSpace, used: Mapping[str, str], encoder: str = "") -> dict[str, str]:
-    """What is ours and no parameter, or easily overlooked, in a number that is made with these weights; docs/profiles.md lists them.
+    """Choices of ours behind a number that are no parameter or easily overlooked; docs/profiles.md lists them.
 
     space: the classes as they are prompted; encoder: the name of the encoder behind a module; empty: none.
     """

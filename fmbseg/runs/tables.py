@@ -49,7 +49,7 @@ def later() -> pd.DataFrame:
 
 
 def _one_each(records: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The records, one for every value of these columns. Raises DataError that names two of one number: none is averaged away."""
+    """The records, one for every value of these columns. Raises DataError that names two records of one number: none is averaged."""
     columns = [name for name in columns if name in records]
     for _, doubled in records[records.duplicated(columns, keep=False)].groupby(columns, dropna=False, sort=False):
         one, two = doubled["file"].iloc[:2]
@@ -85,7 +85,7 @@ def column_of(dataset: str, images: int) -> str:
 
 
 def origin(notes: str) -> str:
-    """How a row of ours is marked: the notes of its record say what a reader has to know."""
+    """The mark of a row of ours, with the notes of its record."""
     return f"reproduced, {notes}" if notes else "reproduced"
 
 
@@ -175,7 +175,7 @@ def table2(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def styled(frame: pd.DataFrame):
-    """A table for a notebook: two decimals, empty cells blank, rows and columns of ours set off."""
+    """A table for a notebook: two decimals, empty cells blank, our rows in bold."""
     shown = frame.style.format(precision=2, na_rep="")
     if "origin" not in frame.index.names:
         return shown

@@ -265,7 +265,7 @@ def deterministic(params: RunParams) -> Iterator[None]:
 
 
 def _key(params: RunParams, schemas: Sequence[type[Params]], samples: Sequence[Sample], *more: Any) -> str:
-    """Of everything that a module depends on: versions, parameters, images by their bytes, models. more: what else."""
+    """A key of everything that a module depends on: versions, parameters, the bytes of the images, models, and ``more``."""
     models = Models.of(params)
     images = [files.sha256_of(sample.image) for sample in samples]
     return files.digest(
@@ -274,7 +274,7 @@ def _key(params: RunParams, schemas: Sequence[type[Params]], samples: Sequence[S
 
 
 def _read(path: Path, key: str) -> TrainResult | None:
-    """The module of that key; None where there is another, none, or a damaged file, which is then made anew."""
+    """The module with this key; None where there is none, another one, or a damaged file. It is then trained anew."""
     try:
         made, described = modules.load(path)
         if described["key"] != key:

@@ -39,7 +39,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a training stands after a batch: all that the rest of it depends on.
+    """The state of a training after a batch: everything that the rest of it depends on.
 
     done: batches of all epochs so far; weights: of the module; optimiser: its tensors, "PARAMETER NUMBER.NAME"; generator:
     (n,) uint8, the state of the generator of the batches at the beginning of the epoch; steps, seconds: as in TrainResult.
