@@ -360,12 +360,8 @@ def check_device(name: str) -> str:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = [
-        "cpu",
-        *(["cuda"] if gpus else []),
-        *(f"cuda:{i}" for i in range(gpus)),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-    ]
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
     if name not in here:
         raise ParameterError(f"device = {name!r}: not here; give one of {', '.join(here)}, such as --set device=cpu")
     return name

@@ -17,6 +17,7 @@ from fmbseg.data import images
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError
 from fmbseg.params import ModuleParams, SegmentParams
+from fmbseg.runs import cache
 from fmbseg.runs.cache import Models
 from fmbseg.stage2 import segmenter
 from fmbseg.stage2.alignment import Alignment
@@ -48,19 +49,12 @@ def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any], keep_
     described = {"width": alignment.width, "out": alignment.out, "module": alignment.params.part(ModuleParams)} | metadata
     with files.atomic_path(path) as part:
         files.write_tensors(part, alignment.state_dict(), {"fmbseg": json.dumps(described, allow_nan=False)})
-        if keep_former and _is_module(path) and files.file_sha256(path) != files.file_sha256(part):
+        if keep_former and cache.kept(path, load) and files.file_sha256(path) != files.file_sha256(part):
             previous = path.with_name(f"{path.stem}.previous.safetensors")
             with files.atomic_path(previous) as copy:
                 shutil.copyfile(path, copy)
             print(f"the module that was {path} is kept as {previous}")
     return path
-
-
-def _is_module(path: Path) -> bool:
-    try:
-        return bool(load(path))
-    except DataError:
-        return False
 
 
 def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:

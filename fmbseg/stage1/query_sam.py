@@ -51,12 +51,7 @@ def query_points(similarity: torch.Tensor, features: ImageFeatures, count: int) 
 
 
 def query_masks(
-    image: np.ndarray,
-    features: ImageFeatures,
-    detected: list[Detected],
-    texts: ClassTexts,
-    sam: SamSegmenter,
-    params: QueryParams,
+    image: np.ndarray, features: ImageFeatures, detected: list[Detected], texts: ClassTexts, sam: SamSegmenter, params: QueryParams
 ) -> list[QueryMask]:
     """Stage 1.1 of one image, (height, width, 3) RGB ``uint8``: one mask for every detected class."""
     if not detected:
