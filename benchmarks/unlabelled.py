@@ -10,6 +10,7 @@ pixels stays. Written as the table of docs/measurements.md.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from fmbseg.data.images import IGNORED
 from fmbseg.runs import modules
 from fmbseg.stage1 import features
 from fmbseg.stage1.detection import detect
-from fmbseg.stage2.segmenter import confidence
+from fmbseg.stage2.segmenter import best_class, confidence
 
 SHARES = (0.9, 0.75, 0.5, 0.25)
 STEP = 5  # every so many pixels along each side are counted
@@ -40,12 +41,13 @@ def pixels(name: str, data_root: str, every: int) -> tuple[int, pd.DataFrame]:
         image, truth = images.read_image(sample.image), sample.truth()
         embedded, crops = segmenter.embed(image), features.extract(image, segmenter.clip, params)
         labels, placed = segmenter.label(embedded, texts), segmenter.place(embedded, texts)
-        certain = confidence(placed.at(embedded.size, params.interpolation), labels)
+        fine = placed.at(embedded.size, params.interpolation)
+        certain = confidence(fine, labels)
         truth = np.where(truth == IGNORED, -2, truth - first)  # -1: background, which no word names
         frame = {"similarity": certain.similarity, "margin": certain.margin, "right": labels == truth}
         for votes in (0, 1, 3):
             kept = sorted(one.index for one in detect(crops, texts, params.model_copy(update={"min_votes": votes})))
-            few = segmenter.label(embedded, texts.only(kept)) if kept else np.zeros_like(labels)
+            few = best_class(replace(fine, patches=fine.patches[kept])) if kept else np.zeros_like(labels)
             frame[f"right {votes}"] = (np.array(kept)[few] == truth) if kept else np.zeros(truth.shape, bool)
             frame[f"kept {votes}"] = np.isin(labels, kept)
             frame[f"labelled {votes}"] = np.full(truth.shape, bool(kept))

@@ -376,7 +376,9 @@ def _parser() -> argparse.ArgumentParser:
     exporting(sub)
     sub.add_argument("--least-similarity", type=float, metavar="X", help="pixels less similar to their class are unlabelled (255)")
     sub.add_argument("--least-margin", type=float, metavar="X", help="pixels whose class is less than this above the next are unlabelled")
-    sub.add_argument("--detected-only", action="store_true", default=None, help="only classes that Stage 1 detects in the image are given")
+    sub.add_argument(
+        "--detected-only", action="store_true", default=None, help="pixels of classes that Stage 1 does not detect are unlabelled"
+    )
     sub.add_argument("--workers", type=int, help="processes of one thread each (default 1)")
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")

@@ -302,7 +302,7 @@ class UnlabelledParams(FeatureParams, DetectParams):
         None, description="pixels whose class is nearer than the next one by less than this (cosine) are unlabelled; none: no pixel"
     )
     detected_only: bool = Field(
-        False, description="only classes that Stage 1 detects in the image are given (and the background, where there is one)"
+        False, description="pixels of classes that Stage 1 does not detect in the image are unlabelled (but for the background's)"
     )
 
 

@@ -146,6 +146,10 @@ def test_threshold_is_a_share_of_the_way_from_lowest_to_highest():
     assert explore.limits(maps) == (20, 30)
     assert explore.segmentation(maps, (1, 4), 0).tolist() == [[1, 0, 0, 0]]
     assert explore.segmentation(maps, (1, 4), 0.5).tolist() == [[1, IGNORED, IGNORED, 0]]
+    best, second = maps.topk(2, dim=0).values
+    narrow = (best - second)[0].tolist()
+    least = sorted(narrow)[2]
+    assert [k != IGNORED for k in explore.segmentation(maps, (1, 4), 0, least)[0]] == [value >= least for value in narrow]
     assert explore.segmentation(maps, (1, 4), 1).tolist() == [[IGNORED, IGNORED, IGNORED, 0]]
 
 

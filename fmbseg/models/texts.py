@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -62,12 +61,6 @@ class ClassTexts:
         others = owner > 0
         constant = rows.new_full((*rows.shape[:-1], 1), score)
         return torch.cat([constant, rows[..., others]], dim=-1), torch.cat([owner.new_zeros(1), owner[others]])
-
-    def only(self, classes: Sequence[int]) -> ClassTexts:
-        """Those of some classes, which are numbered anew, in their order."""
-        words = [i for k in classes for i in torch.nonzero(self.owner == k)[:, 0].tolist()]
-        owner = torch.tensor([classes.index(k) for k in self.owner[words].tolist()])
-        return ClassTexts(self.features[words], owner, tuple(self.names[k] for k in classes))
 
     def prototypes(self) -> torch.Tensor:
         """(K, D) unit-norm mean of each class's words: t_k of the loss."""

@@ -126,7 +126,7 @@ class Placed:
 @dataclass(frozen=True)
 class Confidence:
     """(height, width) ``float32`` each: similarity of the class that a pixel is given, and its margin, by how much that is above
-    the most similar other class of the whole list (below, where that was not detected). A lone class's margin is its similarity.
+    the most similar other class (below, where a mask's majority won). A lone class's margin is its similarity.
     """
 
     similarity: np.ndarray
@@ -258,16 +258,11 @@ class Segmenter:
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
         p = self.params if isinstance(self.params, UnlabelledParams) else UnlabelledParams()
         embedded, texts = self.embed(image), self.texts(space)
-        if p.detected_only:
-            kept = self.detected(image, space, p)
-            few = self.label(embedded, texts.only(kept), space.rule, masks) if kept else np.zeros(embedded.size, np.int16)
-            labels = np.array(kept or [IGNORED], dtype=few.dtype)[few]
-        else:
-            labels = self.label(embedded, texts, space.rule, masks)
-        placed = self.place(embedded, texts, space.rule)
+        labels, placed = self.label(embedded, texts, space.rule, masks), self.place(embedded, texts, space.rule)
         placed = dataclasses.replace(placed, patches=placed.patches.cpu())
-        fine = placed.at(embedded.size, self.params.interpolation)
-        result = Segmentation(labels, space, placed, functools.cache(lambda: confidence(fine, labels)))
+        measure = functools.cache(lambda: confidence(placed.at(embedded.size, self.params.interpolation), labels))
+        kept = np.isin(labels, self.detected(image, space, p)) if p.detected_only else True
+        result = Segmentation(np.where(kept, labels, IGNORED).astype(labels.dtype), space, placed, measure)
         return result.unlabelled(p.least_similarity, p.least_margin)
 
     def detected(self, image: np.ndarray, space: LabelSpace, params: UnlabelledParams) -> list[int]:

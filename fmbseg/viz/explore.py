@@ -5,7 +5,6 @@ No widget is in here (``explorer.py`` holds those), so all of it works and is te
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -217,15 +216,19 @@ def limits(maps: torch.Tensor) -> tuple[float, float]:
     return float(maps.min()), float(maps.max())
 
 
-def segmentation(maps: torch.Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
-    """(height, width) ``int16``: the best class of (K, h, w) similarities, IGNORED where even that is under the threshold.
+def segmentation(maps: torch.Tensor, size: tuple[int, int], threshold: float, margin: float = 0.0) -> np.ndarray:
+    """(height, width) ``int16``: the best class of (K, h, w) similarities, IGNORED where it is under the threshold or the margin.
 
-    threshold: in [0, 1] of the way from the lowest to the highest similarity; 0 labels every pixel.
+    threshold: in [0, 1] of the way from the lowest to the highest similarity; margin: how far above the next class the best one has to
+    be, in cosine; 0, 0 labels every pixel.
     """
     labels = label_map(maps, size)
     low, high = limits(maps)
-    best = functools.reduce(torch.maximum, (resize_map(one[None, None], size)[0, 0] for one in maps)).numpy()
-    labels[best < low + threshold * (high - low)] = IGNORED
+    best = second = torch.full(size, -torch.inf)
+    for one in maps:
+        similar = resize_map(one[None, None], size)[0, 0]
+        best, second = torch.maximum(best, similar), torch.maximum(second, torch.minimum(best, similar))
+    labels[((best < low + threshold * (high - low)) | (best - second < margin)).numpy()] = IGNORED
     return labels
 
 

@@ -49,7 +49,11 @@ class Explore(ipywidgets.VBox):
             ],
             titles=["Words and points", "Stage 1"],
         )
-        rows = [_line(self.picture, self.upload), _line(self.words, self.background), _line(self.threshold, self.opacity, self.resolution)]
+        rows = [
+            _line(self.picture, self.upload),
+            _line(self.words, self.background),
+            _line(self.threshold, self.margin, self.opacity, self.resolution),
+        ]
         super().__init__([*rows, self.notice, self.tabs])
         self._watch()
         self._new_picture()
@@ -62,6 +66,7 @@ class Explore(ipywidgets.VBox):
         self.words = _text("Words", p.words, "words, separated by commas; Enter shows them", 450)
         self.background = _text("Background", p.background, "words that together are background", 450)
         self.threshold = _slider("Threshold", 0.0, "under this share of the way from lowest to highest similarity nothing is coloured")
+        self.margin = _slider("Margin", 0.0, "pixels whose class is nearer than the next one by less than this (cosine) get no class")
         self.opacity = _slider("Opacity", 0.6, "of the colours over the image")
         self.resolution = ipywidgets.Dropdown(options=RESOLUTIONS, value=1.0, description="Resolution", style=_LABEL, layout=_width(280))
         self.across = _slider("Point across", 0.5, "from the left edge to the right one; a click on an image sets it, too")
@@ -76,7 +81,16 @@ class Explore(ipywidgets.VBox):
         self.panels, self.stage = Panels(), Panels(clickable=False)
 
     def _watch(self) -> None:
-        for control in (self.words, self.background, self.threshold, self.opacity, self.resolution, self.vocabulary, self.points):
+        for control in (
+            self.words,
+            self.background,
+            self.threshold,
+            self.margin,
+            self.opacity,
+            self.resolution,
+            self.vocabulary,
+            self.points,
+        ):
             control.observe(self._draw, "value")
         self.tabs.observe(self._draw, "selected_index")
         self.chosen.observe(self._draw, "value")
@@ -177,7 +191,7 @@ class Explore(ipywidgets.VBox):
         maps, near = self.explorer.similarity(space), self.explorer.similar_to(*self.panels.point)
         best = ALIGNED if ALIGNED in maps else CLIP
         large, small = (_fit(self.explorer.image, 2 * width) for width in (LARGE, SMALL))
-        labels = explore.segmentation(maps[best], large.shape[:2], self.threshold.value)
+        labels = explore.segmentation(maps[best], large.shape[:2], self.threshold.value, self.margin.value)
         shown = data_url(figures.overlay(large, labels, space, self.opacity.value))
         photograph = Panel("image", data_url(large), "click a point", LARGE, cross=self.panels.point)
         sections = [("Image", [photograph, Panel("segmentation", shown, f"by {best}", LARGE, legend=_legend(labels, space))])]
