@@ -90,8 +90,8 @@ def test_one_crop_equals_the_direct_encoding(real_image, clip, label_params):
     made = features.extract(square, clip, params)
     out = clip.encode_crops(torch.from_numpy(images.resize(square, (256, 256)))[None])
     assert made.crops == (Window(0, 0, 8, 8),) and made.size == (300, 300)
-    torch.testing.assert_close(made.map, out.maps[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(made.tokens, out.tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.map, out.maps[0].half().float(), atol=1e-5, rtol=1e-3)  # rounded as they are kept
+    torch.testing.assert_close(made.tokens, out.tokens.half().float(), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("sizes", [{"crop_size": 250}, {"crop_stride": 100}, {"crop_size": 256, "crop_stride": 288}])
