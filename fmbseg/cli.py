@@ -363,8 +363,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("images", nargs="+", help="images, folders of images, or patterns such as 'photos/*.jpg'")
     sub.add_argument(
         "--classes",
+        "--classes-file",
+        dest="classes",
         required=True,
-        help="words, separated by commas; a class of several words: 'person=person|man|woman, cat'; or FILE.txt as for label",
+        help="words, separated by commas; a class of several words: 'person=person|man|woman, cat'; or FILE.txt as for label; or the"
+        " name of a label space, such as lvis1203",
     )
     sub.add_argument("--background", help="words that together are class 0, background")
     sub.add_argument(

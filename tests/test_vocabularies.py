@@ -4,11 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fmbseg.data import benchmarks, collections, images, label_spaces
+from fmbseg.models.clip import load_clip
 from fmbseg.runs import evaluate, label, train
 from fmbseg.schemas import EvaluateRun, TrainRun
+from fmbseg.stage2.segmenter import words_space
 
 JOINED = "coco_stuff171+ade150"
 
@@ -28,6 +31,7 @@ def large_folder(tmp_path):
     return folder
 
 
+@pytest.mark.minutes
 def test_a_joined_vocabulary_of_more_than_255_words_labels_trains_and_is_evaluated(smoke, own_home, large_folder, tmp_path):
     values = {"profile": "smoke", "vocabulary": JOINED, "reference_images": 0, "results_dir": str(tmp_path), "min_labelled": 0.1}
     p, space = smoke(TrainRun, **values), label_spaces.vocabulary(JOINED)
@@ -44,6 +48,26 @@ def test_a_joined_vocabulary_of_more_than_255_words_labels_trains_and_is_evaluat
     q = smoke(EvaluateRun, **values | {"methods": ["stage1", "fmbseg"], "eval_limit": 1, "benchmarks": [f"folder:{large_folder}"]})
     frame = evaluate.evaluate(evaluate.find_benchmarks(q.benchmarks), q, module)
     assert (frame["images"] == 1).all() and frame["failed"].sum() == 0 and frame["miou"].between(0, 100).all()
+
+
+def test_a_label_spaces_name_is_its_list_of_words():
+    assert words_space("lvis1203").names == label_spaces.label_space("lvis1203").names
+    assert words_space("voc21").names == label_spaces.label_space("voc20").names  # its background is left out
+    assert words_space("lvis1203", "wall, floor").background
+
+
+def test_only_padding_of_all_texts_is_cut():
+    clip = load_clip("lit-efficientnet-lite2-minilm")
+    prompts = ["a photo of a cat", "a photo of a " + "very " * 20 + "big dog"]
+    ids = clip._tokens(prompts)
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(clip.model.encode_text(ids), dim=-1)
+    torch.testing.assert_close(clip.encode_text(prompts), expected, atol=1e-6, rtol=0)
+    seen = []
+    clip.model.text.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    for some in (prompts, prompts[:1]):
+        clip.encode_text(some)
+    assert seen == [32, 16] and ids.shape[1] == 64
 
 
 def test_masks_of_sixteen_bits_are_the_truth_of_many_classes(own_home, large_folder):

@@ -302,8 +302,9 @@ Words = Sequence[str] | str | Mapping[str, Sequence[str]]
 
 
 def words_space(classes: Words, background: Sequence[str] | str | None = None) -> LabelSpace:
-    """Classes as ``own_words`` takes them, or the name of a .txt file, and background words as one class 0, as a label space."""
-    if isinstance(classes, str) and classes.endswith(".txt"):
+    """Classes as ``own_words`` takes them, or the name of a .txt file or of a label space such as "lvis1203", and background words
+    as one class 0, as a label space."""
+    if isinstance(classes, str) and (classes.endswith(".txt") or classes in label_spaces.SPACES):
         space = label_spaces.vocabulary(classes)
     else:
         space = label_spaces.own_words(classes, "classes")
