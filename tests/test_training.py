@@ -345,7 +345,7 @@ def test_patches_and_labels_of_a_collection(toy, home):
     assert labels.tolist() == patch_labels(toy.store.read(toy.samples[2]), (8, 8), toy.params.min_labelled).tolist()
     assert labels[0].tolist() == [-1] * 8 and (labels[7] == 1).all() and len(data) == 6 and data.classes() == (0, 1, 2, 3)
     assert data[None][0].shape == patches.shape and (data[None][1] == -1).all()
-    strict = toy.params.model_copy(update={"clean": "drop"})
+    strict = toy.params.model_copy(update={"clean": "drop", "clean_margin": -1.0})  # all of classes with a prototype
     cleaned = train.PatchDataset(toy.samples, toy.store, strict).labels
     expected = cleaning.clean_labels(map(data.patches, range(6)), data.labels, strict)
     assert all(torch.equal(one, other) for one, other in zip(cleaned, expected)) and any(
