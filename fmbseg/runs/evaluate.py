@@ -142,11 +142,15 @@ Columns = Sequence[tuple[Sample, LabelSpace]]
 """One image as the sample of several benchmarks, each with the benchmark's label space."""
 
 
-def predict(
-    method: Method, columns: Columns, params: EvaluateParams, models: Models, seen: dict[str, EmbeddedImage] | None = None
+def predict(method: Method, columns: Columns, params: EvaluateParams, models: Models) -> list[np.ndarray]:
+    """(height, width) ``int16`` label maps of one image, one a column; models see the image once."""
+    return [torch.as_tensor(labels).cpu().numpy() for labels in predict_on_device(method, columns, params, models, {})]
+
+
+def predict_on_device(
+    method: Method, columns: Columns, params: EvaluateParams, models: Models, seen: dict[str, EmbeddedImage]
 ) -> list[np.ndarray | torch.Tensor]:
-    """(height, width) ``int16`` label maps of one image, one a column, tensors on the device of the model that made them; models see
-    the image once.
+    """``predict`` as tensors on the device of the model that made them (arrays of Stage 1 and of crops).
 
     seen: the frozen encoder's patches of this image from another module's prediction, and where they are put.
     """
@@ -161,7 +165,7 @@ def predict(
         segmenter = _dense(models, params)
         embedded = segmenter.embed(cache.image(path))
     else:
-        segmenter, seen = _aligned(method.module, models, params), {} if seen is None else seen
+        segmenter = _aligned(method.module, models, params)
         if segmenter.embedder.encoder.key not in seen:
             seen[segmenter.embedder.encoder.key] = segmenter.through_windows(cache.image(path), segmenter.embedder.encode)
         embedded = segmenter.aligned(seen[segmenter.embedder.encoder.key])
@@ -252,7 +256,7 @@ def _count(
         paths = [one.path(task.image) for one in caches]
         pairs = [cache.kept(path, lambda one: files.read_tensors(one)[0]["counts"].numpy()) for path in paths]
         missing = [c for c, found in enumerate(pairs) if found is None]
-        predictions = predict(method, [columns[c] for c in missing], params, models, seen) if missing else []
+        predictions = predict_on_device(method, [columns[c] for c in missing], params, models, seen) if missing else []
         for c, prediction in zip(missing, predictions):
             counts = Confusion(len(columns[c][1]))
             counts.add(truths[c], prediction)
