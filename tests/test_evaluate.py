@@ -256,6 +256,7 @@ def test_a_vote_in_regions_is_in_the_key_with_all_that_makes_its_masks(smoke, mo
     monkeypatch.setattr(evaluate.sam, "weights_key", lambda name: "other")
     assert len({*keys, key("dense", regions="sam")}) == 4
     assert key("stage1.1", regions="sam") == key("stage1.1") and Method("fmbseg").voted(smoke(EvaluateParams, regions="sam"))
+    assert key("dense+sam") == key("dense", regions="sam") == key("dense+sam", regions="sam")
 
 
 def test_the_encoder_that_guides_is_in_the_key_of_the_dense_row_and_of_no_other_path(smoke):
@@ -267,11 +268,13 @@ def test_the_encoder_that_guides_is_in_the_key_of_the_dense_row_and_of_no_other_
 def test_masks_of_sam_reach_the_vote(smoke, own_home, monkeypatch):
     drawn, given = benchmarks.load_benchmark("drawn"), []
     monkeypatch.setattr(segmenter, "vote", lambda labels, placed, masks, rule: given.append(masks) or labels)
-    for regions in ("sam", "none"):
+    for name, regions in (("dense", "sam"), ("dense", "none"), ("dense+sam", "none")):
         params = smoke(EvaluateParams, regions=regions)
-        evaluate.predict(Method("dense"), [(drawn.samples[0], drawn.space)], params, Models.of(params))
+        evaluate.predict(Method(name), [(drawn.samples[0], drawn.space)], params, Models.of(params))
     sam = cache.automatic_masks(drawn.samples[0].image, Models.of(params), params)
-    assert len(given) == 1 and len(given[0]) == len(sam) > 0 and (given[0][0] == sam[0].mask).all()
+    assert [len(masks) for masks in given] == [len(sam)] * 2 and len(sam) > 0 and (given[0][0] == sam[0].mask).all()
+    (record,) = evaluate.measure([Method("dense+sam")], [dataclasses.replace(drawn, samples=drawn.samples[:1])], params)[0]
+    assert record.parameters["regions"] == "sam" and "sam" in record.weights and record.method == "dense+sam"
 
 
 def test_counts_of_stage_1_depend_on_the_weights_of_both_models(plain, monkeypatch):

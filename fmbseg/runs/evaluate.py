@@ -50,8 +50,11 @@ from fmbseg.stage2.segmenter import DenseClip, EmbeddedImage, Segmenter, label_m
 STAGES = {"stage1.1": "1.1", "stage1.2": "1.2", "stage1": "both"}
 GIVEN = "+labels"
 """Ending of a Stage 1 method that is given the image-level labels (of the truth) in place of detection."""
+VOTE = "+sam"
+"""Ending of a method on whose label maps SAM's masks vote (ours), as ``regions: sam`` has it for all."""
 METHODS = {
     "dense": "dense zero-shot (MaskCLIP style), window",
+    "dense+sam": "dense zero-shot, window; SAM's masks vote",
     "dense_high_resolution": "dense zero-shot, overlapping crops",
     "stage1.1": "Stage 1.1 alone",
     "stage1.2": "Stage 1.2 alone",
@@ -62,6 +65,7 @@ METHODS = {
     "prealigned": "FMbSeg, pre-alignment alone",
     "fmbseg": "FMbSeg",
     "shipped": "FMbSeg, module of the repository",
+    "shipped+sam": "FMbSeg, module of the repository; SAM's masks vote",
 }
 """Every method and its row of Table 1."""
 ALIGNED = ("prealigned", "fmbseg", "shipped")
@@ -84,9 +88,18 @@ class Method:
         """The stages that it paints; None for a method without Stage 1."""
         return STAGES.get(self.name.removesuffix(GIVEN))
 
+    @property
+    def base(self) -> str:
+        """Its name but for VOTE."""
+        return self.name.removesuffix(VOTE)
+
+    def applied(self, params: EvaluateParams) -> EvaluateParams:
+        """The parameters with what the name sets."""
+        return params.model_copy(update={"regions": "sam"}) if self.name.endswith(VOTE) else params
+
     def voted(self, params: EvaluateParams) -> bool:
         """Whether SAM's masks vote on its label maps."""
-        return params.regions == "sam" and self.name in ("dense", *ALIGNED)
+        return self.applied(params).regions == "sam" and self.base in ("dense", *ALIGNED)
 
     @functools.cached_property
     def described(self) -> dict[str, Any]:
@@ -95,6 +108,7 @@ class Method:
 
     def key(self, params: EvaluateParams) -> str:
         """A key of everything that its predictions depend on, except the image: parameters, weights and, for FMbSeg, the module's file."""
+        params = self.applied(params)
         weights, versions = [clip.weights_key(params.clip)], cache.versions("clip")
         if self.stage:
             given = self.name.endswith(GIVEN)
@@ -105,7 +119,7 @@ class Method:
             versions = cache.versions("labels")
         elif self.name == "dense_high_resolution":
             used = params.content(FeatureParams) | {"interpolation": params.interpolation, "word_maximum": params.word_maximum}
-        elif self.name == "dense":
+        elif self.base == "dense":
             used = params.content(SegmentParams, FeatureParams) | {"dense_enlarge": params.dense_enlarge}
             if params.path == "guided":
                 weights.append(encoders.weights_key(params.encoder))
@@ -122,7 +136,7 @@ class Method:
         used |= params.content(TextParams)
         for in_the_words in ("words", "background_words"):  # the counts' key has the words themselves
             used.pop(in_the_words, None)
-        return files.digest(self.name, used, weights, versions)
+        return files.digest(self.base, used, weights, versions)
 
 
 def protocol_space(dataset: Dataset, params: EvaluateParams) -> LabelSpace:
@@ -154,14 +168,14 @@ def predict_on_device(
 
     seen: the frozen encoder's patches of this image from another module's prediction, and where they are put.
     """
-    path, spaces = columns[0][0].image, [space for _, space in columns]
+    path, spaces, params = columns[0][0].image, [space for _, space in columns], method.applied(params)
     if method.stage:
         staged = params.model_copy(update={"stages": method.stage, "min_margin": None})  # which masks teach is no matter here
         return [_stage1(sample, space, models, staged, method.name.endswith(GIVEN)) for sample, space in columns]
     if method.name == "dense_high_resolution":
         found = cache.clip_features(path, models, params)
         return [_of_crops(found, models.texts(space), space.rule, params) for space in spaces]
-    if method.name == "dense":
+    if method.base == "dense":
         segmenter = _dense(models, params)
         embedded = segmenter.embed(cache.image(path))
     else:
@@ -322,7 +336,7 @@ def measure(
         made.append([])
         for i, (dataset, space, confusion) in enumerate(zip(datasets, spaces, of_method)):
             failed = sum(column == i for task in tasks for column, _ in task.columns) - numbers[i]
-            record = records.of_evaluation(method.name, dataset, space, params, device, method.module, method.described)
+            record = records.of_evaluation(method.name, dataset, space, method.applied(params), device, method.module, method.described)
             if method.voted(params):
                 record = dataclasses.replace(record, weights=record.weights | {"sam": sam.weights_key(params.sam)})
             if num_shards > 1:
@@ -356,8 +370,8 @@ def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | N
         "fmbseg": module or modules.default(params.profile),
         "shipped": modules.SHIPPED,
     }
-    methods = [Method(name, str(files_of.get(name, ""))) for name in params.methods]
-    aligned = [method for method in methods if method.name in ALIGNED]  # together: they share the encoder's pass
+    methods = [Method(name, str(files_of.get(name.removesuffix(VOTE), ""))) for name in params.methods]
+    aligned = [method for method in methods if method.base in ALIGNED]  # together: they share the encoder's pass
     made: list[Record] = []
     for group in [[method] for method in methods if method not in aligned] + ([aligned] if aligned else []):
         for of_method in measure(group, found, params, params.shard, params.num_shards, engine):
