@@ -371,7 +371,7 @@ def test_train_and_evaluate_end_with_status_3_and_name_what_they_left_out(traine
     (folder / "classes.txt").write_text("sky\ngrass\nsun\nhouse\n")
     for sample in benchmarks.load_benchmark("drawn").samples[:3]:
         (folder / "images" / sample.image.name).write_bytes(sample.image.read_bytes())
-        Image.fromarray(sample.truth()).save(folder / "masks" / sample.image.name)
+        Image.fromarray(sample.truth().astype(np.uint8)).save(folder / "masks" / sample.image.name)
     broken = folder / "images" / "broken.png"
     broken.write_bytes(b"no image")
     Image.new("L", (8, 8)).save(folder / "masks" / "broken.png")

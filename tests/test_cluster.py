@@ -73,7 +73,7 @@ def _no_prediction(each, monkeypatch):
     """``each``, in which nothing may be predicted: the workers of the cluster have counted it all."""
 
     def reading(*given):
-        monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("predicted again"))
+        monkeypatch.setattr(evaluate, "predict_on_device", lambda *_: pytest.fail("predicted again"))
         return each(*given)
 
     return reading

@@ -23,7 +23,7 @@ from fmbseg.runs.cache import Models
 from fmbseg.runs.evaluate import Method, measure
 from fmbseg.runs.modules import Segmenter
 from fmbseg.schemas import EvaluateRun
-from fmbseg.stage1 import features, pseudo_labels
+from fmbseg.stage1 import features, label_masks, pseudo_labels
 from fmbseg.stage1.pseudo_labels import PseudoLabel
 from fmbseg.stage1.query_sam import class_similarity
 from fmbseg.stage2 import segmenter
@@ -47,7 +47,7 @@ def home(toy, monkeypatch):
 
 
 def of(name, toy=None):
-    return Method(name, str(toy.path) if toy and name in evaluate.ALIGNED else "")
+    return Method(name, str(toy.path) if toy and Method(name).base in evaluate.ALIGNED else "")
 
 
 def seen_by(monkeypatch):
@@ -60,14 +60,17 @@ def seen_by(monkeypatch):
 # ---------------------------------------------------------------- predictions
 
 
-def direct(name, image, space, params, toy):
+def direct(given, image, space, params, toy):
     """A method's label map, from the method's own functions and in memory."""
+    name, masks = Method(given).base, ()
+    if Method(given).voted(params):
+        masks = [one.mask for one in label_masks.automatic_masks(image, load_sam(params.sam), params)]
     if name in evaluate.ALIGNED:
-        return Segmenter.load(toy.path, params=params).segment(image, space).labels
+        return Segmenter.load(toy.path, params=params).segment(image, space, masks=masks).labels
     clip = load_clip(params.clip, "cpu", params.crop_input)
     if name == "dense":  # a transformer sees the whole window
         clip = load_clip(params.clip, "cpu", params.window)
-        return PlainSegmenter(DenseClip(clip, params.path, 1.0, params.residual), clip, params).segment(image, space).labels
+        return PlainSegmenter(DenseClip(clip, params.path, 1.0, params.residual), clip, params).segment(image, space, masks=masks).labels
     if name == "dense_high_resolution":
         found = features.extract(image, clip, params)
         similar = class_similarity(dataclasses.replace(found, map=found.map.half().float()), class_texts(clip, space))
@@ -152,7 +155,7 @@ def test_a_record_holds_the_counts_of_its_predictions_which_are_kept(name, toy, 
     assert record.miou == pytest.approx(100 * np.mean(ious), abs=1e-3) and record.iou["house"] == pytest.approx(100 * ious[3], abs=1e-3)
     assert (record.images, record.failed, record.dataset) == (3, 0, "drawn")
     assert record.notes == ["random weights: the number means nothing"]
-    monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("predicted again"))
+    monkeypatch.setattr(evaluate, "predict_on_device", lambda *_: pytest.fail("predicted again"))
     ((again,),) = measure([of(name, toy)], [toy.drawn], params)
     assert dataclasses.replace(again, seconds=0, time="") == dataclasses.replace(record, seconds=0, time="")
 
@@ -329,7 +332,7 @@ def shifted_truth(method, columns, *_):
 
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_an_unsharded_run_reads_what_shards_counted_and_gives_exactly_the_whole(count, plain, own_home, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "predict", shifted_truth)
+    monkeypatch.setattr(evaluate, "predict_on_device", shifted_truth)
     drawn = benchmarks.load_benchmark("drawn")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
@@ -341,7 +344,9 @@ def test_an_unsharded_run_reads_what_shards_counted_and_gives_exactly_the_whole(
     (whole,) = measure([Method(CHEAP)], two, plain)
     monkeypatch.setenv("FMBSEG_HOME", str(tmp_path / "shared"))
     parts = [measure([Method(CHEAP)], two, plain, shard=i, num_shards=count)[0] for i in range(count)]
-    monkeypatch.setattr(evaluate, "predict", lambda m, columns, *_: shifted_truth(m, columns) if columns[0][0].image == broken else 1 / 0)
+    monkeypatch.setattr(
+        evaluate, "predict_on_device", lambda m, columns, *_: shifted_truth(m, columns) if columns[0][0].image == broken else 1 / 0
+    )
     (made,) = measure([Method(CHEAP)], two, plain)
     same = functools.partial(dataclasses.replace, seconds=0.0, time="")
     assert [same(r) for r in made] == [same(r) for r in whole]

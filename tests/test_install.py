@@ -134,7 +134,8 @@ def test_an_image_is_segmented_from_an_empty_folder(elsewhere, tmp_path):
     images = draw(tmp_path / "images", 2)
     segment = ("-m", "fmbseg.cli", "segment", images / "image0.png", "--profile", "smoke", "--classes", "cat, sofa")
     told = elsewhere(*segment, "--train-on", images, "--set", "epochs=1", "--set", "window=96", home=tmp_path / "home")
-    assert {p.name for p in (elsewhere.work / "cut").iterdir()} == {"image0.labels.png", "image0.overlay.png", "image0.json"}
+    written = {"image0.labels.png", "image0.overlay.png", "image0.margin.png", "image0.json", "fmbseg-summary.csv", "fmbseg-classes.txt"}
+    assert {p.name for p in (elsewhere.work / "cut").iterdir()} == written
     assert np.asarray(Image.open(elsewhere.work / "cut" / "image0.labels.png")).shape == (120, 150)
     module = told.partition("words: ")[2].split()[0]
     elsewhere(*segment, "--module", module, "--set", "window=96", "--out", "again", home=tmp_path / "home")

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -71,7 +72,7 @@ def sites(tmp_path, toy):
         for part in ("images", "masks"):
             (folder / part).mkdir(parents=True)
         Image.open(toy.samples[0].image).save(folder / "images" / "one.png")
-        Image.fromarray((toy.samples[0].truth() + wrong) % 4).save(folder / "masks" / "one.png")
+        Image.fromarray(((toy.samples[0].truth() + wrong) % 4).astype(np.uint8)).save(folder / "masks" / "one.png")
         (folder / "classes.txt").write_text("\n".join(toy.drawn.space.names))
     return tmp_path / "data"
 
@@ -80,7 +81,7 @@ def test_two_data_sets_of_one_base_name_are_two_rows_and_two_records_each_with_i
     """And a truth that is put right has its own number too."""
     asked = ["folder:siteA/test", "folder:siteB/test"]
     truth = evaluate.find_benchmarks(asked, str(sites))[0].samples[0].truth()
-    monkeypatch.setattr(evaluate, "predict", lambda method, columns, *_: [truth for _ in columns])
+    monkeypatch.setattr(evaluate, "predict_on_device", lambda method, columns, *_: [truth for _ in columns])
     frame = evaluate.evaluate(evaluate.find_benchmarks(asked, str(sites)), params)
     assert frame["dataset"].tolist() == asked and frame["miou"].tolist() == [100.0, 0.0] and len(names(params)) == 2
     (sites / "siteB/test/masks/one.png").write_bytes((sites / "siteA/test/masks/one.png").read_bytes())

@@ -86,6 +86,7 @@ def run(
     An image whose results are there, made of the same bytes, words, module and parameters, is left as it is. overlay: writes
     (path, image, labels, space) as a picture. Raises ParameterError where no image can be segmented.
     """
+    modules.load(module)  # says so where there is none
     key = files.digest(files.sha256_of(module), space.names, space.prompts, params.content(*_CONTENT))
     work = functools.partial(_one, places=places, space=space, key=key, module=module, params=params, overlay=overlay)
     done = parallel.each(work, list(places), "segmenting", params.workers)
