@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -24,14 +22,13 @@ from fmbseg import profiles
 from fmbseg.runs import label
 from fmbseg.viz import explorer
 
+from throughput import hardware  # isort: skip
 
-def hardware() -> str:
+
+def machine() -> str:
     """Name of the processor, how many cores this process may use, how many threads it does, and how busy they are."""
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in told.splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    return f"{names[0] if names else platform.processor()}, {cores} cores, {torch.get_num_threads()} threads, load {load}"
+    return f"{hardware('cpu')}, {torch.get_num_threads()} threads, load {load}"
 
 
 def measure(change: Callable[[], None], repeats: int) -> tuple[list[float], list[float]]:
@@ -73,7 +70,7 @@ def main() -> None:
     widget.find.click()
     once["automatic masks"] = time.perf_counter() - started
     found["Stage 1: known words, with automatic masks"] = measure(changes["known words"], options.repeats)
-    print(hardware())
+    print(machine())
     height, width = widget.explorer.image.shape[:2]
     module = "with" if widget.explorer.segmenter else "without"
     print(f"profile {options.profile}, image of {width} x {height} pixels, {module} a trained module, words: {p.words}")

@@ -37,7 +37,7 @@ from fmbseg.stage1 import pseudo_labels
 from fmbseg.stage2 import losses, metrics, training
 from fmbseg.stage2.segmenter import words_space
 
-from throughput import hardware, peak_memory, reset_peak  # isort: skip
+from throughput import keep, peak_memory, reset_peak  # isort: skip
 
 
 def best(turns: int, of: Callable[[list[float]], float] = min, **sides: Callable[[], object]) -> dict[str, float]:
@@ -290,19 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if out.is_file():
         before = files.read_json(out)["protocol"]["ratios"]
         rows = [one for one in before if one["what"] not in {new["what"] for new in rows}] + rows
-    record = records.Record(
-        "benchmark",
-        "ratios",
-        params.model_dump(),
-        params.collection,
-        images=0,
-        seconds=round(time.perf_counter() - started, 1),
-        hardware=hardware("cpu"),
-        protocol={"threads": 1, "turns": options.turns, "ratios": rows},
-        notes=records.notes_of(params),
-    )
-    record.write(out.parent, out.stem)
-    print(f"record: {out}")
+    keep("ratios", params, {"threads": 1, "turns": options.turns, "ratios": rows}, started, out)
 
 
 if __name__ == "__main__":

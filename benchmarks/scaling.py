@@ -23,13 +23,13 @@ import torch
 
 from fmbseg import files, profiles
 from fmbseg.data import collections, images, label_spaces
-from fmbseg.runs import modules, packs, records
+from fmbseg.runs import modules, packs
 from fmbseg.runs.modules import Segmenter
 from fmbseg.stage2 import losses
 from fmbseg.stage2.segmenter import words_space
 
 from ratios import patches, real_image  # isort: skip
-from throughput import hardware, peak_memory, reset_peak  # isort: skip
+from throughput import keep, peak_memory, reset_peak  # isort: skip
 
 Work = Callable[[], object]
 MEASURED: dict[str, tuple[str, str, Callable[[], Iterator[tuple[int, Work]]]]] = {}
@@ -140,21 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append({"what": what, "unit": unit, "sizes": numbers, "seconds": [round(s, 5) for s in seconds], "bytes": peaks})
         rows[-1] |= {"slope_of_seconds": slope(numbers, seconds), "slope_of_bytes": slope(numbers, peaks)}
         print(rows[-1], flush=True)
-    record = records.Record(
-        "benchmark",
-        "scaling",
-        params.model_dump(),
-        params.collection,
-        images=0,
-        seconds=round(time.perf_counter() - started, 1),
-        hardware=hardware("cpu"),
-        protocol={"threads": 1, "turns": options.turns, "growth": rows},
-        notes=records.notes_of(params),
-    )
-    out = options.out or records.results_folder(params) / "benchmarks" / "scaling.json"
-    record.write(out.parent, out.stem)
+    out = keep("scaling", params, {"threads": 1, "turns": options.turns, "growth": rows}, started, options.out)
     chart(rows, out.with_suffix(".svg"))
-    print(f"record: {out}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,30 @@ def hardware(device: str) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {cores()} cores"
 
 
+def keep(
+    name: str, params: EvaluateRun, protocol: dict, started: float, out: Path | None, images: int = 0, notes: Sequence[str] = ()
+) -> Path:
+    """Write the record of a benchmark, to results/<profile>/benchmarks unless ``out`` is given; returns its path.
+
+    started: ``time.perf_counter()`` at the beginning; images: how many were measured; notes: beside those of the parameters.
+    """
+    out = out or records.results_folder(params) / "benchmarks" / f"{name}.json"
+    record = records.Record(
+        "benchmark",
+        name,
+        params.model_dump(),
+        params.collection,
+        images=images,
+        seconds=round(time.perf_counter() - started, 1),
+        hardware=hardware(params.device),
+        protocol=protocol,
+        notes=[*records.notes_of(params), *notes],
+    )
+    record.write(out.parent, out.stem)
+    print(f"record: {out}")
+    return out
+
+
 def synchronise(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -275,21 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ratios["SAM embeddings per second, processes x threads"] = processes_against_threads(params, arrays)
         print(f"\nSAM embeddings per second, processes x threads: {ratios['SAM embeddings per second, processes x threads']}")
 
-    record = records.Record(
-        "benchmark",
-        "throughput",
-        params.model_dump(),
-        params.collection,
-        images=len(arrays),
-        seconds=round(time.perf_counter() - started, 1),
-        hardware=name,
-        protocol={"threads": options.threads, "sizes": [list(x.shape[1::-1]) for x in arrays], "warm_up": WARM_UP}
-        | {"steps": frame.to_dict("records"), "ratios": ratios},
-        notes=[*records.notes_of(params), *options.note],
-    )
-    out = options.out or records.results_folder(params) / "benchmarks" / "throughput.json"
-    record.write(out.parent, out.stem)
-    print(f"\nrecord: {out}")
+    protocol = {"threads": options.threads, "sizes": [list(x.shape[1::-1]) for x in arrays], "warm_up": WARM_UP}
+    protocol |= {"steps": frame.to_dict("records"), "ratios": ratios}
+    print()
+    keep("throughput", params, protocol, started, options.out, len(arrays), options.note)
 
 
 if __name__ == "__main__":
