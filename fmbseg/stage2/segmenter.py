@@ -223,7 +223,10 @@ class Segmenter:
         self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE, masks: Sequence[np.ndarray] = ()
     ) -> torch.Tensor:
         """``label`` as a tensor, on the device of the patches unless masks vote."""
-        placed = self.place(embedded, texts, rule, self.params.word_maximum == "after").at(embedded.size, self.params.interpolation)
+        return self._decide(self.place(embedded, texts, rule, self.params.word_maximum == "after"), embedded.size, rule, masks)
+
+    def _decide(self, placed: Placed, size: tuple[int, int], rule: Background, masks: Sequence[np.ndarray]) -> torch.Tensor:
+        placed = placed.at(size, self.params.interpolation)
         labels = best_class(placed, rule)
         return torch.from_numpy(vote(labels.cpu().numpy(), placed, masks, rule)) if len(masks) else labels
 
@@ -258,7 +261,9 @@ class Segmenter:
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
         p = self.params if isinstance(self.params, UnlabelledParams) else UnlabelledParams()
         embedded, texts = self.embed(image), self.texts(space)
-        labels, placed = self.label(embedded, texts, space.rule, masks), self.place(embedded, texts, space.rule)
+        placed = self.place(embedded, texts, space.rule)
+        words = self.place(embedded, texts, space.rule, True) if self.params.word_maximum == "after" else placed
+        labels = self._decide(words, embedded.size, space.rule, masks).cpu().numpy()
         placed = dataclasses.replace(placed, patches=placed.patches.cpu())
         measure = functools.cache(lambda: confidence(placed.at(embedded.size, self.params.interpolation), labels))
         kept = np.isin(labels, self.detected(image, space, p)) if p.detected_only else True
