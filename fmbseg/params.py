@@ -7,15 +7,13 @@ reads it). An unknown key, a wrong type or a value out of range is refused by on
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Container, Mapping
-from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fmbseg import files
 from fmbseg.errors import ParameterError
 
 
@@ -247,10 +245,9 @@ class OptimiserParams(Params):
     )
 
 
-@functools.cache
 def protocols() -> dict[str, dict[str, Any]]:
     """{protocol: {parameter: value}}, as ``assets/protocols.yaml`` holds them."""
-    return yaml.safe_load((resources.files("fmbseg") / "assets" / "protocols.yaml").read_text(encoding="utf-8"))
+    return files.asset("protocols.yaml")
 
 
 def with_protocol(values: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _of_split(base: Path, split: str) -> list[Path]:
 
 def _table(name: str, base: Path, space: LabelSpace) -> Table:
     """Raw id of a mask -> class, of one of LAYOUTS."""
-    id_maps = label_spaces.assets()["id_maps"]
+    id_maps = files.asset("label_spaces.json")["id_maps"]
     if name == "cityscapes19":
         return lookup(id_maps["cityscapes19_ids"], known=range(34))
     if name == "camvid11":  # whose classes.txt spells the classes CamVid's way, in any order
@@ -137,7 +137,7 @@ EMBEDDED = ("embedded_coco_object80", "embedded_coco_object81", "embedded_coco_p
 
 def _class_of(category: int, space: LabelSpace) -> int | None:
     """Class of a COCO category: of 133, or of things with or without background; None for what is none of these."""
-    ids = label_spaces.assets()["id_maps"]
+    ids = files.asset("label_spaces.json")["id_maps"]
     if space.name == "coco_panoptic133":
         return ids["coco_panoptic133_ids"].index(category)
     thing = ids["coco_object81_ids"].get(str(category))

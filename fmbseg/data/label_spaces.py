@@ -143,11 +143,6 @@ def palette(count: int) -> np.ndarray:
     return (np.array(colours).reshape(-1, 3) * 255).astype(np.uint8)
 
 
-def assets() -> dict:
-    """Class lists, palettes and id maps of the benchmarks, as ``assets/label_spaces.json`` holds them."""
-    return files.asset("label_spaces.json")
-
-
 def background_rule(rule: str, space: str) -> Background:
     """How class 0 of a label space is found by a rule of ``assets/background.yaml``, such as "stuff", "tcl" or "sclip" (Sec. 4.1)."""
     spaces = files.asset("background.yaml")[rule]
@@ -181,7 +176,7 @@ def label_space(name: str) -> LabelSpace:
         return label_space(_WITHOUT_BACKGROUND[name]).without_background(name)
     if name not in SPACES:
         raise ParameterError(f"label space {name!r}: unknown; known are {', '.join(SPACES)}")
-    entry = assets()[name]
+    entry = files.asset("label_spaces.json")[name]
     names = tuple(entry["classes"])
     colours = np.array(entry["palette"], dtype=np.uint8) if entry["palette"] else palette(len(names))
     background = names[0] == "background"

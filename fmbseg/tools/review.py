@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
@@ -50,7 +49,7 @@ def write(folder: Path) -> Path:
             }
         )
     data = json.dumps({"folder": str(Path(folder).absolute()), "items": items}).replace("<", "\\u003c")
-    page = (resources.files("fmbseg") / "assets" / "review.html").read_text(encoding="utf-8")
+    page = (files.ASSETS / "review.html").read_text(encoding="utf-8")
     with files.atomic_path(Path(folder) / PAGE) as part:
         part.write_text(page.replace("$data", data), encoding="utf-8")
     return Path(folder) / PAGE
