@@ -13,7 +13,7 @@ from fmbseg.viz.figures import InlineFigure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's colours, told apart without full colour vision; markers and places tell variants apart too."""
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # one more than colours: no pair of the two comes twice among many
 
 
 def loss_curve(steps: pd.DataFrame, smooth: int = 10) -> Figure:
