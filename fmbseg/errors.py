@@ -1,6 +1,6 @@
 """The errors a user can cause. Each says what was given, what is accepted and what to do.
 
-What is left out, and stops nothing, is told instead.
+``tell`` is for warnings, which stop nothing.
 """
 
 import functools
@@ -29,7 +29,7 @@ class DataError(FmbsegError):
 
 
 class TrainingError(FmbsegError):
-    """A training came to a module that cannot be used."""
+    """A training ended in a module that cannot be used."""
 
 
 class WorkerLost(FmbsegError):
@@ -42,6 +42,6 @@ class StorageError(FmbsegError):
 
 @functools.cache
 def tell(sentence: str) -> None:
-    """Say on standard error, once a process (under torchrun, the first alone), what is left out or looks wrong."""
+    """Print a warning on standard error, once a process; under torchrun only the first process prints."""
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=sys.stderr)

@@ -19,16 +19,14 @@ from fmbseg.errors import ParameterError
 
 def _number(value: Any) -> Any:
     """YAML 1.1 leaves ``1e-4`` (no dot) a string: read such strings as the numbers they are."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings", "keep_features"}  # how fast, not what
-SEVERAL_ONLY = {"negatives"}  # nothing to one device; the training adds it to its key where there are several
+SEVERAL_ONLY = {"negatives"}  # no effect on one device; the training adds it to its key where there are several
 COLLECTION_ONLY = {"collection", "data_root", "limit", "eval_limit"}  # which images, not what is made of each
 NAMES_OTHERS = {"protocol"}  # sets other parameters, which count
 
@@ -71,13 +69,13 @@ class RunParams(DataParams):
     run: str = Field(
         "main", pattern=r"^[A-Za-z0-9_-]+$", description="name of the run that records belong to; tables are made of one run's records"
     )
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, description="seed of everything random")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$", description="where models run: cpu, cuda, cuda:1, mps")
     workers: Count = Field(
         1, description="CPU: processes for work that goes image by image; GPU: threads and processes that read ahead of it"
     )
     checkpoint_seconds: Float = Field(
-        60.0, ge=0, description="a training that is stopped goes on from a checkpoint at most so old; 0: of every step"
+        60.0, ge=0, description="seconds between two checkpoints, from which a stopped training goes on; 0: one after every step"
     )
     deterministic: bool = Field(False, description="on CUDA: the same seed gives the same module, more slowly; on a CPU it always does")
     results_dir: str = Field(
@@ -86,13 +84,13 @@ class RunParams(DataParams):
 
 
 class ModelParams(Params):
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen models: float32, or bfloat16 matrix products")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of the frozen models: float32, or bfloat16 matrix products")
 
 
 class KeptParams(ModelParams):
     keep_features: bool = Field(
         True,
-        description="keep features, masks and encoder patches on disk (4 MB an image), so that they are made once; no: they are made when needed",
+        description="keep features, masks and encoder patches on disk (4 MB an image), so that they are made once; no: make them again when needed",
     )
 
 
@@ -101,15 +99,17 @@ class FeatureParams(KeptParams):
 
     clip: str = Field("clip_vitl14", description="image-text model")
     short_side: Count = Field(448, description="ours: the image's short side in pixels before it is cropped")
-    long_limit: Count = Field(2048, description="ours: its long side at most")
+    long_limit: Count = Field(2048, description="ours: the scaled image's long side in pixels at most")
     crop_size: Count = Field(224, description="ours: side of a crop in pixels of the scaled image")
     crop_stride: Count = Field(112, description="ours: pixels from one crop to the next")
-    crop_input: int | None = Field(None, ge=32, description="ours: side to which a crop is scaled for the tower; none: its own")
+    crop_input: int | None = Field(
+        None, ge=32, description="ours: side in pixels to which a crop is scaled for CLIP; none: the model's own"
+    )
     path: DensePath = Field(
-        "value", description="dense features by the last block's values, its plain tokens, or later work's attention: models/dense_paths.py"
+        "value", description="dense features: the last block's values, its plain tokens, or a path of later work (models/dense_paths.py)"
     )
     residual: bool = Field(False, description="ours: keep the last block's residual and MLP after values or attention")
-    crop_batch: Count = Field(16, description="crops through the tower at once")
+    crop_batch: Count = Field(16, description="crops that CLIP takes at once")
 
 
 class TextParams(Params):
@@ -119,10 +119,11 @@ class TextParams(Params):
         "one", description="prompt templates whose features are averaged: the paper's, the same with a full stop, the bare word, or a list"
     )
     text_average: Literal["unit", "raw"] = Field(
-        "unit", description="ours: features are brought to unit norm before they are averaged over templates (as CLIP), or not (as TCL)"
+        "unit",
+        description="ours: features are scaled to unit norm before they are averaged over templates (as CLIP does), or not (as TCL does)",
     )
     words: Literal["ours", "verbatim", "sclip"] = Field(
-        "ours", description="ours: the benchmarks' class names respelled as plain English, as they are (as TCL), or SCLIP's word lists"
+        "ours", description="ours: class names of the benchmarks in plain English, unchanged (as TCL does), or SCLIP's word lists"
     )
 
 
@@ -134,13 +135,15 @@ class DetectParams(TextParams):
     reference_images: int = Field(
         0,
         ge=0,
-        description="ours: votes are standardised over the crops of so many of the images; 0, or where there are fewer: not",
+        description="ours: standardise votes over the crops of this many images of the collection; 0, or a smaller collection: do not",
     )
 
 
 class SamParams(ModelParams):
     sam: str = Field("sam_vith", description="ours: the paper does not name its SAM")
-    keep_embeddings: bool = Field(False, description="keep SAM's image embeddings on disk (2 MB each), so that it sees each image once")
+    keep_embeddings: bool = Field(
+        False, description="keep SAM's image embeddings on disk (2 MB each), so that its encoder runs once an image"
+    )
 
 
 class QueryParams(SamParams):
@@ -155,11 +158,11 @@ class MaskParams(ModelParams):
 
     points_per_side: Count = Field(32, description="the SAM package's grid of points")
     points_per_batch: Count = Field(64, description="points decoded at once")
-    predicted_iou: Share = Field(0.88, description="masks under it are dropped")
-    stability: Share = Field(0.95, description="masks under it are dropped")
+    predicted_iou: Share = Field(0.88, description="masks of a lower predicted IoU are dropped")
+    stability: Share = Field(0.95, description="masks of a lower stability score are dropped")
     box_nms: Share = Field(0.7, description="duplicates over this box IoU are dropped")
     sam_long_side: Count = Field(
-        1024, description="ours: masks of a longer image are compared at this length, and those that stay enlarged"
+        1024, description="ours: masks of a larger image are compared at this long side, and those that are kept are enlarged"
     )
     min_area: Share = Field(0.001, description="ours: masks under this share of the image are dropped")
 
@@ -169,12 +172,13 @@ class CombineParams(Params):
 
     stages: Literal["both", "1.1", "1.2"] = Field("both", description="which stage's masks are painted")
     overlap: Literal["similarity", "query", "agree"] = Field(
-        "similarity", description="ours: where both stages label a pixel: the more similar class, Stage 1.1, or only if they agree"
+        "similarity",
+        description="ours: where both stages label a pixel: the more similar class, Stage 1.1's class, or a label only if they agree",
     )
     min_margin: Float | None = Field(
         None,
-        description="ours: training keeps only masks whose class is nearer to them than every other class of the vocabulary by MORE than"
-        " this, on the votes' scale (standard deviations; cosine where votes are taken as they are); none: all masks",
+        description="ours: keep only masks that are more similar to their class than to every other class of the vocabulary by MORE than"
+        " this (in standard deviations where votes are standardised, else in cosine similarity); none: keep all masks",
     )
 
 
@@ -191,18 +195,18 @@ class ModuleParams(Params):
 
     module: Literal["transformer", "mlp", "linear"] = Field("transformer", description="alignment module")
     heads: int | None = Field(None, ge=1, description="ours: attention heads; none: the encoder's width / 64")
-    mlp_ratio: Float = Field(4.0, gt=0, description="ours: hidden width of the block's MLP over its width")
+    mlp_ratio: Float = Field(4.0, gt=0, description="ours: hidden width of the block's MLP divided by the block's width")
     standardise_images: Count = Field(256, description="ours: images on which the mean and std of the module's input are measured")
 
 
 class PrealignParams(Params):
     """Pre-alignment on the dense map of the image-text model, and the anchor on it (both ours; off in the paper's profile)."""
 
-    prealign: bool = Field(False, description="ours: M first learns CLIP's dense map of the collection; needs no words and no SAM")
-    prealign_limit: int | None = Field(None, ge=1, description="ours: how many images of the collection for it, evenly spaced; none: all")
-    prealign_ridge: Float = Field(0.1, ge=0, description="ours: penalty of its closed form, per standardised input of the last layer")
+    prealign: bool = Field(False, description="ours: M first learns CLIP's dense maps of the collection; this needs no words and no SAM")
+    prealign_limit: int | None = Field(None, ge=1, description="ours: how many images of the collection it takes, evenly spread; none: all")
+    prealign_ridge: Float = Field(0.1, ge=0, description="ours: ridge penalty of its closed form, on standardised inputs of the last layer")
     prealign_norm: Float = Field(
-        30.0, gt=0, description="ours: RMS length of M's output that it leaves with; large: later steps turn z less"
+        30.0, gt=0, description="ours: RMS length of M's output after it; the longer, the less a later step turns z"
     )
     dense_weight: Float = Field(0.0, ge=0, description="ours: weight of the anchor, mean 1 - cos(z, CLIP's dense map), beside the loss")
 
@@ -212,9 +216,11 @@ class CleanParams(Params):
 
     clean: Literal["none", "drop", "relabel"] = Field(
         "none",
-        description="ours: patches of a class in an image are dropped, or take the other class, where its prototype is nearer to them",
+        description="ours: where the patches of a class in an image are nearer to another class's prototype, drop or relabel them",
     )
-    clean_margin: Float = Field(0.0, ge=0, description="ours: ... by more than this cosine; prototypes are the encoder's, of all images")
+    clean_margin: Float = Field(
+        0.0, ge=0, description="ours: ... nearer by more than this cosine; prototypes are mean encoder patches of all images"
+    )
 
 
 class LossParams(Params):
@@ -237,11 +243,11 @@ class OptimiserParams(Params):
     weight_decay: Float = Field(1e-4, ge=0, description="ours")
     epochs: Count = Field(10, description="the paper's")
     start_share: Share = Field(
-        0.0, description="ours: share of the weights that training began with (pre-aligned, or trained before) in the module it ends with"
+        0.0, description="ours: share of the initial weights (pre-aligned, or trained before) in the average with the trained weights"
     )
     images_per_batch: Count = Field(5, description="the paper's; of all GPUs together")
     negatives: Literal["batch", "device"] = Field(
-        "batch", description="ours, several GPUs only: patches are contrasted with the whole batch, or with their own GPU's part of it"
+        "batch", description="ours, several GPUs only: contrast patches with the whole batch, or with their own GPU's part of it"
     )
 
 
@@ -251,7 +257,7 @@ def protocols() -> dict[str, dict[str, Any]]:
 
 
 def with_protocol(values: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
-    """Values, and beneath them what the ``protocol`` among them sets of the known parameters."""
+    """The values, and those known parameters that their ``protocol`` sets and they do not."""
     name = values.get("protocol")
     of_protocol = protocols().get(name, {}) if isinstance(name, str) else {}
     return {key: value for key, value in of_protocol.items() if key in known} | dict(values)
@@ -262,27 +268,27 @@ class SegmentParams(ModelParams):
 
     protocol: Literal["", "tcl", "sclip", "paper"] = Field(
         "",
-        description="sets words, templates, background, resize and windows at once, as assets/protocols.yaml has it; what is typed beside it counts",
+        description="sets words, templates, background, resize and windows together (assets/protocols.yaml); one that is also given counts instead",
     )
     segment_short_side: Count = Field(448, description="the image's short side, unless the long one would pass the limit")
     segment_long_limit: Count = Field(2048, description="the image's long side at most")
     resize: Literal["pil_bicubic", "cv2_bilinear"] = Field(
-        "pil_bicubic", description="ours: how the image is scaled: antialiased bicubic, or bilinear without antialiasing (TCL's)"
+        "pil_bicubic", description="ours: how the image is scaled: bicubic with antialiasing, or bilinear without (as TCL does)"
     )
     window: Count = Field(448, description="side of the sliding window in pixels")
     window_stride: Count = Field(224, description="pixels from one window to the next")
-    window_batch: Count = Field(1, description="windows through the encoder at once")
+    window_batch: Count = Field(1, description="windows that the encoder takes at once")
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of similarities, to the image's own size")
     background_words: Literal["stuff", "name", "tcl", "sclip", "clearclip", "naclip", "proxyclip", "scclip"] | Names = Field(
-        "stuff", description="ours: class 0 of the columns with background: a rule of assets/background.yaml, or a list of words"
+        "stuff", description="ours: words of class 0 in columns with background: a rule of assets/background.yaml, or a list of words"
     )
     word_maximum: Literal["before", "after"] = Field(
         "before",
-        description="ours: of several words of a class the best counts: in each patch, before interpolation, or at each pixel (SCLIP)",
+        description="ours: the best word of a class is taken before interpolation, in each patch, or after it, at each pixel (as SCLIP does)",
     )
     regions: Literal["none", "sam"] = Field(
         "none",
-        description="ours: at test time each of SAM's automatic masks takes the class of the mean similarity inside, small over large",
+        description="ours: at test time each of SAM's automatic masks gets the class of the highest mean similarity inside it",
     )
 
     @model_validator(mode="before")
@@ -292,14 +298,14 @@ class SegmentParams(ModelParams):
 
 
 class UnlabelledParams(FeatureParams, DetectParams):
-    """ "None of these" (ours; off unless asked): which pixels ``segment`` leaves unlabelled."""
+    """Pixels that ``segment`` leaves unlabelled, as none of the classes (ours; off by default)."""
 
     least_similarity: Float | None = Field(None, description="pixels less similar to their class than this are unlabelled; none: no pixel")
     least_margin: Float | None = Field(
         None, description="pixels whose class is nearer than the next one by less than this (cosine) are unlabelled; none: no pixel"
     )
     detected_only: bool = Field(
-        False, description="pixels of classes that Stage 1 does not detect in the image are unlabelled (but for the background's)"
+        False, description="pixels of classes that Stage 1 does not detect in the image are unlabelled; the background is kept"
     )
 
 
@@ -327,7 +333,7 @@ class EvaluateParams(LabelParams, AlignParams, SegmentParams):
 
     eval_limit: int | None = Field(None, ge=1, description="how many images a benchmark, evenly spread; none: all")
     dense_enlarge: Float = Field(
-        1.0, gt=0, description="ours: windows are enlarged by this for the dense baseline of a convolutional tower"
+        1.0, gt=0, description="ours: factor by which windows are enlarged for the dense baseline of a convolutional image-text model"
     )
 
 
@@ -351,7 +357,7 @@ def make(schema: type[P], values: Mapping[str, Any], source: str = "parameters")
 
 
 def check_device(name: str) -> str:
-    """Return the name of a device if it is one that is here. Raises ParameterError: what is here, and what to give."""
+    """The name of a device that this machine has. Raises ParameterError, naming those it has, for any other."""
     if name in ("cpu", "meta"):  # meta: shapes without numbers, for benchmarks/costs.py
         return name
     import torch

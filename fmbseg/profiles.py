@@ -17,12 +17,12 @@ from fmbseg.schemas import NOTEBOOKS, STEPS
 
 
 def params_folder() -> Path:
-    """The folder of all profiles: ``params/`` of the clone one works in, else what this installation holds."""
+    """The folder of all profiles: ``params/`` of the clone around the working folder, else that of this installation."""
     return _folder("params", "profile_files")
 
 
 def published_folder() -> Path:
-    """The folder of the published numbers: ``results/published/`` of the clone one works in, else what this installation holds."""
+    """The folder of the published numbers: ``results/published/`` of that clone, else that of this installation."""
     return _folder("results/published", "published")
 
 
@@ -57,9 +57,9 @@ def step_of(notebook: str) -> str:
 def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) -> RunParams:
     """A step's parameters: schema defaults, the profile's shared.yaml, its file for this step, then overrides.
 
-    shared.yaml may hold keys of any step; a step takes those of its own schema. ``extends: PROFILE`` in it begins with
-    another profile's files. Raises ParameterError for an unknown step, profile, file or key and for a value that the schema does not
-    accept.
+    shared.yaml may hold keys of any step; a step takes those of its own schema. With ``extends: PROFILE`` in it, the files
+    of another profile come first. Raises ParameterError for an unknown step, profile, file or key and for a value that the
+    schema does not accept.
     """
     if step not in STEPS:
         raise ParameterError(f"step {step!r}: unknown; known are {', '.join(STEPS)}")
@@ -87,7 +87,7 @@ def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) ->
     make(schema, own, str(own_file))
     values: dict[str, Any] = {}
     for layer in ({k: v for k, v in shared.items() if k in schema.model_fields}, own, {"profile": profile}, overrides or {}):
-        values |= with_protocol(layer, schema.model_fields)  # a protocol counts over what lies beneath it, and not over what is beside it
+        values |= with_protocol(layer, schema.model_fields)  # a protocol overrides earlier layers, not the values of its own
     return make(schema, values, f"{step} ({profile})")
 
 
@@ -97,9 +97,9 @@ def load(step: str, profile: str, overrides: Mapping[str, Any] | None = None) ->
 def of_notebook(notebook: str, namespace: Mapping[str, Any]) -> RunParams:
     """The parameters of the notebook that calls this with its ``globals()``.
 
-    What is assigned from the parameters cell (the last one run that assigns ``profile``) up to the first cell that calls
-    this counts, whether it was typed there or injected by papermill in a cell that begins with "# Parameters"; names that
-    begin with "_" are left alone. So are all variables of later cells, however often and in whatever order cells are run.
+    Every assignment counts from the parameters cell (the last cell run that assigns ``profile``) up to the first cell that
+    calls this, whether it was typed or injected by papermill (a cell that begins with "# Parameters"). Names that begin
+    with "_" are ignored, and so are the variables of later cells, however often and in whatever order cells are run.
     Raises ParameterError for an unknown name, a value that the schema does not accept, and a device that is not here.
     """
     step = step_of(notebook)
@@ -115,8 +115,11 @@ def of_notebook(notebook: str, namespace: Mapping[str, Any]) -> RunParams:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell that was run. assigned: names assigned at its top level (before it calls ``of_notebook``) and, where it is one
-    name = one expression, that expression; calls: whether it calls ``of_notebook``."""
+    """A cell that was run.
+
+    assigned: names assigned at its top level before it calls ``of_notebook``, with the expression where it is a plain
+    name = expression; calls: whether it calls ``of_notebook``.
+    """
 
     source: str
     assigned: Mapping[str, ast.expr | None]
@@ -152,7 +155,7 @@ def _read_cell(source: str) -> _Cell:
 def _parameter_cells(sources: Iterable[str]) -> list[_Cell]:
     """The parameters cell, and the cells run after it up to the first that calls ``of_notebook``.
 
-    An injected cell replaces an earlier one, and a cell that was also run after such a call is an ordinary one.
+    An injected cell replaces an earlier injected one. A cell that was also run after such a call is an ordinary cell.
     """
     found: list[_Cell] = []
     ordinary, counting = set(), False
@@ -170,7 +173,7 @@ def _parameter_cells(sources: Iterable[str]) -> list[_Cell]:
 
 
 def _typed(sources: Iterable[str], namespace: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> value of everything that counts. A literal is read from the cell, for a later cell may use its name again."""
+    """Name -> value of every assignment that counts. A literal is read from its cell: a later cell may reuse the name."""
     values = {}
     for cell in _parameter_cells(sources):
         for name, expression in cell.assigned.items():

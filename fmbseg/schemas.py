@@ -1,4 +1,4 @@
-"""Parameters of every step: the parts of ``params.py`` it depends on, and what only it has; which notebook does which step."""
+"""Parameters of every step: the parts of ``params.py`` that it depends on and its own; and which notebook does which step."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
 
     methods: Names = Field(("dense", "dense_high_resolution", "stage1.1", "stage1.2", "stage1", "fmbseg"), description="rows")
     shard: int = Field(0, ge=0, description="which part of the images this run counts, from 0 ...")
-    num_shards: Count = Field(1, description="... of so many; when all are counted, a run without them reads what they counted")
+    num_shards: Count = Field(1, description="... to num_shards - 1; when all are counted, a run without shards reads their counts")
     examples: Count = Field(2, description="images shown a benchmark")
 
 
@@ -132,20 +132,20 @@ class ExploreRun(RunParams, LabelParams, SegmentParams):
 
     words: str = Field("person, tree, sky, road", description="words to begin with, separated by commas")
     background: str = Field("", description="words that together are class 0, background; empty: no background")
-    image: str = Field("", description="name of the image to begin with; where it is not among them: the first")
-    max_side: Count = Field(1024, description="larger images are scaled so that their long side has so many pixels")
+    image: str = Field("", description="name of the image to begin with; the first image where there is none of this name")
+    max_side: Count = Field(1024, description="long side in pixels to which larger images are scaled down")
 
 
 @dataclass(frozen=True)
 class Step:
-    """schema: of its parameters; notebooks: that do it; ``params/<profile>/NAME.yaml`` of the last belongs to it."""
+    """schema: of its parameters; notebooks: those that do it. Its parameter file, ``params/<profile>/NAME.yaml``, is named after the last."""
 
     schema: type[RunParams]
     notebooks: tuple[str, ...] = ()
 
     @property
     def notebook(self) -> str:
-        """The notebook whose parameter file belongs to the step; empty: none, shared.yaml alone."""
+        """The notebook whose parameter file belongs to the step; empty where shared.yaml is all it has."""
         return self.notebooks[-1] if self.notebooks else ""
 
 
@@ -164,4 +164,4 @@ STEPS: dict[str, Step] = {
 }
 
 NOTEBOOKS = {notebook: name for name, step in STEPS.items() for notebook in step.notebooks}
-"""Notebook -> its step, in the order they are run: the tables after everything that they show."""
+"""Notebook -> its step, in the order in which they are run: the tables come after everything that they show."""
