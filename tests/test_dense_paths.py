@@ -291,9 +291,9 @@ def test_numbers_of_regions_do_not_matter_and_a_guide_is_for_its_path_alone():
     made, other = (clip.encode_crops(crops(), "guided", guide=one).maps for one in (by, renamed))
     assert torch.equal(made, other) and not torch.equal(made, encode(clip, crops(), "guided").maps)
     for path, given in (("guided", None), ("kk", by)):
-        with pytest.raises(ParameterError, match=f"path = '{path}': guided, and no other, takes .* give path=selfcal or kk there"):
+        with pytest.raises(ParameterError, match=f"path = '{path}': guided, and no other path, takes .* give path=selfcal or kk there"):
             clip.encode_crops(crops(), path, guide=given)
-    with pytest.raises(ParameterError, match="path = 'guided', residual = True: it takes no residual"):
+    with pytest.raises(ParameterError, match="path = 'guided', residual = True: guided takes no residual"):
         clip.encode_crops(crops(), "guided", residual=True, guide=by)
 
 
@@ -392,7 +392,7 @@ def test_a_tower_without_attention_has_one_path(path):
     with pytest.raises(ParameterError, match="residual = True: tiny has no attention"):
         clip.encode_crops(crops(), residual=True)
     for given in (lambda: clip.encode_crops(crops(), path), lambda: DenseClip(clip, path).embed(crops())):
-        with pytest.raises(ParameterError, match=f"path = '{path}': tiny has no attention, so it has one path only; give path=value"):
+        with pytest.raises(ParameterError, match=f"path = '{path}': tiny has no attention; give path=value"):
             given()
 
 

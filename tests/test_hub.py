@@ -18,8 +18,7 @@ from fmbseg.errors import WeightsError
 from fmbseg.models import clip as clip_module
 from fmbseg.models import encoders as encoder_module
 from fmbseg.models import sam as sam_module
-from fmbseg.models import vit
-from fmbseg.models.vit import VITS
+from fmbseg.models.encoders import VITS
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,7 +37,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 )
 def test_encoders_have_their_published_size(name, millions):
     with torch.device("meta"):
-        model = vit.build(VITS[name])
+        model = VITS[name].build()
     count = sum(p.numel() for p in model.parameters())
     assert round(count / 1e6, 1) == millions
     if not name.startswith("siglip2"):  # whose files hold the text tower too

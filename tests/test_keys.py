@@ -20,7 +20,7 @@ from fmbseg.data import fetch, label_spaces
 from fmbseg.data.images import read_mask
 from fmbseg.data.samples import Sample
 from fmbseg.models import clip, encoders, sam
-from fmbseg.models.precision import key as precision_key
+from fmbseg.models.precision import precision_key
 from fmbseg.params import (
     NAMES_OTHERS,
     SEVERAL_ONLY,

@@ -11,7 +11,7 @@ from PIL import Image
 from fmbseg import files
 from fmbseg.data import collections, label_spaces
 from fmbseg.errors import DataError, ParameterError
-from fmbseg.models import vit
+from fmbseg.models import encoders
 from fmbseg.params import TextParams, make
 from fmbseg.runs import evaluate, modules, records, train
 from fmbseg.runs.records import Record
@@ -168,7 +168,7 @@ def test_deviations_are_those_of_the_parts_that_were_used():
     assert verbatim["renamed_prompts"].startswith("0 of 21 ") and verbatim["template"] == "with a full stop"
     both = records.deviations(TextParams(), space, {}, "random:dinov3_vits16+efficientnet_lite2")
     assert both["position_interpolation"] == "none: rotary; none: convolutional" and "sam_embedding" not in both
-    assert {kind.family for kind in vit.VITS.values()} == set(records.POSITIONS)
+    assert {kind.family for kind in encoders.VITS.values()} == set(records.POSITIONS)
 
 
 def test_docs_list_every_deviation():

@@ -1,9 +1,9 @@
 """Let torchvision be imported beside a torch build that its compiled operators do not fit.
 
 A CPU build of torch beside the registry's (CUDA) wheel of torchvision fails at import with
-``operator torchvision::nms does not exist``, and takes open_clip, segment_anything and timm with it.
-Only non-maximum suppression is needed from those operators here, so where they cannot be loaded it is
-defined in plain torch. Where they load, nothing is changed.
+``operator torchvision::nms does not exist``; open_clip, segment_anything and timm then fail too. Of these
+operators only non-maximum suppression is needed here, so it is defined in plain torch where they cannot be
+loaded. Where they can, nothing is changed.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ from fmbseg.data.images import normalise
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import dense_paths
 from fmbseg.models.dense_paths import LastBlock
-from fmbseg.models.precision import Precision, autocast
-from fmbseg.models.precision import key as precision_key
+from fmbseg.models.precision import Precision, autocast, precision_key
 from fmbseg.params import DensePath, check_device
 
 LIT = "lit-efficientnet-lite2-minilm"
@@ -29,17 +28,16 @@ LIT = "lit-efficientnet-lite2-minilm"
 
 CLIP_NAMES = {LIT: "", "clip_vitl14": "ViT-L-14-quickgelu openai", "clip_vitb16": "ViT-B-16-quickgelu openai"}
 
-
 TOKENS = 16
-"""Texts of a Hugging Face tower are padded to a multiple of so many tokens, not to all that it reads."""
+"""Texts for a Hugging Face tower are padded to a multiple of this many tokens, not to its full context."""
 
 
 @dataclass(frozen=True)
 class CropFeatures:
-    """What an image-text model says about a batch of crops.
+    """Features of a batch of crops by an image-text model.
 
     tokens: (B, D), the projected class token (towers without one: the pooled features);
-    maps: (B, D, h, w), dense features in the text's space. Neither is of unit norm.
+    maps: (B, D, h, w), dense features in the space of the texts. Neither has unit norm.
     """
 
     tokens: torch.Tensor
@@ -48,9 +46,10 @@ class CropFeatures:
 
 @dataclass(frozen=True)
 class Guide:
-    """What the path "guided" attends by, on the tower's own grid.
+    """The guide of the path "guided", on the tower's own grid.
 
-    patches: (B, width, h, w) of a frozen encoder; regions: (B, h, w) numbers of masks from 1, 0 in none; none: no masks.
+    patches: (B, width, h, w) of a frozen encoder; regions: (B, h, w) number of the mask at each position, from 1, and 0
+    outside all masks; None: no masks.
     """
 
     patches: torch.Tensor
@@ -58,10 +57,10 @@ class Guide:
 
 
 class ImageText:
-    """A frozen open_clip model: texts and crops into one space of D dimensions.
+    """A frozen open_clip model, which puts texts and crops into one space of D dimensions.
 
     model: an open_clip CLIP or CustomTextCLIP; key: what its results depend on (name and hash of its weights).
-    Raises ParameterError for an image tower whose dense features this code would get wrong.
+    Raises ParameterError for an image tower whose dense features would come out wrong here.
     """
 
     def __init__(self, model: nn.Module, tokenizer, key: str, device: str = "cpu", precision: Precision = "fp32"):
@@ -69,7 +68,8 @@ class ImageText:
         self.tokenizer, self.device, self.precision = tokenizer, device, precision
         self.key = precision_key(key, precision)
         self.tower = model.visual
-        self.mean, self.std = open_clip.get_model_preprocess_cfg(model)["mean"], open_clip.get_model_preprocess_cfg(model)["std"]
+        preprocessing = open_clip.get_model_preprocess_cfg(model)
+        self.mean, self.std = preprocessing["mean"], preprocessing["std"]
         self.blocks = self._blocks()
         self.image_size = int(self.tower.image_size[0])
         if device != "meta":  # which has no numbers
@@ -93,10 +93,10 @@ class ImageText:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Hold the tower, as the dense paths read it, against its own ``encode_image`` on one image of noise.
+        """Check on one image of noise that the dense paths read the tower rightly: they must give its ``encode_image``.
 
-        Of a transformer the last block is put together from its parts, with its own attention: its class token, or the
-        mean of its patches, must be the model's image feature; of another tower the mean of the projected map must.
+        A transformer's last block is computed from its parts, with its own attention; then its class token, or the mean of
+        its patches, must be the model's image feature. For another tower the mean of the projected map must be.
         """
         x = torch.rand((1, 3, *self.tower.image_size), generator=torch.Generator().manual_seed(0)).to(self.device)
         try:
@@ -113,25 +113,25 @@ class ImageText:
             raise self._refusal(f"its parts are not those of a plain ViT or feature map ({type(self.tower).__name__})") from error
         if not any(r.shape == own.shape and (r - own).abs().max() <= 1e-3 * own.abs().max() for r in rebuilt):
             raise self._refusal(
-                "its image feature is not what last block, norm and projection give as this code reads them (attention pooling, a norm"
-                " in the head, another attention)"
+                "its image feature is not what its last block, norm and projection give here (it may have attention pooling, a norm in"
+                " the head or another attention)"
             )
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str], unit: bool = True) -> torch.Tensor:
-        """(N, D) text features of N prompts, of unit norm or as the text tower gives them."""
+        """(N, D) text features of N prompts; unit: scaled to unit norm, else as the text tower gives them."""
         ids = self._tokens(prompts)
         pad = getattr(getattr(getattr(self.model, "text", None), "config", None), "pad_token_id", None)
-        if pad is not None:  # a Hugging Face tower, which masks padding: what is padding of all texts is cut, to a multiple of TOKENS
+        if pad is not None:  # a Hugging Face tower, which masks padding: cut what is padding in all texts
             longest = int((ids != pad).sum(dim=1).max())
             ids = ids[:, : -(-longest // TOKENS) * TOKENS]
         features = self.model.encode_text(ids.to(self.device)).float()
         return F.normalize(features, dim=-1) if unit else features
 
     def _tokens(self, prompts: Sequence[str]) -> torch.Tensor:
-        """(B, length) token ids. Raises ParameterError for a text that the tower would read the beginning of."""
+        """(B, length) token ids. Raises ParameterError for a text that is longer than the tower reads."""
         length = self.tokenizer.context_length
-        ids = self.tokenizer(list(prompts), context_length=length + 1)  # one more, which only a text that is too long reaches
+        ids = self.tokenizer(list(prompts), context_length=length + 1)  # only a text that is too long reaches the last
         over = ~torch.isin(ids[:, length - 1], self.tokenizer([""], context_length=length))
         if over.any():
             text = prompts[int(over.nonzero()[0])]
@@ -144,16 +144,16 @@ class ImageText:
     ) -> CropFeatures:
         """Class token and dense features of (B, height, width, 3) ``uint8`` crops, in one pass through the tower.
 
-        path: "value" (the paper's), "plain" (the projected patch tokens it calls sub-optimal) or one of later work, by
-        the function of its name in ``dense_paths``. A tower without attention has one path only: its last feature map
-        through the projection, which "value" and "plain" name alike. guide: for the path "guided", of these crops.
-        Raises ParameterError for a path it has not.
+        path: "value" (the paper's), "plain" (the projected patch tokens, which the paper calls sub-optimal) or one of later
+        work, a function of ``dense_paths``. A tower without attention has one path only, under both names "value" and
+        "plain": its last feature map through the projection. guide: of these crops, for the path "guided".
+        Raises ParameterError for a path that the tower does not have.
         """
         self._check_path(path, residual)
         if (path == "guided") != (guide is not None):
             raise ParameterError(
-                f"path = {path!r}: guided, and no other, takes the frozen encoder's patches of each window, which the dense row has and Stage 1"
-                " has not; give path=selfcal or kk there"
+                f"path = {path!r}: guided, and no other path, takes the frozen encoder's patches of each window; the dense row has them, Stage 1"
+                " does not: give path=selfcal or kk there"
             )
         x = normalise(crops.to(self.device), self.mean, self.std)
         with autocast(self.device, self.precision):
@@ -164,16 +164,16 @@ class ImageText:
         if path not in get_args(DensePath):
             raise ParameterError(f"path = {path!r}: no such dense path; known are {', '.join(get_args(DensePath))}")
         if self.blocks is None and path not in ("value", "plain"):
-            raise ParameterError(f"path = {path!r}: {self.key} has no attention, so it has one path only; give path=value or another clip")
+            raise ParameterError(f"path = {path!r}: {self.key} has no attention; give path=value, the only one it has, or another clip")
         if residual and (path == "plain" or self.blocks is None):
             whose = "path = 'plain' keeps the last block's residual and MLP" if self.blocks is not None else f"{self.key} has no attention"
             raise ParameterError(f"residual = True: {whose}, so it would change nothing; leave residual out, or give path=value and a ViT")
         if path == "guided" and residual:
-            raise ParameterError("path = 'guided', residual = True: it takes no residual; give residual=false")
+            raise ParameterError("path = 'guided', residual = True: guided takes no residual; give residual=false")
         if path == "selfcal" and (residual or not self._has_class_token or len(self.blocks) < 2):
             raise ParameterError(
-                f"path = 'selfcal' for {self.key}, residual = {residual}: it takes a tower of two blocks or more with a class token, and"
-                " no residual; give path=kk, or residual=false"
+                f"path = 'selfcal' for {self.key}, residual = {residual}: selfcal takes a tower of two or more blocks with a class token,"
+                " and no residual; give path=kk, or residual=false"
             )
 
     def _encode(self, x: torch.Tensor, path: DensePath, residual: bool, guide: Guide | None = None) -> CropFeatures:
@@ -198,7 +198,7 @@ class ImageText:
     def _pass(self, x: torch.Tensor, every_block: bool = False) -> list[torch.Tensor]:
         """(B, D) image features of the model's own forward pass, then the (B, N, W) input and output of its last block.
 
-        every_block: the inputs of all blocks but the first come before that output.
+        every_block: in place of that input, the inputs of all blocks but the first.
         """
         caught: list[torch.Tensor] = []
         watched = self.blocks[1:] if every_block else self.blocks[-1:]
@@ -222,7 +222,7 @@ class ImageText:
 
     @property
     def prefix(self) -> int:
-        """How many tokens of a transformer stand before the patches."""
+        """How many tokens of a transformer come before the patches."""
         return 1 if isinstance(self.tower, VisionTransformer) else self.tower.trunk.num_prefix_tokens
 
     @property
@@ -244,7 +244,7 @@ def _lit_config(folder: Path) -> dict:
 
 
 LIT_PROJECTION = files.ASSETS / f"{LIT}.safetensors"
-"""The stand-in's own trained tensors: the two projections. The towers come with ``fmbseg fetch``."""
+"""The stand-in's own trained tensors: its two projections. ``fmbseg fetch`` brings the towers."""
 
 
 def weights_key(name: str) -> str:
@@ -256,7 +256,7 @@ def weights_key(name: str) -> str:
 
 
 def assemble_lit() -> Path:
-    """Put towers and projections together as one open_clip checkpoint in the cache; returns its path."""
+    """Write the stand-in's towers and projections as one open_clip checkpoint into the cache; returns its path."""
     text, image = fetch.require("all_minilm_l6_v2"), fetch.require("efficientnet_lite2")
     target = files.home() / "weights" / f"{weights_key(LIT)}.safetensors"
     if files.is_whole(target):
@@ -278,8 +278,8 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
     """An image-text model by name: ``clip_vitl14``, ``clip_vitb16`` or the embedded stand-in.
 
     Any "MODEL TAG" that open_clip knows works too (``"ViT-B-32 laion2b_s34b_b79k"``), and ``random:MODEL`` gives
-    open_clip's architecture with random weights (tests). image_size: side of the crops in pixels, where it is not
-    the model's own (a transformer's position embedding is interpolated).
+    open_clip's architecture with random weights (tests). image_size: side of the crops in pixels; None: the model's own.
+    For another side a transformer's position embedding is interpolated.
     Raises ParameterError for an unknown name or device, WeightsError where weights are not here.
     """
     check_device(device)
@@ -287,7 +287,7 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
     if name == LIT:
         folder = fetch.require("all_minilm_l6_v2")
         configs = files.home() / "weights" / "open_clip"
-        try:  # a cache that is read-only may hold it
+        try:  # not written again where it is there: the cache may be read-only
             there = files.read_json(configs / f"{LIT}.json") == _lit_config(folder)
         except DataError:
             there = False
@@ -301,7 +301,7 @@ def load_clip(name: str, device: str = "cpu", image_size: int | None = None, pre
             raise ParameterError(
                 f'clip = {name!r}: no such model; known are {", ".join(CLIP_NAMES)}, or "MODEL TAG" as open_clip lists them'
             )
-    key = weights_key(name)  # says so where they are not here
+    key = weights_key(name)  # raises WeightsError where they are not here
     options = {} if image_size is None or name == LIT else {"force_image_size": image_size}
     if name == LIT:  # EfficientNet-Lite's own normalisation: (pixel - 127) / 128
         options["force_preprocess_cfg"] = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}

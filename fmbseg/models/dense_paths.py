@@ -1,10 +1,11 @@
 """Dense features from the last block of a vision transformer, one small function a path (Sec. 3.1 and later work).
 
 x is the block's input, (B, N, W): the class token, other prefix tokens, then the patches row by row; grid is (rows,
-columns) of patches. q, k and v are the heads' (B, H, N, d) projections of its layer-normed tokens, o the attention's output
-projection (and LayerScale). The class token that votes (Sec. 3.2) never comes from here: it takes the model's own way.
+columns) of patches. q, k and v are the (B, H, N, d) projections of its layer-normed tokens in each head, o is the attention's
+output projection (and LayerScale). The class token that votes (Sec. 3.2) does not come from here but from the model's own
+forward pass.
 
-All but the value path are later work, written from the published descriptions; none was run with real weights by us.
+All paths but the value path are later work, written from the published descriptions. We have run none with real weights.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LastBlock:
-    """The parts of a transformer block, whoever wrote it.
+    """The parts of a transformer block of open_clip or timm.
 
-    weight: (3 W, W), bias: (3 W) or none, of queries, keys and values; scale1, scale2: LayerScale, or the identity.
+    weight: (3 W, W), bias: (3 W,) or None, of queries, keys and values; scale1, scale2: LayerScale, or the identity.
     """
 
     norm1: nn.Module
@@ -36,7 +37,7 @@ class LastBlock:
 
     @classmethod
     def of(cls, block: nn.Module) -> LastBlock:
-        """Of an open_clip residual block or a timm block. Raises AttributeError for a block of other parts (EVA)."""
+        """Those of an open_clip residual block or a timm block. Raises AttributeError for a block with other parts (EVA)."""
         a, heads = block.attn, block.attn.num_heads
         if hasattr(block, "ln_1"):  # open_clip
             return cls(block.ln_1, a.in_proj_weight, a.in_proj_bias, heads, a.out_proj, block.ls_1, block.ln_2, block.mlp, block.ls_2)
@@ -49,7 +50,7 @@ class LastBlock:
         return F.linear(self.norm1(x), self.weight[rows], None if self.bias is None else self.bias[rows])
 
     def split(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, W) -> (B, H, N, d), a head apart."""
+        """(B, N, W) -> (B, H, N, d), one slice a head."""
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def attend(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -67,23 +68,23 @@ class LastBlock:
 
 
 def _alike(block: LastBlock, x: torch.Tensor, one: int, other: int) -> torch.Tensor:
-    """(B, H, N, N) scaled products of two of a head's projections, such as q k' / sqrt(d) of 0 and 1."""
+    """(B, H, N, N) scaled products of two projections of each head, such as q k' / sqrt(d) for 0 and 1."""
     a, b = (block.split(block.part(x, which)) for which in (one, other))
     return a @ b.transpose(-1, -2) / a.shape[-1] ** 0.5
 
 
 def attention(block: LastBlock, x: torch.Tensor) -> torch.Tensor:
-    """The block's own attention, o(A v) with A = softmax(q k' / sqrt(d)): what the others are held against."""
+    """The block's own attention, o(A v) with A = softmax(q k' / sqrt(d))."""
     return block.attend(x, _alike(block, x, 0, 1).softmax(-1))
 
 
 def value(block: LastBlock, x: torch.Tensor) -> torch.Tensor:
-    """o(v): every token looks at itself alone, A = I (Sec. 3.1, after Zhou et al. 2022)."""
+    """o(v): every token attends to itself alone, A = I (Sec. 3.1, after Zhou et al. 2022)."""
     return block.branch(block.part(x, 2))
 
 
 def qq(block: LastBlock, x: torch.Tensor) -> torch.Tensor:
-    """o(A v) with A = softmax(q q' / sqrt(d)): tokens look at those that ask alike (ClearCLIP, Lan et al. 2024)."""
+    """o(A v) with A = softmax(q q' / sqrt(d)): tokens attend to those with similar queries (ClearCLIP, Lan et al. 2024)."""
     return block.attend(x, _alike(block, x, 0, 0).softmax(-1))
 
 
@@ -93,17 +94,17 @@ def qqkk(block: LastBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 BY_NAME = {"value": value, "qq": qq, "qqkk": qqkk}
-"""The paths that need no more than the last block and its input."""
+"""The paths that need only the last block and its input."""
 
 SIGMA = 5.0
-"""Of the neighbourhood of the kk path, in patches (Hajimiri et al. 2025)."""
+"""Standard deviation of the neighbourhood of the kk path, in patches (Hajimiri et al. 2025)."""
 
 
 def kk(block: LastBlock, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """o(A v) with A = softmax(k k' / sqrt(d) + G): tokens look at like keys nearby (NACLIP, Hajimiri et al. 2025).
+    """o(A v) with A = softmax(k k' / sqrt(d) + G): tokens attend to similar keys nearby (NACLIP, Hajimiri et al. 2025).
 
-    G_ij = exp(-((r_i - r_j)^2 + (c_i - c_j)^2) / (2 sigma^2)) of the patches' rows r and columns c, 0 in the rows and
-    columns of the prefix tokens.
+    G_ij = exp(-((r_i - r_j)^2 + (c_i - c_j)^2) / (2 sigma^2)) for patches i and j in rows r and columns c; G is 0 for
+    prefix tokens.
     """
     places = torch.cartesian_prod(*(torch.arange(float(n), device=x.device) for n in grid))
     near = (-(places[:, None] - places[None]).square().sum(-1) / (2 * SIGMA**2)).exp()
@@ -116,33 +117,33 @@ def guided(
 ) -> torch.Tensor:
     """(B, P, W) patches, o(A v) with A from another encoder (ProxyCLIP, Lan et al. 2024; scope: CorrCLIP, Zhang et al. 2025).
 
-    v is of the P patches alone and A one for all heads. With the rows d of unit norm of the guide's patches and S = d d':
+    v is that of the P patches only; all heads share A. With the guide's unit-norm patches as the rows of d, and S = d d':
 
-        without regions  A = softmax(3 (S - 1.2 mean S)), its entries under 0 left out before
-        with regions     A = softmax(4 S), left out before where neither i and j are in one region nor, one of them being
-                         in none, S_ij > mean S
+        without regions  A = softmax(3 (S - 1.2 mean S)) over the pairs of S_ij >= 1.2 mean S
+        with regions     A = softmax(4 S) over the pairs in one region, and over those with a patch outside all regions where
+                         S_ij > mean S
 
-    mean S is of one image; the diagonal stays. guide: (B, width, *grid) of the frozen encoder; regions: (B, *grid) numbers
-    of SAM's masks from 1, 0 in none. In float32.
+    mean S is over one image; the pairs i = j always count. guide: (B, width, *grid) of the frozen encoder; regions: (B, *grid)
+    number of SAM's mask at each patch, from 1, and 0 outside all masks. Computed in float32.
     """
     with torch.autocast(x.device.type, enabled=False):
         similar = _cosines(guide.float().flatten(2).transpose(1, 2))
         mean = similar.mean(dim=(1, 2), keepdim=True)
         if regions is None:
-            scores, left = 3 * (similar - 1.2 * mean), similar >= 1.2 * mean
+            scores, pairs = 3 * (similar - 1.2 * mean), similar >= 1.2 * mean
         else:
             of = regions.flatten(1)
-            one, none = of[:, :, None] == of[:, None], (of == 0)[:, :, None] | (of == 0)[:, None]
-            scores, left = 4 * similar, torch.where(none, similar > mean, one)
-        left = left | torch.eye(similar.shape[-1], dtype=torch.bool, device=similar.device)
-        return block.attend(x[:, -grid[0] * grid[1] :].float(), scores.masked_fill(~left, -torch.inf).softmax(-1)[:, None])
+            same, outside = of[:, :, None] == of[:, None], (of == 0)[:, :, None] | (of == 0)[:, None]
+            scores, pairs = 4 * similar, torch.where(outside, similar > mean, same)
+        pairs = pairs | torch.eye(similar.shape[-1], dtype=torch.bool, device=similar.device)
+        return block.attend(x[:, -grid[0] * grid[1] :].float(), scores.masked_fill(~pairs, -torch.inf).softmax(-1)[:, None])
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Constants of the selfcal path; blocks are numbered from 0.
 
-    pre: block whose similarities weigh tokens before attention; post: ... after it; multi: first and last of the blocks
+    pre, post: the blocks whose similarities average patches before and after attention; multi: first and last of the blocks
     whose outputs are summed; cls: weight of the class token.
     """
 
@@ -153,7 +154,7 @@ class Calibration:
 
     @classmethod
     def of(cls, depth: int) -> Calibration:
-        """For a tower of so many blocks: the published ones of 12 and 24; for others (ours) the nearer's, scaled by the depth."""
+        """For a tower of ``depth`` blocks: the published constants for 12 and 24; else (ours) the nearer ones, scaled by the depth."""
         if depth in CALIBRATIONS:
             return CALIBRATIONS[depth]
         near = min(CALIBRATIONS, key=lambda known: abs(known - depth))
@@ -166,23 +167,24 @@ CALIBRATIONS = {12: Calibration(8, 3, (3, 9), 0.3), 24: Calibration(16, 6, (8, 1
 """Published constants by the number of blocks: CLIP ViT-B/16 and ViT-L/14 (Bai et al. 2024)."""
 
 BETA = 0.4
-"""Cosines under it count for nothing in the selfcal path."""
+"""Cosines below it are set to 0 in the selfcal path."""
 
 
-def selfcal(block: LastBlock, states: Sequence[torch.Tensor], grid: tuple[int, int], constants: Calibration | None = None) -> torch.Tensor:
-    """(B, N - prefix, W) patches by self-calibration (SC-CLIP, Bai et al. 2024): outliers mended, then attention by likeness.
+def selfcal(block: LastBlock, states: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+    """(B, P, W) patches by self-calibration (SC-CLIP, Bai et al. 2024): outliers are mended, then similar patches attend.
 
-    states: h_0 ... h_{L-2}, the outputs of all blocks but the last, token 0 the class token; x = h_{L-2}. With R mending
-    outliers (`outliers`, `mend`), unit rows u(.), C(f) = u(f) u(f)', T(C) = the rows of C [C >= beta] over their sums,
-    S = C(R(h_pre)), s the sum of h_i over multi, and c the weight of the class token:
+    states: h_0 ... h_{L-2}, the outputs of all blocks but the last, where token 0 is the class token; x = h_{L-2}.
 
-        f(t) = o(W v) + c cls,  W = (softmax(m(3 (S - mean S))) + softmax(k k' / sqrt(d))) / 2,  q, k, v of t
-        dense = P f(T(S) R(x)) + P f(s),  P = T(C(h_post))
+        C(f) = u(f) u(f)'                     cosines of all pairs of patches; u scales rows to unit norm
+        T(C) = C [C >= beta], rows sum to 1
+        S = C(R(h_pre)), P = T(C(h_post))     R replaces outliers (`outliers`, `mend`)
+        f(t) = o(W v) + c cls                 W = (softmax(m(3 (S - mean S))) + softmax(k k' / sqrt(d))) / 2; k, v of t
+        dense = P f(T(S) R(x)) + P f(s)       s is the sum of h_i over the blocks of multi
 
-    m leaves out what is negative; the diagonal stays. All in float32, for a nearly constant crop's sake. constants: of
-    another tower than one of this depth.
+    c is the weight of the class token; m leaves out negative entries except on the diagonal. Computed in float32, which a
+    nearly constant crop needs.
     """
-    set_by = constants or Calibration.of(len(states) + 1)
+    set_by = Calibration.of(len(states) + 1)
     with torch.autocast(states[0].device.type, enabled=False):
         states = [h.float() for h in states]
         x, prefix = states[-1], states[-1].shape[1] - grid[0] * grid[1]
@@ -203,10 +205,10 @@ def selfcal(block: LastBlock, states: Sequence[torch.Tensor], grid: tuple[int, i
 
 
 def outliers(patches: torch.Tensor, neighbours: int = 30, quantile: float = 0.95) -> torch.Tensor:
-    """(B, P) which of an image's (B, P, W) patches lie further from their neighbours than those from theirs.
+    """(B, P) True for those of (B, P, W) patches that are further from their neighbours than these are from theirs.
 
-    With D_i the squared distance from i to its last neighbour, i's score is D_i times the mean of 1 / D_j over its
-    neighbours j; an outlier's is above the quantile of its image.
+    D_i is the squared distance from patch i to the last of its nearest neighbours. The score of i is D_i times the mean of
+    1 / D_j over its neighbours j; the scores of outliers are above the quantile of their image.
     """
     count = min(neighbours, patches.shape[1] - 1)
     if count < 1:
@@ -220,7 +222,7 @@ def outliers(patches: torch.Tensor, neighbours: int = 30, quantile: float = 0.95
 
 
 def mend(patches: torch.Tensor, bad: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, P, W) patches, those marked in the (B, P) ``bad`` replaced by the mean of their unmarked 3 x 3 neighbours, if any."""
+    """(B, P, W) patches; those that (B, P) ``bad`` marks become the mean of their unmarked 3 x 3 neighbours, if there are any."""
     maps, good = patches.transpose(1, 2).unflatten(2, grid), (~bad).to(patches).view(-1, 1, *grid)
     counts = F.avg_pool2d(good, 3, stride=1, padding=1)
     means = F.avg_pool2d(maps * good, 3, stride=1, padding=1) / counts.clamp_min(0.1)  # one of nine is 0.11

@@ -1,6 +1,12 @@
-"""Frozen encoders by name: what the alignment module grounds in language (Sec. 3.3)."""
+"""Frozen encoders by name, whose patches the alignment module aligns with text (Sec. 3.3).
+
+The vision transformers of the model hub (DINOv2, DINOv2 with registers, DINOv3, SigLIP 2) come through transformers; the table of
+weights (``data/fetch.py``) has the family, shape and repository of each.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -9,11 +15,11 @@ from fmbseg import files
 from fmbseg.data import fetch, images
 from fmbseg.data.images import normalise
 from fmbseg.errors import ParameterError
-from fmbseg.models import vit
-from fmbseg.models.precision import Precision, autocast
-from fmbseg.models.precision import key as precision_key
-from fmbseg.models.vit import VITS, Vit
+from fmbseg.models.precision import Precision, autocast, precision_key
 from fmbseg.params import check_device
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Encoder(nn.Module):
@@ -42,24 +48,67 @@ class Encoder(nn.Module):
             return self.features(pixels).float()
 
 
+@dataclass(frozen=True)
+class Vit:
+    """family: "dinov2", "dinov2_reg", "dinov3" or "siglip2"; shape: (width, layers, heads, hidden width of the MLP)."""
+
+    family: str
+    repository: str
+    shape: tuple[int, int, int, int]
+
+    def _classes(self) -> tuple[type, type]:
+        """(configuration, model). SigLIP 2 of a fixed size has SigLIP's architecture; only its NaFlex variant has another."""
+        import transformers as hub
+
+        return {
+            "dinov2": lambda: (hub.Dinov2Config, hub.Dinov2Model),
+            "dinov2_reg": lambda: (hub.Dinov2WithRegistersConfig, hub.Dinov2WithRegistersModel),
+            "dinov3": lambda: (hub.DINOv3ViTConfig, hub.DINOv3ViTModel),
+            "siglip2": lambda: (hub.SiglipVisionConfig, hub.SiglipVisionModel),
+        }[self.family]()
+
+    def build(self) -> nn.Module:
+        """The architecture at its full size, randomly initialised."""
+        width, layers, heads, hidden = self.shape
+        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        if self.family == "dinov3":
+            shape |= {"intermediate_size": hidden, "num_register_tokens": 4, "patch_size": 16}
+        elif self.family == "siglip2":
+            shape |= {"intermediate_size": hidden, "image_size": 512, "patch_size": 16}
+        else:  # the giant's MLP is gated
+            shape |= {"image_size": 518, "patch_size": 14, "use_swiglu_ffn": width == 1536}
+        config, model = self._classes()
+        return model(config(**shape))
+
+    def load(self) -> nn.Module:
+        """The pretrained model, with its own configuration, from the hub's cache on this machine; nothing is fetched."""
+        return self._classes()[1].from_pretrained(self.repository, local_files_only=True, dtype=torch.float32)
+
+
+VITS = {w.name: Vit(w.vit[0], w.repository, tuple(w.vit[1:])) for w in fetch.TABLE if w.vit}
+
+
 class Transformer(Encoder):
-    """A vision transformer of the hub: its last layer's patch tokens, after its final norm."""
+    """A vision transformer of the hub: the patch tokens of its last layer, after its final norm."""
 
     def __init__(self, key: str, kind: Vit, model: nn.Module):
         super().__init__(key, model.config.hidden_size, model.config.patch_size)
         self.kind, self.model = kind, model
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = normalise(pixels, *self.kind.normalisation)
-        tokens = vit.patch_tokens(self.kind, self.model, x)
-        shape = (len(x), x.shape[2] // self.patch, x.shape[3] // self.patch, self.width)
-        return tokens.reshape(shape).permute(0, 3, 1, 2)
+        if self.kind.family == "siglip2":  # it has patch tokens only; its position embedding must be told to fit another size
+            tokens = self.model(pixel_values=normalise(pixels, *HALF), interpolate_pos_encoding=True).last_hidden_state
+        else:
+            prefix = 1 + getattr(self.model.config, "num_register_tokens", 0)
+            tokens = self.model(pixel_values=normalise(pixels, *IMAGENET)).last_hidden_state[:, prefix:]
+        grid = (pixels.shape[1] // self.patch, pixels.shape[2] // self.patch)
+        return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 class FeaturePyramid(Encoder):
-    """Several feature maps of one convolutional network, side by side on the grid of stride ``patch``.
+    """Feature maps of several stages of one network, scaled (bilinear) to the grid of stride ``patch`` and concatenated.
 
-    stages: indices of the network's stages; each map is scaled to the grid, bilinear.
+    stages: indices of the network's stages.
     """
 
     def __init__(self, key: str, network: nn.Module, stages: list[int], patch: int, mean: tuple, std: tuple):
@@ -108,7 +157,7 @@ ENCODER_NAMES = ("efficientnet_lite2", "mobile_sam", *VITS)
 
 def _build(name: str, key: str, weights_here: bool) -> Encoder:
     if name in VITS:
-        return Transformer(key, VITS[name], (vit.load if weights_here else vit.build)(VITS[name]))
+        return Transformer(key, VITS[name], VITS[name].load() if weights_here else VITS[name].build())
     return (_efficientnet if name == "efficientnet_lite2" else _mobile_sam)(key, weights_here)
 
 

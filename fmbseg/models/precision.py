@@ -17,7 +17,7 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
 
 
 def lower(module: nn.Module, device: str, precision: Precision) -> None:
-    """Let a module of another package run at this precision whenever it is called; what it returns stays ``float32``."""
+    """Make a module of another package run at this precision; what it returns stays ``float32``."""
     if precision == "fp32":
         return
     forward = module.forward
@@ -31,6 +31,6 @@ def lower(module: nn.Module, device: str, precision: Precision) -> None:
     module.forward = lowered
 
 
-def key(name: str, precision: Precision) -> str:
-    """A model's key for caches and records, with a precision that is not the plain one."""
+def precision_key(name: str, precision: Precision) -> str:
+    """A model's key for caches and records, which names its precision unless that is float32."""
     return name if precision == "fp32" else f"{name} {precision}"

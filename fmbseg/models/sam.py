@@ -1,4 +1,4 @@
-"""SAM by name: the promptable segmenter that outlines things (Sec. 3.2)."""
+"""SAM by name: masks for points, and automatic masks of a whole image (Sec. 3.2)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ from torchvision.ops import nms
 from fmbseg import files
 from fmbseg.data import fetch
 from fmbseg.errors import ParameterError
-from fmbseg.models import precision as lowered
 from fmbseg.models import sam_decoder
-from fmbseg.models.precision import Precision
+from fmbseg.models.precision import Precision, autocast, lower, precision_key
 from fmbseg.params import check_device
 
 _REGISTRY = {"sam_vith": "vit_h", "sam_vitl": "vit_l", "sam_vitb": "vit_b"}
 SAM_NAMES = ("mobile_sam", "tiny_sam", *_REGISTRY)
 SCALED_PIXELS = 2**25
-"""Pixels of masks that are scaled to an image's size at once, which bounds the memory that candidates take."""
+"""Pixels of masks that are scaled to an image's size together: a bound on memory."""
 ROUGHLY = 0.1
-"""By how much the stability of a mask as SAM draws it may be off from that at the image's size (seen: 0.083 in 823 masks)."""
+"""The stability score of a mask at SAM's own size differs from that at the image's size by at most this (ours; seen: 0.083 in 823 masks)."""
 
 
 @dataclass(frozen=True)
 class AutomaticMask:
     """One of SAM's automatic masks.
 
-    mask: (height, width) bool; predicted_iou, stability: in [0, 1]; point: (x, y) in pixels that prompted it.
+    mask: (height, width) bool; predicted_iou, stability: in [0, 1]; point: its prompt, (x, y) in pixels.
     """
 
     mask: np.ndarray
@@ -52,9 +51,9 @@ class AutomaticMask:
 
 
 class TinyVitEncoder(nn.Module):
-    """MobileSAM's image encoder: timm's TinyViT, its last stage kept at stride 16, and SAM's neck.
+    """MobileSAM's image encoder: timm's TinyViT with its last stage at stride 16, and SAM's neck.
 
-    (B, 3, 1024, 1024) -> (B, 256, 64, 64). Any side that is a multiple of 16 works for features.
+    (B, 3, 1024, 1024) -> (B, 256, 64, 64). For features any sides that are multiples of 16 will do.
     """
 
     img_size = 1024
@@ -73,8 +72,8 @@ class TinyVitEncoder(nn.Module):
         )
 
     def quicken(self) -> None:
-        """Make it faster where it is not trained: norms folded into the convolutions before them, attention's bias in the
-        four dimensions for which torch has fused attention on a CPU. Its values stay the same but for rounding."""
+        """Make inference faster, with the same values but for rounding: norms are folded into the convolutions before them,
+        and attention's bias gets four dimensions, for which torch has fused attention on a CPU."""
         _fold(self.trunk)
         for module in self.trunk.modules():
             if isinstance(module, tiny_vit.Attention):
@@ -86,7 +85,7 @@ class TinyVitEncoder(nn.Module):
 
 
 def _fold(module: nn.Module) -> None:
-    """Put one convolution in the place of each of timm's pairs of convolution and batch norm."""
+    """Replace each of timm's pairs of convolution and batch norm by one convolution."""
     for name, child in module.named_children():
         setattr(module, name, child.fuse()) if isinstance(child, tiny_vit.ConvNorm) else _fold(child)
 
@@ -97,7 +96,7 @@ def build_mobile_sam() -> Sam:
 
 
 def build_tiny_sam() -> Sam:
-    """A SAM for smoke tests, which has no trained weights: one convolution under a narrow decoder, 128-px images."""
+    """A SAM for smoke tests, without trained weights: one convolution under a narrow decoder, for images of 128 pixels."""
     encoder = nn.Conv2d(3, 32, kernel_size=16, stride=16)
     encoder.img_size = 128
     return _assemble(encoder, width=32, side=128)
@@ -123,8 +122,8 @@ class SamSegmenter:
         if isinstance(model.image_encoder, TinyVitEncoder):
             model.image_encoder.quicken()
         self.model = model.to(device, memory_format=torch.channels_last).eval()
-        self.key, self._precision = lowered.key(key, precision), precision
-        lowered.lower(model.image_encoder, device, precision)
+        self.key, self._precision = precision_key(key, precision), precision
+        lower(model.image_encoder, device, precision)
         self._predictor, self._image = SamPredictor(self.model), None
 
     def set_image(self, image: np.ndarray, embedding: torch.Tensor | None = None) -> None:
@@ -141,7 +140,7 @@ class SamSegmenter:
         else:
             predictor.set_image(image)
             embedding = predictor.features.half()
-        # rounded to fp16, whether just made or kept: a rerun gives the same masks (ours)
+        # rounded to fp16 whether just made or read from disk, so that a rerun gives the same masks (ours)
         predictor.features = embedding.to(predictor.device).float()
         self._image = image
 
@@ -156,8 +155,10 @@ class SamSegmenter:
         return self.model.prompt_encoder.get_dense_pe().flatten(2).mT.contiguous()
 
     def _decode(self, points: np.ndarray, predicted_iou: float = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Masks of (B, n, 2) points of the set image, n joint ones a prompt: logits of the part of SAM's square that the image
-        fills, predicted IoU, number of the prompt; those of a predicted IoU over the threshold (0: three a prompt)."""
+        """Masks of B prompts of n joint points each, (B, n, 2), whose predicted IoU is over the threshold (0: three a prompt).
+
+        Returns their logits on the part of SAM's square that the image fills, their predicted IoU and the number of the prompt.
+        """
         predictor, model = self._predictor, self.model
         placed = torch.as_tensor(predictor.transform.apply_coords(points, predictor.original_size), device=predictor.device)
         labels = torch.ones(placed.shape[:2], dtype=torch.int, device=placed.device)
@@ -165,12 +166,12 @@ class SamSegmenter:
         image = (predictor.features + dense[:1]).flatten(2).mT.contiguous()
         rows, columns = model.prompt_encoder.image_embedding_size
         cell = model.image_encoder.img_size // rows
-        rows = min(rows, -(-predictor.input_size[0] // cell) + 1)  # the rest is padding, which no mask shows
-        with lowered.autocast(str(predictor.device), self._precision):
+        rows = min(rows, -(-predictor.input_size[0] // cell) + 1)  # the rest is padding, and in no mask
+        with autocast(str(predictor.device), self._precision):
             return sam_decoder.decode(model.mask_decoder, image, self._place, prompts, (rows, columns), predicted_iou)
 
     def _scaled(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Logits of ``_decode`` at a size of the image, (M, height, width), by the package's two interpolations."""
+        """Logits of ``_decode``, scaled to (M, height, width) by the package's two interpolations."""
         height, width = self._predictor.input_size
         square = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=False)[..., :height, :width]
         return F.interpolate(square, size, mode="bilinear", align_corners=False)[0]
@@ -198,9 +199,10 @@ class SamSegmenter:
     ) -> list[AutomaticMask]:
         """Masks from a grid of points: those of the segment-anything package's generator, but for rounding.
 
-        image: (height, width, 3) RGB ``uint8``; the thresholds are the generator's own. Masks of too low a predicted IoU are not
-        drawn, those far under the stability not scaled, the others ``SCALED_PIXELS`` at a time, and kept as bits until the last is.
-        long_side: of a longer image they are drawn and compared at this length, and those that stay are enlarged (ours; none: never).
+        image: (height, width, 3) RGB ``uint8``; the thresholds are the generator's own. To save time and memory, masks of too
+        low a predicted IoU are not drawn, masks far under the stability threshold are not scaled, the others are scaled
+        ``SCALED_PIXELS`` at a time and kept as bits. long_side: masks of a longer image are drawn and compared at this long
+        side, and those that are kept are enlarged (ours; None: never).
         """
         self.set_image(image)
         level, scale = self.model.mask_threshold, min(1, (long_side or np.inf) / max(image.shape[:2]))
@@ -240,7 +242,7 @@ def _build(name: str) -> Sam:
 
 
 def read_sam(name: str) -> Sam:
-    """The network by itself, as its package has it, with its weights. Raises WeightsError where they are not here."""
+    """The package's network with its weights. Raises WeightsError where they are not here."""
     folder, model = fetch.require(name), _build(name)
     model.load_state_dict(files.read_tensors(folder / "model.safetensors")[0])
     return model
@@ -253,10 +255,10 @@ def weights_key(name: str) -> str:
 
 
 def load_sam(name: str, device: str = "cpu", precision: Precision = "fp32") -> SamSegmenter:
-    """SAM by name: ``mobile_sam``, ``sam_vitb``, ``sam_vitl``, ``sam_vith``; kept for the next call.
+    """SAM by name: ``mobile_sam``, ``sam_vitb``, ``sam_vitl``, ``sam_vith``.
 
     ``random:NAME`` gives the architecture with random weights (tests).
-    Raises ParameterError for an unknown name or device, WeightsError, with the command that brings them, where weights are not here.
+    Raises ParameterError for an unknown name or device, WeightsError where weights are not here.
     """
     check_device(device)
     base = name.removeprefix("random:")

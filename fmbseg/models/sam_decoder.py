@@ -1,8 +1,8 @@
-"""SAM's mask decoder: the segment-anything package's weights, its sums in an order that does less. Equal to it but for rounding.
+"""SAM's mask decoder with the segment-anything package's weights, in fewer operations. Equal to the package's but for rounding.
 
-The image's N positions are many where a prompt's T tokens are few (a point's are 7), so what attention between the two projects
-is projected on the tokens' side: q (W k)' = (q W) k', and a weighted sum of W v is W times that of v. Masks whose predicted IoU
-is too low are known by their tokens alone, and never drawn.
+The image has many positions N, a prompt few tokens T (7 for a point). So attention between the two is projected on the side of
+the tokens: q (W k)' = (q W) k', and a weighted sum of W v is W times the weighted sum of v. The predicted IoU follows from the
+tokens alone, so masks where it is too low are never drawn.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three masks of every prompt whose predicted IoU is over a threshold (0: all of them).
 
-    image: (1, N, C), its embedding and the dense prompt; place: (1, N, C), the encoding of its positions; prompts: (B, n, C),
-    of the prompt encoder; grid: (rows, columns) of the N positions, of which the first ``rows`` rows are drawn.
-    Returns logits (M, 4 rows, 4 columns), predicted IoU (M,) and the number of each one's prompt (M,), in order of prompts.
+    image: (1, N, C), its embedding plus the dense prompt; place: (1, N, C), the encoding of its positions; prompts: (B, n, C)
+    tokens of the prompt encoder; grid: the first rows of the N positions and all columns, (rows, columns), which are drawn.
+    Returns logits (M, 4 rows, 4 columns), predicted IoU (M,) and the number of each mask's prompt (M,), in order of prompts.
     """
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     start = torch.cat([own.expand(len(prompts), -1, -1), prompts], dim=1)
@@ -48,7 +48,7 @@ def decode(
 
 
 def _from_image(attention: Attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What tokens, (B, T, C) queries, see of the image, (B or 1, N, C) keys and values: (B, T, C)."""
+    """Attention from tokens, (B, T, C) queries, to the image, (B or 1, N, C) keys and values: (B, T, C)."""
     (batch, count, width), heads = queries.shape, attention.num_heads
     key, value = (p.weight.view(heads, -1, width) for p in (attention.k_proj, attention.v_proj))
     q = attention.q_proj(queries).view(batch, count, heads, -1)
@@ -59,7 +59,7 @@ def _from_image(attention: Attention, queries: torch.Tensor, keys: torch.Tensor,
 
 
 def _to_image(attention: Attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What the image's positions, (B or 1, N, C) queries, see of tokens, (B, T, C) keys and values: (B, N, C)."""
+    """Attention from the image, (B or 1, N, C) queries, to tokens, (B, T, C) keys and values: (B, N, C)."""
     (batch, count, width), heads = keys.shape, attention.num_heads
     k, v = (p(x).view(batch, count, heads, -1) for p, x in ((attention.k_proj, keys), (attention.v_proj, values)))
     query, bias = attention.q_proj.weight.view(heads, -1, width), attention.q_proj.bias.view(heads, -1)

@@ -16,7 +16,7 @@ from fmbseg.models.clip import ImageText
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """Prompt templates with one {}, by the name of a list of ``assets/templates.yaml``, or "seven" or "eighty", CLIP's."""
+    """Prompt templates with one {}, by name: a list of ``assets/templates.yaml``, or CLIP's "seven" or "eighty"."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
     clips = {"seven": SIMPLE_IMAGENET_TEMPLATES, "eighty": OPENAI_IMAGENET_TEMPLATES}
@@ -38,11 +38,11 @@ class ClassTexts:
     names: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> ClassTexts:
-        """The same on a device."""
+        """The same, on another device."""
         return dataclasses.replace(self, features=self.features.to(device), owner=self.owner.to(device))
 
     def per_class(self, similarity: torch.Tensor) -> torch.Tensor:
-        """(..., P) similarities to words -> (..., K) to classes: the most similar of a class's words counts."""
+        """(..., P) similarities to words -> (..., K) to classes, each that of its most similar word."""
         if torch.equal(self.owner, torch.arange(len(self.names), device=self.owner.device)):
             return similarity
         out = similarity.new_full((*similarity.shape[:-1], len(self.names)), -torch.inf)
@@ -51,11 +51,11 @@ class ClassTexts:
     def rows(self, similarity: torch.Tensor, score: float | None = None, apart: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., P) similarities to words -> the (..., R) that are compared with each other, and the (R,) class of each.
 
-        apart: words, each by itself, else classes (``per_class``); score: what class 0 has everywhere, in place of its own.
+        apart: R are the words, else the classes (``per_class``); score: similarity of class 0 everywhere, in place of its own.
         """
-        rows, owner = (
-            (similarity, self.owner) if apart else (self.per_class(similarity), torch.arange(len(self.names), device=self.owner.device))
-        )
+        rows, owner = similarity, self.owner
+        if not apart:
+            rows, owner = self.per_class(similarity), torch.arange(len(self.names), device=owner.device)
         if score is None:
             return rows, owner
         others = owner > 0
@@ -63,12 +63,12 @@ class ClassTexts:
         return torch.cat([constant, rows[..., others]], dim=-1), torch.cat([owner.new_zeros(1), owner[others]])
 
     def prototypes(self) -> torch.Tensor:
-        """(K, D) unit-norm mean of each class's words: t_k of the loss."""
+        """(K, D) unit-norm mean over each class's words: t_k of the loss."""
         sums = self.features.new_zeros(len(self.names), self.features.shape[1]).index_add(0, self.owner, self.features)
         return F.normalize(sums, dim=-1)
 
     def closest(self) -> pd.DataFrame:
-        """Pairs of different classes by the cosine similarity of their prototypes, most similar first."""
+        """The 100 pairs of classes whose prototypes are most similar (cosine), most similar first."""
         t = self.prototypes()
         rows, columns = torch.triu_indices(len(t), len(t), offset=1)
         values = (t @ t.T)[rows, columns]
@@ -78,9 +78,9 @@ class ClassTexts:
 
 
 def class_texts(clip: ImageText, space: LabelSpace, template_set: str = "one", average: str = "unit") -> ClassTexts:
-    """Text features of a label space: every word in every template, averaged over the templates, unit norm (CPU).
+    """Text features of a label space on the CPU: every word in every template, averaged over the templates, unit norm.
 
-    average: "unit", of features of unit norm, as CLIP does; "raw", of the text tower's own, as TCL does.
+    average: "unit" averages features of unit norm, as CLIP does; "raw" averages those of the text tower, as TCL does.
     """
     words = [word for prompts in space.prompts for word in prompts]
     owner = [k for k, prompts in enumerate(space.prompts) for _ in prompts]

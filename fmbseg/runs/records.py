@@ -23,8 +23,8 @@ from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Dataset
 from fmbseg.errors import DataError, ParameterError
 from fmbseg.models import clip as clip_models
+from fmbseg.models import encoders, texts
 from fmbseg.models import sam as sam_models
-from fmbseg.models import texts, vit
 from fmbseg.params import EvaluateParams, Params, RunParams, SegmentParams, TextParams
 from fmbseg.runs import modules
 from fmbseg.schemas import TrainRun
@@ -177,7 +177,7 @@ def deviations(params: TextParams, space: LabelSpace, used: Mapping[str, str], e
         found["sam_embedding"] = "rounded to fp16"
     if encoder:
         found["module_input"] = "standardised per channel"
-        families = {name: POSITIONS[kind.family] for name, kind in vit.VITS.items()}
+        families = {name: POSITIONS[kind.family] for name, kind in encoders.VITS.items()}
         parts = [part.strip().removeprefix("random:") for part in encoder.split("+")]
         found["position_interpolation"] = "; ".join(families.get(part, "none: convolutional") for part in parts)
     return found
