@@ -5,6 +5,7 @@ NumPy arrays outside, (height, width, 3) RGB ``uint8``; torch tensors inside, (b
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -245,8 +246,12 @@ def resize_map(maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear"
     return F.interpolate(maps, size=tuple(size), mode=mode, align_corners=False)
 
 
+@functools.lru_cache(maxsize=8)  # an image needs four; a few MB each
 def resampling(size: int, length: int, mode: str = "bilinear") -> torch.Tensor:
-    """(size, length): what ``resize_map`` does along one axis, as a matrix, for it is linear and rows and columns are apart."""
+    """(size, length): what ``resize_map`` does along one axis, as a matrix, for it is linear and rows and columns are apart.
+
+    Made once for images of one size: not to be written to.
+    """
     return resize_map(torch.eye(length)[None, :, :, None], (size, 1), mode)[0, :, :, 0].T
 
 
