@@ -197,7 +197,7 @@ def test_one_process_is_no_group():
 
 def test_another_process_than_the_first_writes_nothing(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("FMBSEG_HOME", str(toy.home))
-    monkeypatch.setattr(training, "train", lambda *_: toy.result)
+    monkeypatch.setattr(training, "train", lambda *_, **__: toy.result)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     params = toy.params.model_copy(update={"results_dir": str(tmp_path / "results")})
     assert train.train(toy.samples, toy.store, params, tmp_path / "module.safetensors") is toy.result

@@ -381,7 +381,7 @@ def test_a_module_is_read_where_nothing_changed_and_trained_anew_where_anything_
     first = train.fit(toy.samples, own_store, quick, path)
     whole, trained = path.read_bytes(), []
     original = training.train
-    monkeypatch.setattr(training, "train", lambda *given: trained.append(1) or original(*given))
+    monkeypatch.setattr(training, "train", lambda *given, **named: trained.append(1) or original(*given, **named))
 
     def fit(samples=toy.samples, initial=None, **changed):
         trained.clear()

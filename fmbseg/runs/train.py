@@ -200,12 +200,12 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
                 start,
                 params,
                 params.seed,
-                params.device,
-                tell,
-                state,
-                keeper.after_batch,
-                data.encode,
-                params.workers if parallel.on_gpu(params.device) else 0,
+                device=params.device,
+                on_step=tell,
+                state=state,
+                on_state=keeper.after_batch,
+                encode=data.encode,
+                workers=params.workers if parallel.on_gpu(params.device) else 0,
             )
         except FmbsegError:
             with suppress(FmbsegError):

@@ -30,8 +30,8 @@ def similarity(tokens: torch.Tensor, texts: ClassTexts) -> torch.Tensor:
 class Scale:
     """Mean and standard deviation of each class's similarity over the crops of many images, (K,) each (ours).
 
-    A word that the image-text model hardly knows is about as similar to one crop as to the next, and so never the most
-    similar of a large vocabulary; on its own scale it can win a vote.
+    A word that the image-text model hardly knows is about equally similar to all crops, so in a large vocabulary it is
+    never the most similar one. On its own scale it can win a vote.
     """
 
     mean: torch.Tensor
@@ -45,9 +45,9 @@ class Scale:
 
 
 def winners(features: ImageFeatures, texts: ClassTexts, scale: Scale | None = None) -> list[int]:
-    """Class of every crop: the one most similar to its class token over the WHOLE vocabulary.
+    """Class of every crop: the class of the WHOLE vocabulary that is most similar to its class token.
 
-    scale: the similarities are standardised by it first; none: as the paper has it.
+    scale: standardises the similarities first; None: as in the paper.
     """
     similar = similarity(features.tokens, texts)
     return (similar if scale is None else (similar - scale.mean) / scale.spread).argmax(dim=1).tolist()

@@ -1,4 +1,4 @@
-"""High-resolution features (Sec. 3.2): the image in overlapping crops, each through CLIP on its own."""
+"""High-resolution features (Sec. 3.2): overlapping crops of the image, each through CLIP on its own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fmbseg.stage1.windows import Window
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """The CLIP side of one image.
+    """CLIP's features of one image.
 
-    size: its own (height, width) in pixels; map: (D, h, w), dense features put back in place;
+    size: the image's (height, width) in pixels; map: (D, h, w), dense features put back in place;
     tokens: (C, D), one class token a crop; crops: where the C crops lie, in positions of the map.
-    Neither is of unit norm.
+    Neither map nor tokens have unit norm.
     """
 
     size: tuple[int, int]
@@ -41,7 +41,7 @@ class ImageFeatures:
 
 
 def crop_grid(clip: ImageText, params: FeatureParams) -> tuple[int, int, int]:
-    """(pixels of the resized image for one position, crop size and crop stride in positions)."""
+    """(pixels of the resized image a position, crop size and crop stride in positions)."""
     side = (params.crop_input or clip.image_size) // clip.stride  # positions along one crop
     if not side or params.crop_size % side or params.crop_stride % (params.crop_size // side):
         raise ParameterError(
@@ -55,8 +55,8 @@ def crop_grid(clip: ImageText, params: FeatureParams) -> tuple[int, int, int]:
 def extract(image: np.ndarray, clip: ImageText, params: FeatureParams) -> ImageFeatures:
     """Dense features and crop tokens of a (height, width, 3) RGB ``uint8`` image.
 
-    The image is scaled so that its short side is ``params.short_side`` and both sides hold whole positions;
-    every crop is enlarged or reduced to what the tower takes.
+    The image is scaled so that its short side is ``params.short_side`` and both sides are whole positions;
+    every crop is scaled to the size that CLIP takes.
     """
     images.check_image(image)
     cell, size, stride = crop_grid(clip, params)
@@ -75,5 +75,5 @@ def extract(image: np.ndarray, clip: ImageText, params: FeatureParams) -> ImageF
         out = clip.encode_crops(torch.from_numpy(np.stack([images.resize(p, (side, side)) for p in pixels])), params.path, params.residual)
         tokens.append(out.tokens.cpu())
         tiles += zip(batch, out.maps.cpu())
-    rounded = (one.half().float() for one in (windows.stitch(tiles, height, width), torch.cat(tokens)))  # as they are kept (ours)
+    rounded = (one.half().float() for one in (windows.stitch(tiles, height, width), torch.cat(tokens)))  # as on disk (ours)
     return ImageFeatures(image.shape[:2], *rounded, tuple(crops))

@@ -21,8 +21,8 @@ class LabelledMask:
     """A mask with its class.
 
     mask: (height, width) bool; similarity: of its mean feature to the class, in [-1, 1];
-    margin: by how much it is nearer than every other class of the whole vocabulary, detected or not; negative where one is
-    nearer. In standard deviations where votes are standardised, else a difference of cosine similarities.
+    margin: its similarity to the class minus that to the most similar other class of the whole vocabulary, detected or not;
+    in standard deviations where votes are standardised, else in cosine similarity.
     """
 
     mask: np.ndarray
@@ -40,7 +40,7 @@ def automatic_masks(image: np.ndarray, sam: SamSegmenter, params: MaskParams) ->
 
 
 def mean_features(masks: Sequence[np.ndarray], features: ImageFeatures) -> torch.Tensor:
-    """(M, D) unit-norm mean CLIP feature inside each (height, width) mask, weighted by its share of each position."""
+    """(M, D) unit-norm mean CLIP feature inside each (height, width) mask; a position counts by the share that the mask covers."""
     shape = features.map.shape[1:]
     weights = torch.cat([F.interpolate(torch.from_numpy(mask)[None, None].float(), size=shape, mode="area") for mask in masks])
     return F.normalize(weights.flatten(1) @ features.map.flatten(1).T, dim=-1)
@@ -49,7 +49,7 @@ def mean_features(masks: Sequence[np.ndarray], features: ImageFeatures) -> torch
 def label_masks(
     masks: Sequence[np.ndarray], features: ImageFeatures, detected: Sequence[Detected], texts: ClassTexts, scale: Scale | None = None
 ) -> list[LabelledMask]:
-    """Give every mask the detected class whose text is nearest to its mean feature. scale: of the margins (ours)."""
+    """Give every mask the detected class whose text is nearest to its mean feature. scale: standardises the margins (ours)."""
     if not masks or not detected:
         return []
     everything = texts.per_class(mean_features(masks, features) @ texts.features.T)

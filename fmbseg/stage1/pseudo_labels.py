@@ -23,7 +23,7 @@ from fmbseg.stage1.query_sam import QueryMask
 class PseudoLabel:
     """Stage 1 of one image.
 
-    labels: (height, width) ``int16`` class indices, IGNORED where unlabelled; queries: Stage 1.1's answers;
+    labels: (height, width) ``int16`` class indices, IGNORED where unlabelled; queries: SAM's answers in Stage 1.1;
     query_masks, automatic_masks: the labelled masks of Stage 1.1 and 1.2.
     """
 
@@ -48,8 +48,8 @@ def label_image(
 ) -> PseudoLabel:
     """Stage 1 of one image, all in memory: features, detection, Stage 1.1, Stage 1.2, combination (Sec. 3.2).
 
-    image: (height, width, 3) RGB ``uint8``; texts: of the vocabulary, as ``class_texts(clip, space)`` gives them;
-    given: image-level labels (class indices) in place of detection; scale: votes are standardised by it (ours).
+    image: (height, width, 3) RGB ``uint8``; texts: those of the vocabulary, ``class_texts(clip, space)``;
+    given: image-level labels (class indices) in place of detection; scale: standardises the votes (ours).
     Raises ImageError for an array that is no such image.
     """
     params = params or LabelParams()
@@ -68,9 +68,9 @@ def assemble(
     params: CombineParams,
     scale: Scale | None = None,
 ) -> PseudoLabel:
-    """Label the automatic masks among the detected classes, drop masks of too small a margin, and combine the stages.
+    """Label the automatic masks with the detected classes, drop masks of too small a margin, and combine the stages.
 
-    scale: of the margins, as crops vote.
+    scale: standardises the margins; the one that the votes took.
     """
     query_masks = [m for q in queries for m in label_masks.label_masks([q.chosen], found, [q.detected], texts, scale)]
     labelled = label_masks.label_masks([a.mask for a in automatic], found, [q.detected for q in queries], texts, scale)
@@ -80,10 +80,10 @@ def assemble(
 
 
 def combine(query: list[LabelledMask], automatic: list[LabelledMask], size: tuple[int, int], params: CombineParams) -> np.ndarray:
-    """One (height, width) ``int16`` label map of both stages; a pixel of one stage only takes that stage's label.
+    """One (height, width) ``int16`` label map of both stages; a pixel that one stage labels takes that label.
 
-    Where both label a pixel: "similarity" takes the class whose mask is more similar to it, "query" Stage 1.1's,
-    "agree" labels it only if they agree (ours: the paper says that they complement each other, not how).
+    Where both label a pixel, "similarity" takes the class whose mask is more similar to it, "query" takes Stage 1.1's class,
+    and "agree" labels the pixel only if they agree (ours: the paper says that the stages complement each other, not how).
     """
     first, first_similarity = paint(query if params.stages != "1.2" else [], size)
     second, second_similarity = paint(automatic if params.stages != "1.1" else [], size)
@@ -97,7 +97,7 @@ def combine(query: list[LabelledMask], automatic: list[LabelledMask], size: tupl
 
 
 def paint(masks: Sequence[LabelledMask], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Paint masks, large ones first and small ones last: (labels, similarity), (height, width) each; IGNORED where none."""
+    """Paint masks, large ones first and small ones last: (labels, similarity), (height, width) each; IGNORED outside all masks."""
     labels = np.full(size, IGNORED, dtype=np.int16)
     similarity = np.full(size, -np.inf, dtype=np.float32)
     for mask in sorted(masks, key=lambda m: -int(m.mask.sum())):

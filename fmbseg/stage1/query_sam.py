@@ -1,4 +1,4 @@
-"""Stage 1.1: the patches most like a detected class query SAM for its mask (Sec. 3.2, Fig. 2)."""
+"""Stage 1.1: the patches most similar to a detected class query SAM for its mask (Sec. 3.2, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fmbseg.stage1.features import ImageFeatures
 class QueryMask:
     """SAM's answer for one detected class.
 
-    points: (p, 2) as (x, y) in pixels; masks: (3, height, width) bool with SAM's confidence scores (3,);
-    chosen: (height, width) bool, the most confident of them (of separate queries: their union).
+    points: (p, 2) as (x, y) in pixels; masks: (3, height, width) bool; scores: (3,), SAM's confidence in them;
+    chosen: (height, width) bool, the most confident mask, or the union of these over separate queries.
     """
 
     detected: Detected
@@ -63,9 +63,8 @@ def query_masks(
         points = query_points(similarity[one.index], features, params.points)
         if params.separate_points:
             answers = [sam.predict(point[None]) for point in points]
-            best = [masks[scores.argmax()] for masks, scores in answers]
             masks, scores = answers[0]
-            chosen = np.logical_or.reduce(best)
+            chosen = np.logical_or.reduce([masks[scores.argmax()] for masks, scores in answers])
         else:
             masks, scores = sam.predict(points)
             chosen = masks[scores.argmax()]

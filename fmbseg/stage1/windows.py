@@ -1,5 +1,7 @@
-"""Sliding windows: where they lie and how what they yield is put back. Used by the high-resolution features
-(Sec. 3.2) in units of patches and by the sliding evaluation in pixels."""
+"""Sliding windows: where they lie, and how their maps are put back together.
+
+The high-resolution features (Sec. 3.2) use them in units of patches, the sliding evaluation in pixels.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from fmbseg.errors import ParameterError
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle: top and left corner and size, in whatever unit its map has."""
+    """A rectangle: top left corner and size, in units of its map (patches or pixels)."""
 
     top: int
     left: int
@@ -28,7 +30,7 @@ class Window:
 
 
 def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
-    """Windows of ``size`` every ``stride`` that cover a map row by row; the last ones are shifted inward to fit.
+    """Windows of ``size`` every ``stride`` that cover a map, row by row; the last of a row or column are moved inward to fit.
 
     A side shorter than ``size`` gets one window of its own length. Raises ParameterError where windows leave gaps.
     """
@@ -60,7 +62,7 @@ def stitch(tiles: Iterable[tuple[Window, torch.Tensor]], height: int, width: int
 
 
 def side_by_side(places: Sequence[Window], maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(C, h, w) maps of a grid of windows -> (C, rows * h, columns * w), every window's map beside the next one's.
+    """(C, h, w) maps of a grid of windows -> (C, rows * h, columns * w), side by side without overlap.
 
     places: row by row, as ``windows`` gives them.
     """
@@ -69,11 +71,11 @@ def side_by_side(places: Sequence[Window], maps: Sequence[torch.Tensor]) -> torc
 
 
 def placing(starts: Iterable[int], size: int, patches: int, length: int, mode: str = "bilinear") -> torch.Tensor:
-    """(length, windows * patches): along one axis, from windows ``side_by_side`` to the map that they cover.
+    """(length, windows * patches) matrix of one axis, from windows ``side_by_side`` to the map that they cover.
 
-    Each window's ``patches`` are interpolated to its ``size`` and overlaps are averaged, as in ``stitch``. Both are
-    linear and work on rows and columns apart, so a matrix for each axis is all of it.
-    starts: where windows begin, repeated or not.
+    It interpolates each window's ``patches`` to its ``size`` and averages overlaps, as ``stitch`` does. Both are linear
+    and treat rows and columns separately, so one matrix for each axis does it all.
+    starts: where windows begin; repeated ones count once.
     """
     tiles = []
     for start in sorted(set(starts)):

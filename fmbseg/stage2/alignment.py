@@ -1,4 +1,4 @@
-"""The alignment module M: frozen encoder patches into the text's space (Sec. 3.3; Table 2, left)."""
+"""The alignment module M, which maps frozen encoder patches into the space of the texts (Sec. 3.3; Table 2, left)."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class TransformerAlignment(LinearAlignment):
 
 
 class Alignment(nn.Module):
-    """M with the fixed standardisation of its input.
+    """M with the fixed standardisation of its input: z = unit(M((x - mean) / std)).
 
-    z = unit(M((x - mean) / std)). Mean and std, (width,), are measured once on the training patches (ours; they make
-    the learning rate mean the same for every encoder) and saved with the module.
+    Mean and std, (width,), are measured once on the training patches and saved with the module (ours: with them one
+    learning rate suits every encoder).
     """
 
     def __init__(self, width: int, out: int, params: ModuleParams):
@@ -80,13 +80,13 @@ class Alignment(nn.Module):
         return (patches.flatten(2).transpose(1, 2) - self.mean) / self.std
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, width, h, w) encoder patches -> (B, out, h, w) unit-norm embeddings in the text's space."""
+        """(B, width, h, w) encoder patches -> (B, out, h, w) unit-norm embeddings in the space of the texts."""
         batch, _, height, width = patches.shape
         z = F.normalize(self.module(self._standardised(patches)), dim=-1)
         return z.transpose(1, 2).reshape(batch, self.out, height, width)
 
 
 def _heads(width: int) -> int:
-    """Heads of about 64 dimensions that divide the width (16 for ViT-L, 6 for ViT-S)."""
+    """The number of heads that divides the width and is nearest to width / 64 (16 for ViT-L, 6 for ViT-S)."""
     wanted = max(round(width / 64), 1)
     return min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - wanted), h))

@@ -7,33 +7,34 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
+from fmbseg.data.images import IGNORED
 from fmbseg.params import CleanParams
 
 LEAST = 3
-"""A class has a prototype only where so many images hold it: fewer say nothing of an outlier."""
+"""Fewest images of a class from which a prototype is made: with fewer, an outlier cannot be told from the rest."""
 
 
 def regions(patches: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The (R,) classes that label any patch of an image, and the (R, width) mean encoder patch of each.
+    """The (R,) classes of an image's labelled patches, and the (R, width) mean encoder patch of each.
 
-    patches: (width, h, w) of the frozen encoder; labels: (h, w) classes, -1 where unlabelled.
+    patches: (width, h, w) of the frozen encoder; labels: (h, w) classes, IGNORED where unlabelled.
     """
     classes = labels.unique()
-    classes = classes[classes >= 0].long()
+    classes = classes[classes != IGNORED].long()
     own = (labels.flatten()[None] == classes[:, None]).float()
     return classes, own @ patches.float().flatten(1).T / own.sum(dim=1, keepdim=True)
 
 
 def reassign(classes: torch.Tensor, means: torch.Tensor, params: CleanParams) -> torch.Tensor:
-    """The (R,) class of every region of a collection after cleaning, -1 where it is dropped.
+    """The (R,) class of every region of a collection after cleaning, IGNORED where it is dropped.
 
-    With u(.) unit norm, f_r = u(m_r - mean of all m) of region r, and the prototypes of the others of a class,
-    p_k(r) = u(sum of f_s over the regions s of class k, s != r):
+    With u(.) unit norm, a region r has the feature f_r = u(m_r - mean of all m), and a class k has, for region r, the
+    prototype p_k(r) = u(sum of f_s over the regions s of class k, s != r). Region r of class k is doubtful where
 
-        region r of class k is doubtful where  max_j f_r p_j(r) - f_r p_k(r) > clean_margin
+        max_j f_r p_j(r) - f_r p_k(r) > clean_margin
 
-    and is then dropped, or takes class j ("relabel"). A class with fewer than LEAST regions has no prototype, and its
-    regions stay.  classes: (R,); means: (R, width) of ``regions``, all images together.
+    and is then dropped, or takes class j ("relabel"). A class with fewer than LEAST regions has no prototype and keeps its
+    regions. classes: (R,), means: (R, width), of ``regions`` of all images together.
     """
     if not len(classes):
         return classes
@@ -46,13 +47,13 @@ def reassign(classes: torch.Tensor, means: torch.Tensor, params: CleanParams) ->
     scores.scatter_(1, index[:, None], own[:, None])
     best, nearest = scores.max(dim=1)
     doubtful = (best - own > params.clean_margin) & (counts[index] >= LEAST)
-    return torch.where(doubtful, known[nearest] if params.clean == "relabel" else -1, classes)
+    return torch.where(doubtful, known[nearest] if params.clean == "relabel" else IGNORED, classes)
 
 
 def clean_labels(patches: Iterable[torch.Tensor], labels: Sequence[torch.Tensor], params: CleanParams) -> list[torch.Tensor]:
     """Patch labels of a collection with doubtful regions dropped or relabelled (``reassign``).
 
-    patches: (width, h, w) an image, read once in order; labels: (h, w) an image, -1 where unlabelled.
+    patches: (width, h, w) of each image, read once in order; labels: (h, w) of each image, IGNORED where unlabelled.
     """
     found = [regions(one, label) for one, label in zip(patches, labels)]
     new = reassign(*(torch.cat(parts) for parts in zip(*found)), params).split([len(classes) for classes, _ in found])

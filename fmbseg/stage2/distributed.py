@@ -1,4 +1,4 @@
-"""Training in several processes: the parts of a batch, gathered so that all compute one loss."""
+"""Training in several processes: each takes a part of a batch, and the parts are gathered into one loss."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Number of this process; only 0 writes results and prints."""
+    """Number of this process, from 0; only process 0 writes results and prints."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module with its gradients averaged over the processes (DDP); the module itself where there is one process."""
-    if size() == 1:
-        return module
-    return nn.parallel.DistributedDataParallel(module)
+    """The module with its gradients averaged over the processes (DDP); with one process, the module itself."""
+    return module if size() == 1 else nn.parallel.DistributedDataParallel(module)
 
 
 class RankBatchSampler(Sampler):
-    """This process's part of every batch, as indices: as many in every process, None where the batch has no more.
+    """This process's part of every batch, as indices. All parts have one length: a short one is filled with None.
 
     batches: the batches of all processes together; each process must draw the same. The parts in order of rank are the batch.
-    skip: so many batches are left out at the beginning of a pass.
+    skip: how many batches are left out at the beginning of a pass.
     """
 
     def __init__(self, batches: Sampler):
@@ -50,7 +48,7 @@ class RankBatchSampler(Sampler):
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' tensors. A process's gradient is that of its own part, times their number, which DDP's mean undoes."""
+    """The tensors of all processes. The gradient is that of the own part times the number of processes, which DDP's mean undoes."""
 
     @staticmethod
     def forward(context, own: torch.Tensor) -> torch.Tensor:
@@ -64,19 +62,20 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(own: torch.Tensor) -> torch.Tensor:
-    """(n, ...) of each process -> (processes * n, ...), in order of rank. n must be the same in all.
+    """(n, ...) of each process -> (processes * n, ...), in order of rank. n must be the same in all processes.
 
-    Where all compute one loss of it, DDP's averaged gradient is the gradient of that loss.
+    Where all processes compute the same loss of it, DDP's averaged gradient is the gradient of that loss.
     """
     return own if size() == 1 else _Gather.apply(own)
 
 
 def batch_loss(loss_of: Loss, z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, across: bool) -> tuple[torch.Tensor, float, int]:
-    """(loss to be differentiated, its value over all processes, labelled patches of all processes).
+    """(loss to be differentiated, its value over all processes, number of labelled patches of all processes).
 
-    z: (n, D) patch embeddings of this process; labels: (n,), -1 where unlabelled; n must be the same in all.
-    across: one loss over the patches of all processes, as if there were one; or the mean of a loss each over its own
-    patches, which spares the exchange and the n x n product. With no labelled patch anywhere the loss is 0.
+    z: (n, D) patch embeddings of this process; labels: (n,), -1 where unlabelled; n must be the same in all processes.
+    across: one loss over the patches of all processes, as one process would compute it. Otherwise each process has a loss
+    over its own patches, and the value is their mean: no patches are exchanged, and the n x n product is smaller. With no
+    labelled patch anywhere the loss is 0.
     """
     everyones = gather(labels)
     count = int((everyones >= 0).sum())

@@ -2,7 +2,7 @@
 
 Throughout: z is (n, D), the unit-norm patch embeddings of the labelled patches of a whole batch (n = B*N);
 labels is (n,) int64 in [0, K); texts is (K, D), the unit-norm text features. All return a scalar.
-Temperature 1 and no weights are the equations as written; the temperature divides every dot product (ours).
+With temperature 1 and no weights they are the equations as written; the temperature divides every dot product (ours).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import torch
 
 BLOCK = 2**21
-"""Similarities that are in memory at once: a bound on memory, of no effect on any value but for rounding."""
+"""Similarities that are in memory at once; it changes no value but for rounding."""
 
 
 def log_sum_others(z: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log sum_{j != i} exp(z_i.z_j) of every patch, (n,): what Eq. 3 and Eq. 4 share, and the only n x n product.
+    """log sum_{j != i} exp(z_i.z_j) of every patch, (n,): a term of both Eq. 3 and Eq. 4, and the only n x n product.
 
     The product is made a block of rows at a time, so memory grows with n and not with n x n.
-    A lone patch has no other: minus infinity.
+    For a lone patch, which has no other, it is minus infinity.
     """
     if len(z) < 2:
         return z.new_full((len(z),), -torch.inf)
@@ -51,7 +51,7 @@ class _LogSumOthers(torch.autograd.Function):
 
 
 def _row_blocks(z: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of the (n, n) similarities, minus infinity on the diagonal: (which rows, (rows, n)) a block."""
+    """The (n, n) similarities with minus infinity on the diagonal, in blocks: (slice of rows, (rows, n))."""
     step = max(BLOCK // len(z), 1)
     for start in range(0, len(z), step):
         rows = slice(start, start + step)
@@ -65,8 +65,8 @@ def patch_text_terms(
 ) -> torch.Tensor:
     """Eq. 3, l_t(z_i, t_yi) of every patch: (n,).
 
-    Minus the similarity with its own text, plus the log of the sum over all K texts and all OTHER patches.
-    others: ``log_sum_others(z)``, where it is known already.
+    Minus the similarity to its own text, plus the log of the sum over all K texts and all OTHER patches.
+    others: ``log_sum_others(z)``, if it has been computed already.
     """
     to_texts = z @ texts.T / temperature
     own = to_texts.gather(1, labels[:, None])[:, 0]
@@ -75,7 +75,7 @@ def patch_text_terms(
 
 
 def text_terms(per_patch: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Eq. 2, l_t(t_k) of every class: the mean of Eq. 3 over its patches, (K,). A class without patches has none: 0."""
+    """Eq. 2, l_t(t_k) of every class: the mean of Eq. 3 over its patches, (K,); 0 for a class without patches."""
     sums = per_patch.new_zeros(classes).index_add(0, labels, per_patch)
     return sums / labels.bincount(minlength=classes).clamp(min=1)
 
@@ -83,8 +83,8 @@ def text_terms(per_patch: torch.Tensor, labels: torch.Tensor, classes: int) -> t
 def patch_patch_terms(z: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, others: torch.Tensor | None = None) -> torch.Tensor:
     """Eq. 4, l_im(z_i) of every patch: (n,).
 
-    The mean over the patches l of its class (itself among them, as Eq. 4 is written) of minus their similarity, which is
-    minus the similarity to the class's mean patch, plus the log of the sum over all OTHER patches. A lone patch: 0.
+    Minus the mean similarity to the patches l of its class (itself included, as Eq. 4 is written), which is the similarity
+    to the mean of these patches, plus the log of the sum over all OTHER patches. For a lone patch it is 0.
     """
     if len(z) < 2:
         return z.sum(dim=1) * 0
@@ -104,8 +104,8 @@ def tsupcon(
 ) -> torch.Tensor:
     """Eq. 1, TSupCon: (sum_k l_t(t_k) + sum_i l_im(z_i)) / (n + K).
 
-    It is a weighted sum of two means: of l_t over the classes present and of l_im over the patches. ``None`` gives a
-    mean the weight that Eq. 1 gives it, which is small for the texts (K'/(n + K), K' classes present).
+    It is a weighted sum of two means, that of l_t over the classes present and that of l_im over the patches. Weight ``None``
+    is the weight of Eq. 1: n/(n + K) for the patches and, with K' classes present, K'/(n + K) for the texts, which is small.
     """
     present = labels.unique().numel()
     others = log_sum_others(z, temperature)
@@ -124,10 +124,10 @@ def prototype(z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temper
 
 
 def supcon(z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Table 2's SupCon alone (Khosla et al. 2020): the texts are just more examples of their class.
+    """Table 2's SupCon alone (Khosla et al. 2020): a text is one more example of its class.
 
-    Mean over all patches and texts that have a positive other than themselves of the log of the sum over all OTHER
-    examples, minus the mean similarity to its positives: what is left of its class's sum without itself.
+    An example's positives are the other examples of its class. Its loss is the log of the sum over all OTHER examples,
+    minus the mean similarity to its positives. Returned is the mean over the examples that have a positive.
     """
     everything = torch.cat([z, texts])
     classes = torch.cat([labels, torch.arange(len(texts), device=labels.device)])

@@ -13,9 +13,9 @@ from fmbseg.errors import DataError
 
 @dataclass
 class Confusion:
-    """Counts of pixels, rows the truth and columns the prediction; one more column for pixels predicted as nothing.
+    """Counts of pixels: a row for each true class, a column for each predicted class, a last column for unlabelled pixels.
 
-    A prediction of IGNORED (unlabelled) is a miss of its true class and a false alarm of none.
+    A pixel that the prediction leaves unlabelled (IGNORED) is a miss of its true class and a false alarm of no class.
     """
 
     classes: int
@@ -26,10 +26,10 @@ class Confusion:
             self.counts = np.zeros((self.classes, self.classes + 1), dtype=np.int64)
 
     def add(self, truth: np.ndarray | torch.Tensor, prediction: np.ndarray | torch.Tensor) -> None:
-        """Count one image: (height, width) class indices each, arrays or tensors; pixels whose truth is IGNORED count for nothing.
+        """Count one image: (height, width) class indices each, arrays or tensors; pixels whose truth is IGNORED do not count.
 
-        They are counted on the device of the prediction. Raises DataError when the sizes differ or an index is neither a class
-        nor IGNORED.
+        The counting is done on the device of the prediction. Raises DataError when the sizes differ or an index is neither a
+        class nor IGNORED.
         """
         truth, prediction = torch.as_tensor(truth), torch.as_tensor(prediction)
         if truth.shape != prediction.shape:
@@ -44,7 +44,7 @@ class Confusion:
         self.counts += np.roll(counts, -1, axis=1)  # IGNORED comes first there, and last here
 
     def nonzero(self) -> np.ndarray:
-        """(2, n) int64, positions in the flattened matrix and their counts: an image fills few of them."""
+        """(2, n) int64, positions in the flattened matrix and their counts; one image fills few of them."""
         where = np.flatnonzero(self.counts)
         return np.stack([where, self.counts.flat[where]])
 
@@ -65,11 +65,11 @@ class Confusion:
         return float(100 * np.nanmean(iou)) if not np.isnan(iou).all() else float("nan")
 
     def precision(self) -> float:
-        """Share of the predicted pixels that are right, in per cent."""
+        """Share of the labelled pixels whose label is right, in per cent."""
         predicted = self.counts[:, : self.classes].sum()
         return float(100 * np.trace(self.counts[:, : self.classes]) / predicted) if predicted else float("nan")
 
     def coverage(self) -> float:
-        """Share of the pixels with a truth that got a prediction, in per cent."""
+        """Share of the pixels with a truth that the prediction labels, in per cent."""
         total = self.counts.sum()
         return float(100 * self.counts[:, : self.classes].sum() / total) if total else float("nan")

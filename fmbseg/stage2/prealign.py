@@ -1,13 +1,13 @@
-"""Pre-alignment (ours): before any label, M learns the image-text model's own dense map of the same images.
+"""Pre-alignment (ours): before it sees a label, M learns CLIP's dense maps of the same images.
 
-The last layer of M is fitted so that every patch comes out as the dense CLIP feature at its place:
+The last layer of M is fitted so that every patch is mapped to the dense CLIP feature at its place:
 
     minimise over W, b   1/n sum_i || W (h_i - mean) / std + b - d_i ||^2 + ridge ||W||^2
 
-h_i is what goes into the last layer at patch i (the standardised patch of the linear module, the hidden layer of the
-MLP, the output of the transformer block, both as they were drawn), d_i the unit-norm dense CLIP feature (Sec. 3.1, 3.2).
-The solution is in closed form, from sums over the patches. It needs neither words nor SAM, so it can take every
-image of a collection where Stage 1 takes as many as time allows.
+h_i is the input of the last layer at patch i (of the linear module the standardised patch, of the MLP its hidden layer, of the
+transformer module the output of its block, both with their random initial weights), d_i the unit-norm dense CLIP feature
+(Sec. 3.1, 3.2). The solution has a closed form, from sums over the patches. It needs neither words nor SAM, so it can take all
+images of a collection even where Stage 1, which is slow, takes a part of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dense_target(dense: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 class NormalEquations:
-    """The sums that the closed form needs, streamed: memory is (width + 1)^2 whatever the number of images."""
+    """The sums that the closed form needs. Their size, (width + 1)^2, does not grow with the number of images."""
 
     def __init__(self, width: int, out: int):
         self.count = 0
@@ -44,7 +44,7 @@ class NormalEquations:
         self.cross += h.T @ targets.double().cpu()
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weight (D, width), bias (D,)) of the minimum, for features as they were added. The bias has no penalty."""
+        """(weight (D, width), bias (D,)) at the minimum, for the features as added (not standardised). The bias has no penalty."""
         gram, cross = self.gram / self.count, self.cross / self.count
         mean, target_mean = gram[:-1, -1], cross[-1]
         covariance = gram[:-1, :-1] - torch.outer(mean, mean)
@@ -54,7 +54,7 @@ class NormalEquations:
         return weight, target_mean - weight @ mean
 
     def output_norm(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
-        """Root mean square length of weight h + bias over all features added."""
+        """Root mean square length of (weight h + bias) over all features h added."""
         whole = torch.cat([weight, bias[:, None]], dim=1)
         return float(((whole @ (self.gram / self.count)) * whole).sum().clamp(min=0).sqrt())
 
@@ -63,8 +63,8 @@ class NormalEquations:
 def prealign(fresh: Alignment, items: Iterable[tuple[torch.Tensor, torch.Tensor]], params: PrealignParams) -> Alignment:
     """A copy of a module whose last layer is fitted to the dense maps.
 
-    items: (patches (width, h, w), dense target (D, h, w)) of one image after the other. The output is rescaled to the RMS
-    length ``prealign_norm``: z is normalised, so this changes no similarity; it decides how far a later step turns z.
+    items: (patches (width, h, w), dense target (D, h, w)) of each image. The output is scaled to the RMS length
+    ``prealign_norm``. As z is normalised, this changes no similarity, but how far a later training step turns z.
     """
     made = copy.deepcopy(fresh)
     last = made.module.project
@@ -78,18 +78,18 @@ def prealign(fresh: Alignment, items: Iterable[tuple[torch.Tensor, torch.Tensor]
 
 
 def anchor(z: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """mean_i (1 - z_i . d_i) over the patches of (B, D, h, w) unit-norm z and targets: what ``dense_weight`` weighs in training."""
+    """The anchor, mean_i (1 - z_i . d_i) over the patches of (B, D, h, w) unit-norm z and targets; its weight is ``dense_weight``."""
     return (1 - (z * target).sum(dim=1)).mean()
 
 
 @torch.no_grad()
 def average(start: Alignment, trained: Alignment, share: float) -> Alignment:
-    """A module between the one that training began with and the one that it ended with (ours, after Wortsman et al. 2022):
+    """The weighted average of the module before and after training (ours, after Wortsman et al. 2022):
 
-        share |W_T| / |W_0| W_0 + (1 - share) W_T        for weight W and bias of the last layer, both by the weights' norms
+        share s W_0 + (1 - share) W_T        s = |W_T| / |W_0| of the last layer's weights, for its weight and bias; else s = 1
 
-    and the plain average of the layers before it. Labels lift the classes that they name and take from the others; what
-    the start knew of those stays where a share of it does. share: in [0, 1]; 0 is the trained module.
+    Training improves the classes that the pseudo labels name and worsens the others; the average keeps a part of what the
+    initial module knew of these. share: in [0, 1]; 0 is the trained module.
     """
     made, before = copy.deepcopy(trained), start.state_dict()
     scale = trained.module.project.weight.norm() / start.module.project.weight.norm()

@@ -1,4 +1,4 @@
-"""Deployment (Sec. 3.3): an image and a list of words -> a label map, with no SAM and no refinement."""
+"""Deployment (Sec. 3.3): an image and a list of words -> a label map, without SAM or refinement."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fmbseg.stage2.alignment import Alignment
 
 
 class Embedder(Protocol):
-    """Anything that gives patches in the text's space: the aligned encoder or CLIP itself."""
+    """Anything that gives patches in the space of the texts: the aligned encoder or CLIP itself."""
 
     key: str
 
@@ -56,8 +56,8 @@ class AlignedEncoder:
 class DenseClip:
     """CLIP's own dense features, the zero-shot baseline in the style of MaskCLIP.
 
-    enlarge: the window is scaled by this before the tower (a tower of large stride sees more that way; ours); guide: the
-    encoder of the path "guided".
+    enlarge: factor by which a window is enlarged first, for a tower of large stride (ours); guide: the encoder of the path
+    "guided".
     """
 
     def __init__(
@@ -81,16 +81,17 @@ class DenseClip:
 
 
 def _to_multiple(pixels: torch.Tensor, multiple: int, scale: float = 1.0) -> torch.Tensor:
-    """Windows scaled so that both sides are multiples of a patch; nothing changes where they are already."""
+    """Windows scaled so that both sides are multiples of a patch; unchanged where they are already."""
     size = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in pixels.shape[1:3])
     return torch.stack([torch.from_numpy(images.resize(p.numpy(), size)) for p in pixels])
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """The expensive part, once an image: patch embeddings of every window.
+    """Patch embeddings of every window of an image: the expensive part of segmentation, which any words can follow.
 
-    size: the image's (height, width); scaled: that of the image the windows lie in; maps: (D, h, w) a window.
+    size: the image's (height, width); scaled: (height, width) of the scaled image, in which the windows lie; maps: (D, h, w)
+    of each window.
     """
 
     size: tuple[int, int]
@@ -101,11 +102,11 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Placed:
-    """Similarities that are not interpolated yet: ``down @ patches @ across.T`` are those at every pixel.
+    """Similarities before interpolation: ``down @ patches @ across.T`` are those at every pixel.
 
-    patches: (K, rows, columns) cosine similarities at the patches of all windows, side by side; down: (height, rows);
-    across: (width, columns), which interpolate each window and average overlaps (CPU); owner: the class of each of the K, where
-    they are words or the like; none: k is class k.
+    patches: (K, rows, columns) cosine similarities at the patches of all windows, side by side. down: (height, rows), and
+    across: (width, columns), both on the CPU, interpolate each window and average overlaps. owner: the class of each of the K
+    where they are not classes but words; None: k is class k.
     """
 
     patches: torch.Tensor
@@ -125,8 +126,8 @@ class Placed:
 
 @dataclass(frozen=True)
 class Confidence:
-    """(height, width) ``float32`` each: similarity of the class that a pixel is given, and its margin, by how much that is above
-    the most similar other class (below, where a mask's majority won). A lone class's margin is its similarity.
+    """(height, width) ``float32`` each: a pixel's similarity to its class, and its margin, that similarity minus the similarity to
+    the most similar other class. The margin is negative where a mask's vote decided against it; with one class it is the similarity.
     """
 
     similarity: np.ndarray
@@ -135,8 +136,11 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """labels: (height, width) ``int16`` class indices, IGNORED where unlabelled; space: the classes; placed: the similarities of all of
-    them, of which ``labels`` is the argmax after interpolation to the image's size; measure: returns the confidence."""
+    """A segmented image.
+
+    labels: (height, width) ``int16`` class indices, IGNORED where unlabelled; space: the classes; placed: the similarities to
+    all of them, whose argmax at the image's size ``labels`` is; measure: returns the confidence.
+    """
 
     labels: np.ndarray
     space: LabelSpace
@@ -145,11 +149,11 @@ class Segmentation:
 
     @property
     def confidence(self) -> Confidence:
-        """Of every pixel of the image, made when it is first asked for."""
+        """Confidence at every pixel of the image, computed when first asked for."""
         return self.measure()
 
     def unlabelled(self, least_similarity: float | None, least_margin: float | None) -> Segmentation:
-        """The same with IGNORED where the similarity or the margin is less; none: no threshold."""
+        """The same with IGNORED where the similarity or the margin is lower; None: no threshold."""
         labels = self.labels.copy()
         if least_similarity is not None:
             labels[self.confidence.similarity < least_similarity] = IGNORED
@@ -159,7 +163,7 @@ class Segmentation:
 
     @functools.cached_property
     def similarity(self) -> torch.Tensor:
-        """(K, h, w) cosine similarities at the scaled size, made when they are first asked for."""
+        """(K, h, w) cosine similarities at the scaled size, computed when first asked for."""
         return self.placed.interpolated()
 
 
@@ -189,7 +193,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def through_windows(self, image: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor]) -> EmbeddedImage:
-        """What a model, (B, height, width, 3) ``uint8`` -> (B, D, h, w), makes of every window."""
+        """The maps that a model, (B, height, width, 3) ``uint8`` -> (B, D, h, w), gives for every window."""
         images.check_image(image)
         p = self.params
         scaled = images.resize(image, images.target_size(*image.shape[:2], p.segment_short_side, p.segment_long_limit), p.resize)
@@ -207,7 +211,7 @@ class Segmenter:
         return dataclasses.replace(patches, maps=tuple(one for batch in batches for one in self.embedder.align(torch.stack(batch))))
 
     def similarity(self, embedded: EmbeddedImage, texts: ClassTexts) -> torch.Tensor:
-        """(K, height, width) similarities at the scaled size: each window's interpolated, overlaps averaged."""
+        """(K, height, width) similarities at the scaled size: interpolated in each window, averaged where windows overlap."""
         return self.place(embedded, texts).interpolated()
 
     def label(
@@ -232,9 +236,9 @@ class Segmenter:
 
     @torch.inference_mode()
     def place(self, embedded: EmbeddedImage, texts: ClassTexts, rule: Background = WORDS_ALONE, apart: bool = False) -> Placed:
-        """Similarities at the patches of all windows, and the matrices that place them on either axis of the scaled image.
+        """Similarities at the patches of all windows, and the two matrices that place them in the scaled image.
 
-        rule: how class 0 is found; apart: every word by itself, not the best of each class.
+        rule: how class 0 is found; apart: of every word by itself, else of the best word of each class.
         """
         z = side_by_side(embedded.windows, embedded.maps)
         texts = texts.to(z.device)
@@ -256,7 +260,7 @@ class Segmenter:
 
         classes: words, one comma-separated string, {name: words}, a .txt file, or a label space (``words_space``); background:
         words that together are class 0, "background"; masks: regions that vote (``vote``). Raises ParameterError for an empty or
-        repeated list. Pixels are unlabelled (IGNORED) as ``UnlabelledParams`` among the parameters have it; else none.
+        repeated list. Pixels are unlabelled (IGNORED) only where parameters of ``UnlabelledParams`` make them so.
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
         p = self.params if isinstance(self.params, UnlabelledParams) else UnlabelledParams()
@@ -278,7 +282,7 @@ class Segmenter:
 
 def describe(result: Segmentation) -> dict:
     """Size, unlabelled share, mean margin, and for each class that occurs its name, index, words, pixels, share of the image, mean
-    similarity and mean margin; means are over the labelled pixels, 0 where there is none."""
+    similarity and mean margin. Means are over the labelled pixels; 0 without any."""
     found, labelled = [], result.labels != IGNORED
     similarity, margin = result.confidence.similarity, result.confidence.margin
     for k in np.unique(result.labels[labelled]):
@@ -307,8 +311,11 @@ Words = Sequence[str] | str | Mapping[str, Sequence[str]]
 
 
 def words_space(classes: Words, background: Sequence[str] | str | None = None) -> LabelSpace:
-    """Classes as ``own_words`` takes them, or the name of a .txt file or of a label space such as "lvis1203", and background words
-    as one class 0, as a label space."""
+    """A label space of own words.
+
+    classes: as ``own_words`` takes them, or the name of a .txt file or of a label space such as "lvis1203"; background: words
+    that together are class 0. Raises ParameterError for an empty or repeated list.
+    """
     if isinstance(classes, str) and (classes.endswith(".txt") or classes in label_spaces.SPACES):
         space = label_spaces.vocabulary(classes)
     else:
@@ -338,31 +345,31 @@ def label_map(
 ) -> np.ndarray:
     """Interpolate (K, h, w) similarities to ``size`` and take the best class: (height, width) ``int16``.
 
-    owner: the class of each of the K, as ``Placed`` has it; rule: how class 0 is found.
+    owner: the class of each of the K, as in ``Placed``; rule: how class 0 is found.
     """
     down, across = (resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:]))
     return best_class(Placed(similarity, down, across, owner), rule).cpu().numpy()
 
 
 TILE = 96
-"""Side in pixels of the squares in which classes are compared: a trade of calls for memory and for classes left out."""
+"""Side in pixels of the squares in which classes are compared. Small squares take little memory and few classes, but many calls."""
 
 MANY = 256
-"""With more classes than this, the squares have half that side: more classes are left out of each."""
+"""With more classes than this, the squares have half that side, so that each has fewer classes to compare."""
 
 ROUNDING = 1e-5
-"""A class is left out of a square only where it is less similar than another by more than this, which rounding cannot make up."""
+"""A class is left out of a square only where it is less similar than another by more than this: rounding changes less."""
 
 
 @torch.inference_mode()
 def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> torch.Tensor:
     """The argmax over K of the similarities, (height, width) ``int16`` on the device of the patches; a tie goes to the first class.
 
-    By a rule with a threshold, class 0 where 1 / sum_k exp(scale (s_k - max s)), the best one's probability, is under it.
+    With a rule that has a threshold, class 0 where the best class's probability, 1 / sum_k exp(scale (s_k - max s)), is below it.
 
-    A square of pixels at a time, so no (K, height, width) is held. Bilinear interpolation and averages take weights of
-    no negative value: a class that is less similar than one other class at all patches of a square wins none of its
-    pixels and is not interpolated there. Bicubic interpolation leaves out none.
+    The image is done a square at a time, so that no (K, height, width) tensor is held. The weights of bilinear interpolation
+    and of averages are not negative. So a class that is less similar than one other class at all patches of a square wins no
+    pixel of it and is not interpolated there. Bicubic interpolation leaves out no class.
     """
     down, across, device = placed.down, placed.across, placed.patches.device
     tile = TILE if len(placed.patches) <= MANY else TILE // 2
@@ -388,7 +395,7 @@ def best_class(placed: Placed, rule: Background = WORDS_ALONE) -> torch.Tensor:
 
 @torch.inference_mode()
 def confidence(placed: Placed, labels: np.ndarray) -> Confidence:
-    """Similarity and margin of the classes that pixels were given, a square at a time as in ``best_class``; both 0 where none."""
+    """Similarity and margin of the labels, a square at a time as in ``best_class``; both are 0 where unlabelled."""
     similarity, margin = (torch.zeros(labels.shape) for _ in range(2))
     given = torch.from_numpy(labels.astype(np.int64))
     for top in range(0, len(given), TILE):
@@ -406,14 +413,14 @@ def confidence(placed: Placed, labels: np.ndarray) -> Confidence:
 
 @torch.inference_mode()
 def vote(labels: np.ndarray, placed: Placed, masks: Sequence[np.ndarray], rule: Background = WORDS_ALONE) -> np.ndarray:
-    """Label map in which each mask has one class, that of its mean similarity; small masks lie over large ones (ours).
+    """Label map in which each mask has one class, that of the highest mean similarity; small masks lie over large ones (ours).
 
-    Of a mask M of |M| pixels, and with similarities S_k = D P_k A' (``Placed``):
+    For a mask M of |M| pixels and similarities S_k = D P_k A' (``Placed``):
 
         class(M) = argmax_k  mean_{x in M} S_k(x) = argmax_k  <D' M A, P_k> / |M|
 
-    labels: (height, width), kept outside all masks; masks: (height, width) bool each; rule: with a threshold on the
-    best one's probability, as ``best_class`` has it.
+    labels: (height, width), kept outside all masks; masks: (height, width) bool each; rule: its threshold is that of
+    ``best_class``.
     """
     labels = labels.copy()
     for mask in sorted((mask for mask in masks if mask.any()), key=lambda mask: -int(mask.sum())):
@@ -426,7 +433,7 @@ def vote(labels: np.ndarray, placed: Placed, masks: Sequence[np.ndarray], rule: 
 
 
 def candidates(patches: torch.Tensor) -> torch.Tensor:
-    """Indices of the classes, sorted, that somewhere are as similar as the class of the highest mean; patches: (K, h, w)."""
+    """Sorted indices of the classes that at some patch are as similar as the class of the highest mean. patches: (K, h, w)."""
     flat = patches.flatten(1)
     leader = flat[flat.mean(dim=1).argmax()]
     return (flat >= leader - ROUNDING).any(dim=1).nonzero()[:, 0]

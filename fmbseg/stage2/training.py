@@ -26,8 +26,8 @@ from fmbseg.stage2.prealign import anchor
 class TrainResult:
     """A trained module.
 
-    steps: one row a step (step, epoch, loss, learning_rate, patches: how many were labelled);
-    classes: indices of the K classes that occur in the pseudo labels, the texts of the loss; images: how many it was trained on.
+    steps: one row a step (step, epoch, loss, learning_rate, patches: number of labelled patches);
+    classes: indices of the K classes that occur in the pseudo labels, whose texts the loss takes; images: number of images.
     """
 
     alignment: Alignment
@@ -39,10 +39,11 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TrainState:
-    """The state of a training after a batch: everything that the rest of it depends on.
+    """A training after a batch: everything that the rest of it depends on.
 
-    done: batches of all epochs so far; weights: of the module; optimiser: its tensors, "PARAMETER NUMBER.NAME"; generator:
-    (n,) uint8, the state of the generator of the batches at the beginning of the epoch; steps, seconds: as in TrainResult.
+    done: number of batches so far, in all epochs; weights: those of the module; optimiser: its tensors by "PARAMETER NUMBER.NAME";
+    generator: (n,) uint8, the state at the beginning of the epoch of the generator that draws the batches; steps, seconds: as in
+    TrainResult.
     """
 
     done: int
@@ -54,7 +55,7 @@ class TrainState:
 
 
 def patch_labels(labels: np.ndarray, grid: tuple[int, int], min_labelled: float) -> torch.Tensor:
-    """Label of every patch: (h, w) int64, the commonest label of its pixels; IGNORED where too few are labelled.
+    """Label of every patch: (h, w) int64, the most frequent label of its pixels; IGNORED where too few are labelled.
 
     labels: (height, width) class indices, IGNORED where unlabelled; grid: (h, w) patches that share the image
     evenly; min_labelled: the least labelled share of a patch (ours: half).
@@ -74,16 +75,16 @@ def patch_labels(labels: np.ndarray, grid: tuple[int, int], min_labelled: float)
 
 
 def loss_function(params: LossParams) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The loss that the parameters name, as a function of (z, labels, texts)."""
+    """The loss that the parameters choose, as a function of (z, labels, texts)."""
     if params.loss == "tsupcon":
         return partial(losses.tsupcon, temperature=params.temperature, text_weight=params.text_weight, image_weight=params.image_weight)
     return partial({"prototype": losses.prototype, "supcon": losses.supcon}[params.loss], temperature=params.temperature)
 
 
 def new_module(patches: Iterable[torch.Tensor], width: int, out: int, params: ModuleParams, seed: int = 0) -> Alignment:
-    """A module with fresh weights, which the seed gives.
+    """A module with random weights, drawn with the seed.
 
-    patches: (width, h, w) of every image on which mean and standard deviation of its input are measured.
+    patches: (width, h, w) of every image on which the mean and standard deviation of its input are measured.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,9 +96,9 @@ def new_module(patches: Iterable[torch.Tensor], width: int, out: int, params: Mo
 
 
 def batches(data: Dataset, images_per_batch: int, seed: int, workers: int = 0) -> DataLoader:
-    """Every image once an epoch, in an order that the seed gives. Under torchrun, this process's part of each batch.
+    """Every image once an epoch, in random order by the seed. Under torchrun, this process's part of each batch.
 
-    workers: processes that read the next batches ahead, which changes neither their order nor what is in them.
+    workers: number of processes that read batches ahead; it changes neither order nor content.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = BatchSampler(RandomSampler(data, generator=generator), images_per_batch, drop_last=False)
@@ -118,7 +119,7 @@ def learning_rate(params: AlignParams, batch: int, total: int) -> float:
 
 
 def rows_of(classes: Sequence[int]) -> torch.Tensor:
-    """Table from class index to its row among the K classes of the loss; IGNORED, which indexes the last, stays so."""
+    """Table from class index to row among the K classes of the loss; IGNORED (-1) indexes its last entry, which is IGNORED."""
     table = torch.full((max(classes) + 2,), IGNORED)
     table[list(classes)] = torch.arange(len(classes))
     return table
@@ -131,6 +132,7 @@ def train(
     initial: Alignment,
     params: AlignParams,
     seed: int = 0,
+    *,
     device: str = "cpu",
     on_step: Callable[[dict[str, float] | None], None] = lambda row: None,
     state: TrainState | None = None,
@@ -140,18 +142,19 @@ def train(
 ) -> TrainResult:
     """Train M on pseudo labels: SGD, cosine to zero, 5 images a batch (Sec. 4.1). The same seed gives the same module on a CPU.
 
-    data: item i is an image's (width, h, w) patches and (h, w) int64 class indices, IGNORED where unlabelled; item None fills
-    up a part of a batch: some image's patches, all unlabelled. With ``dense_weight`` each item has a third tensor,
+    data: item i is an image's (width, h, w) patches and (h, w) int64 class indices, IGNORED where unlabelled. Item None, which
+    fills up a part of a batch, is some image's patches, all unlabelled. With ``dense_weight`` each item has a third tensor,
     the (D, h, w) dense target of ``stage2.prealign`` (item None: zeros). classes: indices of the K classes that occur;
-    texts: (K, D) unit-norm text features of them, t_k. initial: the module to begin with, which is left as it is.
-    on_step: called after every step with its row, or None where a batch had no labelled patch.
-    state: of the same training, stopped: it goes on from there, reads no batch that is done, and ends with the same module.
-    on_state: called after every batch but the last with a function that gives the state.
-    encode: makes (B, width, h, w) patches on the device of what items hold in their place, such as pixels; workers: as ``batches`` has it.
-    Under torchrun every rank takes its part of each batch, and all end with the same module.
+    texts: (K, D), their unit-norm text features t_k. initial: the module to begin with; it is not changed.
+    on_step: called after every batch with the row of its step, or None where the batch had no labelled patch.
+    on_state: called after every batch but the last with a function that returns the state of the training.
+    state: such a state of the same training, from which to go on. No earlier batch is read, and the module is the same in the end.
+    encode: makes (B, width, h, w) patches on the device, where items hold something else in their place, such as pixels.
+    workers: processes that read ahead (``batches``). Under torchrun every rank takes its part of each batch, and all end with
+    the same module.
 
-    Raises TrainingError, before the step is done, where the loss or its gradient is not finite, and at the end where the
-    weights are not, or every patch comes out as one and the same direction or class.
+    Raises TrainingError before a step whose loss or gradient is not finite, and at the end for weights that are not finite
+    or give every patch the same direction or class.
     """
     started = time.perf_counter() - (state.seconds if state else 0.0)
     row_of, texts = rows_of(classes), texts.to(device)
@@ -218,13 +221,13 @@ def _restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, torch.Tenso
 # ---------------------------------------------------------------- training that cannot be used
 
 LAST_BATCHES = 10
-"""So many batches at the end tell whether the module tells any patch from another."""
+"""Number of batches, the last ones, on which it is checked that the module tells patches apart."""
 
 SAME_DIRECTION = 1e-5
-"""Mean 1 - cos over all pairs of a batch's patches under which all are one direction but for rounding."""
+"""Below this mean 1 - cos over all pairs of a batch's patches, all have the same direction but for rounding."""
 
 COMMON = 0.1
-"""Share of the labelled patches from which a class is common: a module that gives all of them one class though two are common is of no use."""
+"""Share of the labelled patches from which a class is common. A module that gives all patches one class, though two are common, is useless."""
 
 REMEDY = "lower learning_rate, or raise temperature"
 
@@ -243,22 +246,18 @@ def _check_weights(weights: Mapping[str, torch.Tensor], step: int) -> None:
 
 
 def _check_predictions(last: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-    """last: of each of the last batches the means of its unit-norm z, (processes, D), the labels and the nearest texts, (n,) each.
+    """Raise TrainingError where all patches have one direction, so that the mean of their unit-norm z has unit norm, or one class.
 
-    All z are one direction where their mean is of unit norm.
+    last: for each of the last batches the means of z in each process, (processes, D), the labels and the nearest texts, (n,) each.
     """
     if not last:
         return
     means, labels, nearest = (torch.cat(parts) for parts in zip(*last))
-    same = ""
-    if (1 - means.square().sum(dim=1)).max() < SAME_DIRECTION:
-        same = "direction"
     labelled = labels >= 0
     shares = labels[labelled].bincount() / max(int(labelled.sum()), 1)
-    if (shares >= COMMON).sum() > 1 and nearest[labelled].unique().numel() == 1:
-        same = same or "class"
-    if same:
+    one_direction = (1 - means.square().sum(dim=1)).max() < SAME_DIRECTION
+    if one_direction or ((shares >= COMMON).sum() > 1 and nearest[labelled].unique().numel() == 1):
         raise TrainingError(
-            f"training stopped: every patch of the last {len(last)} batches comes out as one and the same {same}; {REMEDY},"
-            " or give images that differ"
+            f"training stopped: every patch of the last {len(last)} batches comes out as one and the same"
+            f" {'direction' if one_direction else 'class'}; {REMEDY}, or give images that differ"
         )
