@@ -25,7 +25,7 @@ def _number(value: Any) -> Any:
         return value
 
 
-SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "keep_embeddings", "keep_features"}  # how fast, not what
+SPEED_ONLY = {"crop_batch", "window_batch", "points_per_batch", "images_per_pass", "keep_embeddings", "keep_features"}  # how fast, not what
 SEVERAL_ONLY = {"negatives"}  # no effect on one device; the training adds it to its key where there are several
 COLLECTION_ONLY = {"collection", "data_root", "limit", "eval_limit"}  # which images, not what is made of each
 NAMES_OTHERS = {"protocol"}  # sets other parameters, which count
@@ -246,6 +246,11 @@ class OptimiserParams(Params):
         0.0, description="ours: share of the initial weights (pre-aligned, or trained before) in the average with the trained weights"
     )
     images_per_batch: Count = Field(5, description="the paper's; of all GPUs together")
+    images_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="ours: images of a batch that a GPU takes at once where all do not fit; loss and gradient stay the batch's; none: all",
+    )
     negatives: Literal["batch", "device"] = Field(
         "batch", description="ours, several GPUs only: contrast patches with the whole batch, or with their own GPU's part of it"
     )

@@ -72,8 +72,9 @@ class Images(Dataset):
 def arguments(**values):
     """What ``training.train`` takes."""
     torch.manual_seed(0)
-    texts, initial = nn.functional.normalize(torch.randn(3, 5), dim=1), Alignment(8, 5, ModuleParams(module="mlp"))
+    texts = nn.functional.normalize(torch.randn(3, 5), dim=1)
     values = {"module": "mlp", "epochs": 2, "temperature": 0.2, "learning_rate": 0.2} | values
+    initial = Alignment(8, 5, ModuleParams(module=values["module"]))
     return Images(), (0, 1, 2), texts, initial, AlignParams(**values), 3
 
 
@@ -97,6 +98,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     trainings = {f"five-{n}": arguments(loss=n) for n in LOSSES}
     trainings |= {"again": trainings["five-tsupcon"], "one": arguments(images_per_batch=1), "device": arguments(negatives="device")}
+    trainings |= {f"parts-{m}": arguments(module=m, images_per_pass=1) for m in ("linear", "mlp", "transformer")}
     torch.multiprocessing.spawn(run_process, (folder / "rendezvous", folder, trainings), nprocs=2)
     alone = {name: training.train(*given) for name, given in trainings.items()}
     return [torch.load(folder / f"made-{rank}") for rank in (0, 1)], alone, folder
@@ -134,7 +136,7 @@ def test_a_batch_without_a_label_is_no_step(both):
         assert made["nothing labelled"] == (None, 0.0, 0)
 
 
-@pytest.mark.parametrize("name", [*(f"five-{n}" for n in LOSSES), "one"])
+@pytest.mark.parametrize("name", [*(f"five-{n}" for n in LOSSES), "one", *(f"parts-{m}" for m in ("linear", "mlp", "transformer"))])
 def test_training_in_two_processes_is_training_in_one(name, both):
     """Six images, five a batch and one a batch: the last batch is smaller, and a process gets no image of some."""
     made, alone, home = both
@@ -146,6 +148,32 @@ def test_training_in_two_processes_is_training_in_one(name, both):
         assert len(made[rank][name]) == len(expected.steps) > 2
         for step, other in zip(made[rank][name], expected.steps):
             assert step == pytest.approx(other, abs=1e-5) and step["patches"] == other["patches"]
+
+
+@pytest.mark.parametrize("module", ("linear", "mlp", "transformer"))
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(module):
+    data, _, texts, initial, _, _ = arguments(module=module)
+    initial, patches, labels = initial.double(), data.patches[:5].double(), data.labels[:5].flatten()
+    made, sizes = {}, []
+    initial.module.register_forward_hook(lambda _, given, z: sizes.append(len(z)))
+    for at_once in (None, 2, 5):
+        z = initial(patches, at_once).permute(0, 2, 3, 1).flatten(0, 2)
+        losses.tsupcon(z[labels >= 0], labels[labels >= 0], texts.double(), 0.2).backward()
+        made[at_once] = [z, *(p.grad for p in initial.parameters())]
+        initial.zero_grad()
+    assert sorted(sizes) == [1, 1, 2, 2, 2, 2, 5, 5]  # each part twice, and the whole once
+    for one, whole in zip(made[2], made[None], strict=True):
+        torch.testing.assert_close(one, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", ("linear", "mlp", "transformer"))
+def test_training_in_parts_is_training_in_one_pass(module):
+    given, sizes = arguments(module=module, images_per_pass=2), []
+    given[3].module.register_forward_hook(lambda _, given, z: sizes.append(len(z)))
+    whole, parts = training.train(*arguments(module=module)), training.train(*given)
+    assert len(parts.steps) == 4 and max(sizes) == 2
+    for key, value in whole.alignment.state_dict().items():
+        torch.testing.assert_close(parts.alignment.state_dict()[key], value, rtol=1e-6, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_file_in_every_process(both):

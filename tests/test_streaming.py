@@ -67,6 +67,19 @@ def test_what_is_made_when_needed_is_what_would_be_kept(smoke, own_home, tmp_pat
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-4)  # batches through the encoder
 
 
+def test_the_encoder_takes_a_batch_in_parts(smoke, own_home, monkeypatch):
+    p = smoke(TrainRun, **TINY, keep_features=False, images_per_pass=2)
+    samples, sizes = label.collection(p), []
+    store, _ = label.label(samples, p)
+    data = train.PatchDataset(samples, store, p)
+    batch = torch.stack([data[i][0] for i in range(3)])
+    encode = cache.encode
+    monkeypatch.setattr(cache, "encode", lambda pixels, models: sizes.append(len(pixels)) or encode(pixels, models))
+    found = data.encode(batch)
+    assert sizes == [2, 1] and p.content(TrainRun) == p.model_copy(update={"images_per_pass": None}).content(TrainRun)
+    torch.testing.assert_close(found, torch.stack([data.patches(i).float() for i in range(3)]), rtol=1e-2, atol=1e-2)
+
+
 def test_workers_that_read_ahead_change_no_byte(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("FMBSEG_HOME", str(toy.home))
     params = toy.params.model_copy(update={"epochs": 3, "module": "linear", "images_per_batch": 2, "workers": 2})

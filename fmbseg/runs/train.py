@@ -70,7 +70,10 @@ class PatchDataset(Dataset):
 
     def encode(self, batch: torch.Tensor) -> torch.Tensor:
         """What an item's first part has to become for the module: (B, width, h, w) patches on the device."""
-        return (batch if self.params.keep_features else cache.encode(batch, self.models)).to(self.params.device, non_blocking=True).float()
+        if not self.params.keep_features:
+            parts = batch.split(self.params.images_per_pass or len(batch))
+            batch = torch.cat([cache.encode(part, self.models) for part in parts])
+        return batch.to(self.params.device, non_blocking=True).float()
 
     def classes(self) -> tuple[int, ...]:
         """Indices of the classes that label any patch, sorted: the K classes of the loss."""

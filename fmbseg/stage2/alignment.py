@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fmbseg.errors import ParameterError
 from fmbseg.params import ModuleParams
@@ -79,8 +80,16 @@ class Alignment(nn.Module):
     def _standardised(self, patches: torch.Tensor) -> torch.Tensor:
         return (patches.flatten(2).transpose(1, 2) - self.mean) / self.std
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, width, h, w) encoder patches -> (B, out, h, w) unit-norm embeddings in the space of the texts."""
+    def forward(self, patches: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
+        """(B, width, h, w) encoder patches -> (B, out, h, w) unit-norm embeddings in the space of the texts.
+
+        at_once: number of images that go through M together; none: all of them (ours). For parts z_p of z, every loss L of z has
+        the gradient of one pass, dL/dtheta = sum_p (dz_p/dtheta)^T dL/dz_p. The intermediate results of part p are made again
+        when dL/dz_p is known, so that memory holds those of one part; M runs forward twice.
+        """
+        if at_once and at_once < len(patches):
+            parts = patches.split(at_once)
+            return torch.cat([checkpoint(self.forward, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
         batch, _, height, width = patches.shape
         z = F.normalize(self.module(self._standardised(patches)), dim=-1)
         return z.transpose(1, 2).reshape(batch, self.out, height, width)

@@ -181,7 +181,7 @@ def train(
         at_start = loader.generator.get_state()
         loader.batch_sampler.skip = done - epoch * len(loader)
         for patches, labels, *dense in loader:
-            maps = network(encode(patches) if encode else patches.to(device).float())
+            maps = network(encode(patches) if encode else patches.to(device).float(), params.images_per_pass)
             z, y = maps.permute(0, 2, 3, 1).flatten(0, 2), row_of[labels.flatten()]
             if total - done <= LAST_BATCHES:
                 nearest = (z.detach() @ texts.T).argmax(dim=1)
