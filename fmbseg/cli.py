@@ -228,6 +228,17 @@ def segment(options: argparse.Namespace) -> None:
     print(f"{len(made)} of {len(places)} images segmented in {options.out}")
 
 
+def onnx(options: argparse.Namespace) -> None:
+    from fmbseg import files
+    from fmbseg.runs import modules
+    from fmbseg.tools import deploy
+
+    files.check_place(options.out, folder=False, name="--out")
+    segmenter = modules.Segmenter.load(options.module_file or modules.default(options.profile))
+    path = deploy.to_onnx(segmenter, options.classes, options.out, options.background, options.size)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; onnxruntime gives what torch gives")
+
+
 def review(options: argparse.Namespace) -> None:
     from fmbseg.tools import review
 
@@ -387,6 +398,21 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
     which.add_argument("--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled images")
     sub.add_argument("--limit", type=int, help="with --train-on: how many of them, evenly spread")
+
+    sub = command(
+        "onnx",
+        onnx,
+        "Encoder, module and words as one ONNX file, which onnxruntime runs without torch.",
+        'fmbseg onnx --classes "cat, dog" --background "wall, floor" --out model.onnx',
+    )
+    sub.add_argument("--profile", default="embedded", help="whose module, without --module (default embedded)")
+    sub.add_argument("--classes", "--classes-file", dest="classes", required=True, help="as for segment")
+    sub.add_argument("--background", help="words that together are class 0, background")
+    sub.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
+    sub.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of its images, multiples of the encoder's patch (default 448 448)"
+    )
+    sub.add_argument("--out", type=Path, default=Path("model.onnx"), metavar="FILE.onnx", help="default model.onnx")
 
     sub = command(
         "review",

@@ -124,7 +124,13 @@ def load_state(path: Path, key: str) -> TrainState | None:
 
 
 class Segmenter(segmenter.Segmenter):
-    """``stage2.Segmenter`` of a module's file: load once, ``segment(image, classes)`` as often as you like."""
+    """``stage2.Segmenter`` of a module's file: load once, ``segment(image, classes)`` as often as you like.
+
+    path: the module's file; described: its metadata.
+    """
+
+    path: Path
+    described: dict[str, Any]
 
     @classmethod
     def load(
@@ -146,7 +152,9 @@ class Segmenter(segmenter.Segmenter):
         words = templates or described.get("templates", "one"), average or described.get("text_average", "unit")
         models = Models(described["clip"], described.get("crop_input"), "", described["encoder"], params.precision, *words, device)
         embedder = AlignedEncoder(models.encoder, module, f"fmbseg {files.sha256_of(path)[:16]}", device)
-        return cls(embedder, models.clip, params, *words)
+        made = cls(embedder, models.clip, params, *words)
+        made.path, made.described = Path(path), described
+        return made
 
     def segment(
         self,
