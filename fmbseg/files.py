@@ -1,4 +1,4 @@
-"""Files on disk: where they lie, how they are written whole or not at all, and what their keys cover."""
+"""Files on disk: where they are, how they are written completely or not at all, and their names and keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def home() -> Path:
-    """Folder of everything fetched or cached: ``$FMBSEG_HOME``, else ``~/.cache/fmbseg``.
+    """Folder of everything that is fetched or cached: ``$FMBSEG_HOME``, else ``~/.cache/fmbseg``.
 
     Raises ParameterError where neither is known.
     """
@@ -34,7 +34,7 @@ def home() -> Path:
 
 
 def checkout() -> Path | None:
-    """The clone of the project that the working folder lies in: the nearest folder that holds ``notebooks/`` and ``params/``."""
+    """The clone of the project around the working folder: the nearest folder that holds ``notebooks/`` and ``params/``."""
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
             return folder
@@ -42,7 +42,7 @@ def checkout() -> Path | None:
 
 
 def project_root() -> Path:
-    """``checkout()`` for what needs the notebooks. Raises DataError outside a clone."""
+    """``checkout()`` for steps that need the notebooks. Raises DataError outside a clone."""
     if (found := checkout()) is None:
         raise DataError(
             f"{Path.cwd()}: neither this folder nor one above it holds notebooks/ and params/;"
@@ -57,12 +57,12 @@ def working_root() -> Path:
 
 
 ASSETS = Path(__file__).parent / "assets"
-"""What comes with the package: tables, word lists, the stand-in's and the shipped module's weights."""
+"""Data files of the package: tables, word lists, the weights of the stand-in and of the shipped module."""
 
 
 @functools.cache
 def asset(name: str) -> Any:
-    """What a JSON or YAML file of ASSETS holds; read once, and not to be changed."""
+    """The content of a JSON or YAML file of ASSETS, read once; do not change it."""
     import yaml
 
     text = (ASSETS / name).read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def asset(name: str) -> Any:
 
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.EIO}
-"""Error numbers of the system that are the fault of the place that is written to."""
+"""Error numbers of the operating system that mean that a place cannot be written."""
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
@@ -80,9 +80,9 @@ def _storage_error(path: Path, error: OSError) -> StorageError:
 
 @contextmanager
 def atomic_path(path: str | Path):
-    """Yield a temporary path beside ``path`` and rename it into place at the end; on an error nothing is left.
+    """Yield a temporary path beside ``path`` and rename it to ``path`` at the end; on an error it is removed.
 
-    A killed run therefore leaves only whole files. Raises StorageError where the place cannot be written or the disk is full.
+    So a killed run leaves only complete files. Raises StorageError where the place cannot be written or the disk is full.
     """
     path = Path(path)
     try:
@@ -97,7 +97,7 @@ def atomic_path(path: str | Path):
         part.chmod(0o666 & ~_umask())
         os.replace(part, path)
     except OSError as error:
-        if error.errno in CANNOT_WRITE and error.filename in (None, name):  # not one of a file that was read meanwhile
+        if error.errno in CANNOT_WRITE and error.filename in (None, name):  # not an error of a file that was read meanwhile
             raise _storage_error(path, error) from error
         raise
     finally:
@@ -105,9 +105,9 @@ def atomic_path(path: str | Path):
 
 
 def check_place(path: str | Path, folder: bool, name: str) -> None:
-    """Raise ParameterError, before any work, where a folder or a file at ``path`` could not be written; nothing is left there.
+    """Raise ParameterError, before any work, where a folder or a file could not be written at ``path``; nothing is left there.
 
-    name: of the option or parameter that gave the path, for the sentence.
+    name: the option or parameter that gave the path.
     """
     path = Path(path).absolute()
     if path.exists() and path.is_dir() != folder:
@@ -122,16 +122,17 @@ def check_place(path: str | Path, folder: bool, name: str) -> None:
 
 
 LONGEST_NAME = 200
-"""Bytes of a name before its suffix: file systems allow 255 (``WHOLE_NAME``) for the whole."""
+"""Bytes of a file's name without its suffix."""
 
 WHOLE_NAME = 255
+"""Bytes of a file's name that file systems allow."""
 
 
 def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[Path]:
     """A name for each of several relative paths: without the suffix where that tells them apart, else with it, else with a key.
 
-    No two are the same after "/" has become "__", however a file system spells letters and folds their case. Parts that are
-    longer than file systems allow are cut and get a key. taken: names, in lower case, that nobody gets.
+    No two names are the same after "/" becomes "__", even on a file system that ignores case or changes the spelling of letters.
+    Parts that are too long for file systems are cut and get a key. taken: names, in lower case, that are not given.
     """
     level = [0] * len(paths)
     names = [_spelled(path, 0) for path in paths]
@@ -157,12 +158,12 @@ def flat_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
 
 
 def folded(name: str) -> str:
-    """A name as a file system sees it that ignores case and ways of writing a letter."""
+    """A name as a file system sees it that ignores case and Unicode spelling."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def short_name(text: str, limit: int = LONGEST_NAME) -> str:
-    """A name of at most ``limit`` bytes of UTF-8, another one for every text: a longer text is cut and gets a key of its whole."""
+    """A name of at most ``limit`` bytes of UTF-8, different for different texts: a longer text is cut and gets a hash of the whole."""
     coded = text.encode(errors="surrogateescape")
     return text if len(coded) <= limit else coded[: limit - 17].decode(errors="ignore") + "-" + digest(text)
 
@@ -175,15 +176,15 @@ def _umask() -> int:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write what JSON can hold, indented, keys in their order, atomically. Raises DataError for a number that is not finite."""
+    """Write a value as indented JSON, atomically. Raises DataError for a number that is not finite."""
     try:
-        text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False, allow_nan=False)
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise DataError(
             f"{path}: a number to be written there is not finite ({error}); nothing was written, so look at its input"
         ) from error
     with atomic_path(path) as part:
-        part.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")  # names of files may be no UTF-8
+        part.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")  # file names need not be UTF-8
     return Path(path)
 
 
@@ -198,17 +199,17 @@ def read_json(path: str | Path) -> Any:
 
 
 RESULT_SUFFIXES = (".json", ".labels.png", ".overlay.png", ".margin.png")
-"""What ``fmbseg segment`` writes of an image."""
+"""Suffixes of the files that ``fmbseg segment`` writes for an image."""
 
 
 def is_result(path: Path) -> bool:
-    """Whether an image is what ``fmbseg segment`` wrote beside its JSON: such are never taken for inputs."""
+    """Whether ``fmbseg segment`` wrote this image, beside a JSON; such images are never inputs."""
     stem = next((path.name.removesuffix(suffix) for suffix in RESULT_SUFFIXES if path.name.endswith(suffix)), None)
     return stem is not None and bool(result(path.with_name(f"{stem}{RESULT_SUFFIXES[0]}")))
 
 
 def result(path: Path) -> dict[str, Any]:
-    """What the JSON that ``fmbseg segment`` writes says of its image; empty where the file is none or another."""
+    """The content of a JSON that ``fmbseg segment`` wrote for an image; empty for any other file."""
     try:
         described = read_json(path)
     except DataError:
@@ -219,14 +220,14 @@ def result(path: Path) -> dict[str, Any]:
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write named tensors as safetensors, atomically.
 
-    metadata: text beside them, under one name, for safetensors writes several in any order.
+    metadata: one text and its name; safetensors would write several in random order.
     """
     import safetensors.torch
 
     with atomic_path(path) as part:
         try:
             safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=dict(metadata or {}))
-        except safetensors.SafetensorError as error:  # its own error for a full disk
+        except safetensors.SafetensorError as error:  # safetensors' error for a full disk
             raise _storage_error(Path(path), OSError(errno.ENOSPC, str(error))) from error
     return Path(path)
 
@@ -262,12 +263,12 @@ def file_sha256(path: str | Path) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """A short key over anything JSON can hold: the same content gives the same key, on any machine."""
+    """A short key of anything that JSON can hold; the same content gives the same key on any machine."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def sha256_of(path: str | Path) -> str:
-    """The hash of an image or another small file, read again only when the file has changed."""
+    """``file_sha256`` of an image or another small file, which is read again only when it has changed."""
     path = Path(path)
     try:
         status = path.stat()

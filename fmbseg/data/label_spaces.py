@@ -1,6 +1,6 @@
-"""Label spaces: the classes of every benchmark and the prompt words behind them, own words, and training vocabularies.
+"""Label spaces: the classes of every benchmark with their prompt words, a user's own words, and training vocabularies.
 
-A class may have several prompt words, of which the most similar counts; its name in the tables stays the benchmark's.
+A class may have several prompt words; the most similar one counts. In tables a class keeps the benchmark's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_CLASSES = 32_767
 
 
 def normal(word: str) -> str:
-    """The form in which words are compared wherever two lists meet: Unicode NFKC, no case, one space between words."""
+    """The form in which words of two lists are compared: Unicode NFKC, no case, one space between words."""
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold()).split())
 
 
@@ -33,10 +33,10 @@ def is_background(word: str) -> bool:
 
 
 def read_words(path: str | Path, numbered: bool = False) -> list[str]:
-    """The words of a text file, one a line: UTF-8, with or without byte-order mark; spaces at the ends do not count.
+    """The words of a text file in UTF-8, one a line, with or without byte-order mark; spaces at the ends do not count.
 
-    numbered: whether a line's number is its class, as in classes.txt: a blank line between two words is then refused; else
-    blank lines are left out. Raises DataError for it, for another encoding and for a file that cannot be read.
+    numbered: the line number is the class, as in classes.txt, so a blank line between two words is an error; else blank lines
+    are left out. Raises DataError for such a line, another encoding and a file that cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -59,8 +59,8 @@ def read_words(path: str | Path, numbered: bool = False) -> list[str]:
 class Background:
     """How class 0 of a column with background is found (Sec. 4.1).
 
-    words: its prompt words; score: its cosine similarity to every position, in place of words; threshold: it also takes the
-    pixels whose best word has a smaller probability, of softmax(scale * similarity) over all words.
+    words: its prompt words; score: a constant cosine similarity at every position, in place of words; threshold: class 0 also
+    takes the pixels where the probability of the best word, softmax(scale * similarity) over all words, is smaller.
     """
 
     words: tuple[str, ...] = ()
@@ -91,13 +91,13 @@ class LabelSpace:
         return len(self.names)
 
     def without_background(self, name: str) -> LabelSpace:
-        """The classes but the first, under another name."""
+        """All classes except the first, under another name."""
         return LabelSpace(name, self.names[1:], self.prompts[1:], self.palette[1:])
 
     def worded(self, words: str) -> LabelSpace:
         """The same classes under other prompt words: "ours", "verbatim" (the names as they are), or a list of assets/words.yaml.
 
-        Raises ParameterError where that list has not the benchmark.
+        Raises ParameterError where that list does not have the benchmark.
         """
         if words == "ours" or self.name not in SPACES:
             return self
@@ -113,7 +113,7 @@ class LabelSpace:
         return LabelSpace(self.name, self.names, prompts, self.palette, self.background)
 
     def with_background_words(self, words: Sequence[str]) -> LabelSpace:
-        """Class 0 prompted by these words instead of its own name; nothing changes where there is no background.
+        """The same with these prompt words for class 0 in place of its name; unchanged where there is no background.
 
         A word that is a class of its own (COCO-Object's "bed") is left out. Raises ParameterError when none remains.
         """
@@ -126,7 +126,7 @@ class LabelSpace:
         return LabelSpace(self.name, self.names, (kept, *self.prompts[1:]), self.palette, True)
 
     def with_background(self, rule: Background) -> LabelSpace:
-        """Class 0 found by a rule: by its words, or without any by its score; nothing changes where there is no background."""
+        """The same with class 0 found by a rule, by its words or its score; unchanged where there is no background."""
         if not self.background:
             return self
         words = self.with_background_words(rule.words).prompts[0] if rule.score is None else ()
@@ -134,7 +134,7 @@ class LabelSpace:
 
 
 def palette(count: int) -> np.ndarray:
-    """(count, 3) ``uint8`` colours of well-spread hue, the same for every run; lightness and chroma alternate."""
+    """(count, 3) ``uint8`` colours with evenly spread hues, the same in every run; brightness and saturation alternate."""
     import colorsys
 
     golden = 0.61803398875
@@ -188,9 +188,9 @@ def label_space(name: str) -> LabelSpace:
 def own_words(words: Sequence[str] | Mapping[str, Sequence[str]], name: str = "words", lines: bool = False) -> LabelSpace:
     """Any list of classes as a label space. Of a class with several prompt words the most similar word counts.
 
-    words: of each class its name, which is its word, or its name and its words: "person=person|man|woman", as a list or as one
-    text with commas between the classes; {"person": ["person", "man"]}; or (``lines``) "person: person, man", as a file has it.
-    Raises ParameterError for an empty, repeated or over-long list, and for a word of two classes.
+    words: for each class its name, which is also its only word, or "name=word|word" ("person=person|man|woman"), as a list or as
+    one text with commas between the classes; or {"person": ["person", "man"]}. lines: "name: word, word" instead, as in a file.
+    Raises ParameterError for an empty, repeated or too long list, and for a word of two classes.
     """
     if isinstance(words, str):
         words = words.split(",")
@@ -220,11 +220,11 @@ def own_words(words: Sequence[str] | Mapping[str, Sequence[str]], name: str = "w
 
 
 def vocabulary(text: str, words: str = "ours") -> LabelSpace:
-    """A training vocabulary: a label space's name, several joined by "+", or a text file (.txt) with a word a line,
-    or "name: word, word".
+    """A training vocabulary: a label space's name, several joined by "+", or a text file (.txt) with "word" or "name: word, word" a line.
 
-    words: of label spaces, as ``LabelSpace.worded`` has it. Of joined spaces each prompt word is a class of its own; backgrounds are left out. Raises ParameterError for an unknown name
-    or a list that is no vocabulary, DataError for a file that cannot be read.
+    words: prompt words of the label spaces, as in ``LabelSpace.worded``. In joined spaces each class has its first prompt word as
+    its name, and equal ones are one class. Backgrounds are left out. Raises ParameterError for an unknown name or a list that is
+    no vocabulary, DataError for a file that cannot be read.
     """
     if text.endswith(".txt"):
         path = Path(text)

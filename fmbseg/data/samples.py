@@ -1,4 +1,4 @@
-"""What every data set is made of: samples of an image and its truth, and how the truth is read."""
+"""Samples, an image with its truth, of which every data set consists, and how the truth is read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fmbseg.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, with a name that is unique in its set, and how its truth is read where there is one.
+    """An image, its name, which is unique in its data set, and its truth if it has one.
 
-    truth: returns (height, width) ``int16`` class indices of the data set's label space, or IGNORED; mask: the file that
-    it reads, where that is an index mask.
+    truth: returns (height, width) ``int16`` class indices of the data set's label space, or IGNORED; mask: the index mask that
+    it reads, where it reads one.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A benchmark: name: of its column in Table 1; space: its classes; samples; source: where they come from, in words."""
+    """A benchmark. name: its column in Table 1; space: its classes; source: where its images come from, in words."""
 
     name: str
     space: LabelSpace
@@ -43,27 +43,28 @@ class Dataset:
 
 
 Table = tuple[int, ...]
-"""Raw id of a mask, from 0 -> class: IGNORED, or UNDEFINED where the data set has no such id. The last entry is of pixels that the file ignores."""
+"""The class of each raw id of a mask from 0: an index, IGNORED, or UNDEFINED where the data set has no such id. The last entry is for
+pixels that the file ignores."""
 
 UNDEFINED = -2
 
 
 def lookup(classes: Mapping[int | str, int], known: Iterable[int] = ()) -> Table:
-    """The table of {raw id: class}. known: ids that the data set has and that are ignored, as IGNORED is unless it is a key."""
+    """The table of {raw id: class}. known: further ids of the data set, which are ignored; so is IGNORED unless it is a key."""
     table = dict.fromkeys((*known, IGNORED), IGNORED) | {int(raw): index for raw, index in classes.items()}
     return tuple(table.get(raw, UNDEFINED) for raw in (*range(max(table) + 1), IGNORED))
 
 
 def shifted(classes: int) -> Table:
-    """The table in which 0 is ignored and ids 1 to ``classes`` are one less (ADE20K; the columns without background)."""
+    """The table that ignores id 0 and maps ids 1 to ``classes`` to classes from 0 (ADE20K; the columns without background)."""
     return lookup({raw: raw - 1 for raw in range(1, classes + 1)}, known=[0])
 
 
 def read_index(path: Path, table: Table, image: Path) -> np.ndarray:
-    """Truth from an index mask, its raw ids sent through a table: (height, width) ``int16``.
+    """Truth from an index mask whose raw ids a table maps to classes: (height, width) ``int16``.
 
-    Raises ImageError when the mask is not of the size of its image, DataError when there is none or it holds an id that the
-    data set does not define.
+    Raises ImageError when mask and image differ in size, DataError when there is no mask or it holds an id that the data set
+    does not define.
     """
     if not path.is_file():
         raise DataError(f"{image.name}: has no mask at {path}; put it there, or take the image away")
@@ -83,7 +84,7 @@ def read_index(path: Path, table: Table, image: Path) -> np.ndarray:
 def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Truth from a COCO panoptic PNG (id = R + 256 G + 65536 B): (height, width) ``int16``.
 
-    segments: (id, class) of each that counts; all else is ignored. Raises ImageError for a file that cannot be read.
+    segments: (id, class) of each segment that counts; the rest is ignored. Raises ImageError for a file that cannot be read.
     """
     raw = np.array(images.open_image(path).convert("RGB"), dtype=np.uint32)
     ids = raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
@@ -96,8 +97,8 @@ def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarr
 def read_instances(size: tuple[int, int], instances: Iterable[tuple[int, Mapping]], background: int) -> np.ndarray:
     """Truth from COCO instances, large ones painted first: (height, width) ``int16`` of ``size``; the rest is ``background``.
 
-    instances: (class, COCO's annotation) each; crowds are ignored. Raises DataError for an outline that is no polygon or
-    run-length code of that size.
+    instances: (class, COCO's annotation) of each; crowds are ignored. Raises DataError for an outline that is neither a polygon
+    nor a run-length code of that size.
     """
     truth = np.full(size, background, dtype=np.int16)
     for index, annotation in sorted(instances, key=lambda one: -one[1]["area"]):
