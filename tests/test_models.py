@@ -1,5 +1,8 @@
 """Image-text models, SAM and encoders: value path, real weights, random architectures, bfloat16."""
 
+import platform
+import resource
+
 import numpy as np
 import open_clip
 import pytest
@@ -380,3 +383,11 @@ def test_lower_gives_back_float32_and_leaves_fp32_alone():
     full = layer(x)
     lower(layer, "cpu", "bf16")
     assert layer(x).dtype == torch.float32 and not torch.equal(layer(x), full) and (layer(x) - full).abs().max() < 0.05
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="a C library of Linux")
+def test_memory_of_a_freed_tensor_serves_the_next_one():
+    torch.ones(32 << 20, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(24 << 20, dtype=torch.uint8)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 600  # new pages, of the 6,144 that it has

@@ -1,5 +1,6 @@
 """The frozen models by name: CLIP, SAM and the encoder that is aligned."""
 
-from fmbseg.models import _torchvision
+from fmbseg.models import _memory, _torchvision
 
 _torchvision.ensure()
+_memory.keep_freed()
