@@ -115,7 +115,7 @@ def fetch(options: argparse.Namespace) -> None:
 def label(options: argparse.Namespace) -> None:
     from fmbseg import files
     from fmbseg.runs import label, parallel
-    from fmbseg.tools import export, segmenting
+    from fmbseg.tools import export, instances, segmenting
 
     p = _params(options, "label")
     options.format = export.formats(options.format)
@@ -124,12 +124,15 @@ def label(options: argparse.Namespace) -> None:
     samples = parallel.shard(label.collection(p), options.shard, options.num_shards)
     store, failures = label.label(samples, p, options.out, options.engine, options.gpus_per_worker)
     print(f"{len(samples) - len(failures)} of {len(samples)} images labelled in {store.folder}")
-    if options.coco:
-        count = len(export.coco(export.of_store(samples, store), store.space, options.coco, instances=options.instances)["images"])
-        print(f"{count} of them written to {options.coco} as COCO annotations (one a class and image, run-length encoded)")
-    if options.format:
-        export.export(export.of_store(samples, store), store.space, options.format, store.folder / segmenting.EXPORT, options.instances)
-        print(f"{', '.join(options.format)} in {store.folder / 'export'}")
+    if options.coco or options.format:
+        paths = [sample.image for sample in samples if store.has(sample)]
+        items = export.of_store(samples, store, instances.sam_regions(paths, p) if options.instances == "sam" else None)
+        if options.coco:
+            count = len(export.coco(items, store.space, options.coco, way=options.instances)["images"])
+            print(f"{count} of them written to {options.coco} as COCO annotations (run-length encoded)")
+        if options.format:
+            export.export(items, store.space, options.format, store.folder / segmenting.EXPORT, options.instances)
+            print(f"{', '.join(options.format)} in {store.folder / segmenting.EXPORT}")
     if failures:
         print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
 
@@ -208,7 +211,7 @@ def segment(options: argparse.Namespace) -> None:
     from fmbseg import files
     from fmbseg.runs import modules
     from fmbseg.stage2 import segmenter
-    from fmbseg.tools import export, segmenting
+    from fmbseg.tools import export, instances, segmenting
     from fmbseg.viz import figures
 
     if options.limit is not None and not options.train_on:
@@ -221,9 +224,9 @@ def segment(options: argparse.Namespace) -> None:
     module = _own_module(options, space) if options.train_on else options.module_file or modules.default(p.profile)
     made = segmenting.run(places, space, module, p, figures.save_overlay, options.out)
     if options.format:
-        export.export(
-            segmenting.labelled(made, places, options.out), space, options.format, options.out / segmenting.EXPORT, options.instances
-        )
+        regions = instances.sam_regions(made, p) if options.instances == "sam" else None
+        items = segmenting.labelled(made, places, options.out, regions)
+        export.export(items, space, options.format, options.out / segmenting.EXPORT, options.instances)
         print(f"{', '.join(options.format)} in {options.out / segmenting.EXPORT}")
     print(f"{len(made)} of {len(places)} images segmented in {options.out}")
 
@@ -308,7 +311,14 @@ def _parser() -> argparse.ArgumentParser:
             metavar="LIST",
             help="also write for other tools, to fmbseg-export/ in the results: coco (run-length encoded), coco-polygons, yolo, voc (CVAT), label-studio",
         )
-        sub.add_argument("--instances", action="store_true", help="COCO: one annotation a connected part, not one a class")
+        sub.add_argument(
+            "--instances",
+            nargs="?",
+            const="parts",
+            default="",
+            choices=("parts", "sam"),
+            help="in those: one object a connected part of a class (parts, also without a word), or one of SAM's masks, not one a class",
+        )
 
     sub = command("fetch", fetch, "Bring weights and images here, verified by hash.", "Without names: all that a profile needs.")
     sub.add_argument("names", nargs="*", help="names of weights; see --list")

@@ -14,9 +14,10 @@ from conftest import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 
-from fmbseg import cli, files
+from fmbseg import cli, files, profiles
 from fmbseg.data import benchmarks, fetch, label_spaces
 from fmbseg.runs import modules
+from fmbseg.tools import instances
 
 UNKNOWN_FORMAT = "--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio"
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "review", "reproduce", "report", "doctor")
@@ -201,12 +202,14 @@ def test_segment_of_names_with_dots_and_of_folders(trained, capsys, monkeypatch,
     )
     there = sorted(p.name for p in (tmp_path / "cut").iterdir())
     arguments = ["segment", str(tmp_path / "in"), "--classes", "sun, house", "--profile", "smoke", "--module", str(module)]
-    status, out, _ = told(capsys, *arguments, "--out", str(tmp_path / "in"), "--format", "voc,label-studio")
+    status, out, _ = told(capsys, *arguments, "--out", str(tmp_path / "in"), "--format", "voc,label-studio", "--instances", "sam")
     assert status == 0 and f"voc, label-studio in {tmp_path / 'in/fmbseg-export'}" in out
     (task,) = files.read_json(tmp_path / "in/fmbseg-export/label-studio/tasks.json")
     assert task["predictions"][0]["score"] == min(one["score"] for one in task["predictions"][0]["result"])
     shown = Image.open(tmp_path / "in/fmbseg-export/voc/SegmentationClass/a.b.png")
     assert (np.array(shown) == np.array(Image.open(tmp_path / "in/a.b.labels.png")) + 1).all()
+    ids = np.array(Image.open(tmp_path / "in/fmbseg-export/voc/SegmentationObject/a.b.png"))
+    assert ids.min() > 0 and ids.max() == len(task["predictions"][0]["result"]) > 1
     status, out, _ = told(capsys, *arguments, "--out", str(tmp_path / "in"))
     assert status == 0 and "1 of 1 images segmented" in out  # what was written for other tools is no image of the user's
     assert status == 0 and there == [
@@ -305,6 +308,18 @@ def test_labels_as_coco_annotations_read_by_pycocotools(trained, capsys, monkeyp
             pixels += mask.sum()
         assert (back == labels).all()
     assert pixels > 0 and len({a["id"] for a in coco.dataset["annotations"]}) == len(coco.dataset["annotations"])
+    params, counts = profiles.load("label", "smoke"), {}
+    drawn = [sample.image for sample in benchmarks.load_benchmark("drawn").samples]
+    regions = instances.sam_regions(drawn, params)
+    for way in ("parts", "sam"):
+        assert told(capsys, *arguments, "--instances", *(["sam"] if way == "sam" else []))[0] == 0
+        counts[way] = len(files.read_json(file)["annotations"])
+        made = 0
+        for path in drawn:
+            labels = np.array(Image.open(tmp_path / "labels" / f"{path.stem}.png"))
+            made += sum(len(list(instances.split(labels == k, way, regions[path]()))) for k in np.unique(labels[labels < 255]))
+        assert counts[way] == made
+    assert counts["sam"] != counts["parts"]
 
 
 def test_train_takes_corrected_masks(trained, capsys, monkeypatch, tmp_path):

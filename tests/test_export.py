@@ -37,7 +37,9 @@ def items(tmp_path_factory):
         path = folder / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (*labels.shape, 3), dtype=np.uint8)).save(path)
-        made.append(Labelled(path.stem, path, lambda labels=labels: labels, {1: 0.25, 2: 0.125}))
+        regions = [np.roll(rough == 1, 7, axis=0)[: labels.shape[0], : labels.shape[1]], labels == 2, labels == 3]
+        regions = [np.pad(one, [(0, n - m) for n, m in zip(labels.shape, one.shape)]) for one in regions]
+        made.append(Labelled(path.stem, path, lambda labels=labels: labels, {1: 0.25, 2: 0.125}, lambda regions=regions: regions))
     return made
 
 
@@ -48,9 +50,9 @@ def objects(item):
 
 
 @pytest.mark.parametrize("polygons", [False, True])
-@pytest.mark.parametrize("instances", [False, True])
-def test_coco_is_read_back_by_pycocotools(items, tmp_path, polygons, instances):
-    export.export(items, SPACE, ["coco-polygons" if polygons else "coco"], tmp_path, instances)
+@pytest.mark.parametrize("way", ["", "parts", "sam"])
+def test_coco_is_read_back_by_pycocotools(items, tmp_path, polygons, way):
+    export.export(items, SPACE, ["coco-polygons" if polygons else "coco"], tmp_path, way)
     coco = COCO(str(next(tmp_path.iterdir())))
     assert [(c["id"], c["name"]) for c in coco.loadCats([2, 3, 4])] == [(2, "person"), (3, "cat"), (4, "bird")]
     assert coco.loadCats([2])[0]["words"] == ["person", "man"]
@@ -68,11 +70,13 @@ def test_coco_is_read_back_by_pycocotools(items, tmp_path, polygons, instances):
             seen[mask] = one["category_id"] - 1
         np.testing.assert_array_equal(seen, objects(item))
         most = max(most, len(found))
-    assert (most > 100) if instances else most == 3
+        assert len(found) == sum(1 for _ in item.objects(SPACE, way)[1])
+    assert most == 3 if not way else most > 100
 
 
-def test_yolo_is_read_back_by_supervision_and_by_fill_poly(items, tmp_path):
-    export.export(items, SPACE, ["yolo"], tmp_path)
+@pytest.mark.parametrize("way", ["", "sam"])
+def test_yolo_is_read_back_by_supervision_and_by_fill_poly(items, tmp_path, way):
+    export.export(items, SPACE, ["yolo"], tmp_path, way)
     folder = tmp_path / "yolo"
     assert yaml.safe_load((folder / "data.yaml").read_text()) == {
         "train": "images",
@@ -117,8 +121,23 @@ def test_voc_is_read_back_by_its_colours(items, tmp_path):
     assert len(np.unique(export.label_spaces.palette(254), axis=0)) == 254
 
 
-def test_label_studio_is_read_back_by_its_converter(items, tmp_path):
-    export.export(items, SPACE, ["label-studio"], tmp_path)
+def test_voc_numbers_the_instances_of_an_image_large_ones_first(items, tmp_path, capsys):
+    export.export(items, SPACE, ["voc"], tmp_path, "parts")
+    for item in items:
+        ids = np.array(Image.open(tmp_path / "voc" / "SegmentationObject" / f"{item.name}.png"))
+        made = sorted((int(mask.sum()) for _, mask in item.objects(SPACE, "parts")[1]), reverse=True)
+        assert np.bincount(ids[ids > 0], minlength=1)[1:].tolist() == made[: export.MOST_IDS]
+        for _, mask in item.objects(SPACE, "parts")[1]:
+            assert len(np.unique(ids[mask])) == 1 and (ids[mask].max() == 0 or (ids == ids[mask][0]).sum() == mask.sum())
+        assert not ids[objects(item) == 0].any()
+    assert "two: its " in capsys.readouterr().err and len(made) == 0
+    export.export(items, SPACE, ["voc"], tmp_path / "whole")
+    assert not (tmp_path / "whole/voc/SegmentationObject").exists()
+
+
+@pytest.mark.parametrize("way", ["", "parts"])
+def test_label_studio_is_read_back_by_its_converter(items, tmp_path, way):
+    export.export(items, SPACE, ["label-studio"], tmp_path, way)
     labels = ET.parse(tmp_path / "label-studio" / "config.xml").findall("./BrushLabels[@name='tag'][@toName='image']/Label")
     assert [label.get("value") for label in labels] == ["person", "cat", "bird"]
     tasks = files.read_json(tmp_path / "label-studio" / "tasks.json")
@@ -131,6 +150,8 @@ def test_label_studio_is_read_back_by_its_converter(items, tmp_path):
             values = brush.decode_rle(one["value"]["rle"]).reshape(*seen.shape, 4)
             seen[values[..., 3] == 255] = k
         np.testing.assert_array_equal(seen, objects(item))
+        ids = {one["id"] for one in prediction["result"]}
+        assert len(ids) == len(prediction["result"]) == sum(1 for _ in item.objects(SPACE, way)[1])
         assert prediction.get("score") == (0.125 if prediction["result"] else None)
     large = np.zeros((300, 400), bool)
     large[:, :390] = True  # a run is longer than 16 bits

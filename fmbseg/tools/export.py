@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from contourpy import FillType, contour_generator
 from pycocotools import mask as rle
 
 from fmbseg import files
@@ -23,10 +22,12 @@ from fmbseg.data import images, label_spaces
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Sample
-from fmbseg.errors import ParameterError
+from fmbseg.errors import ParameterError, tell
 from fmbseg.runs import records
 from fmbseg.runs.cache import encode_rle
 from fmbseg.runs.label import LabelStore
+from fmbseg.stage2.segmenter import Segmentation, describe
+from fmbseg.tools.instances import Regions, Way, outlines, split
 
 
 @dataclass(frozen=True)
@@ -34,56 +35,34 @@ class Labelled:
     """An image and its label map.
 
     name: unique among the images, without folders; read: returns (height, width) class indices, IGNORED where unlabelled;
-    scores: how certain each class is, a mean margin, where that is known.
+    scores: how certain each class is, a mean margin, where that is known; regions: returns SAM's automatic masks, (height, width)
+    bool each, which instances "sam" are made of.
     """
 
     name: str
     image: Path
     read: Callable[[], np.ndarray]
     scores: Mapping[int, float] = field(default_factory=dict)
+    regions: Regions = tuple
 
-    def masks(self, space: LabelSpace) -> tuple[tuple[int, int], dict[int, np.ndarray]]:
-        """(height, width) and the bool mask of each class that occurs, but for the background."""
+    @classmethod
+    def of(cls, result: Segmentation, image: str | Path, regions: Sequence[np.ndarray] = ()) -> Labelled:
+        """A result of ``Segmenter.segment`` of an image file; a class's score is its mean margin."""
+        scores = {one["index"]: one["mean_margin"] for one in describe(result)["classes"]}
+        return cls(Path(image).stem, Path(image), lambda: result.labels, scores, lambda: regions)
+
+    def objects(self, space: LabelSpace, way: Way = "") -> tuple[tuple[int, int], Iterator[tuple[int, np.ndarray]]]:
+        """(height, width), and class and (height, width) bool mask of each instance (``split``) but those of the background."""
         labels = self.read()
-        return labels.shape, {k: labels == k for k in np.unique(labels).tolist() if int(space.background) <= k < len(space)}
+        regions = self.regions() if way == "sam" else ()
+        classes = [k for k in np.unique(labels).tolist() if int(space.background) <= k < len(space)]
+        return labels.shape, ((k, mask) for k in classes for mask in split(labels == k, way, regions))
 
 
-def of_store(samples: Sequence[Sample], store: LabelStore) -> list[Labelled]:
-    """The images that have a pseudo label in a store."""
-    return [Labelled(s.name, s.image, lambda s=s: store.read(s)) for s in samples if store.has(s)]
-
-
-def outlines(mask: np.ndarray, level: float = 0.5) -> list[np.ndarray]:
-    """The parts of a (height, width) bool mask, one closed polygon of (x, y) vertices each; pixel centres have whole numbers.
-
-    Holes are joined to their outline by a line that is passed twice. level: how far from the pixels outside to those inside the
-    outline runs. Painted by the rule of pixel centres, as pycocotools does, the polygons give back the mask.
-    """
-    padded = np.pad(mask, 1)
-    found = []
-    for points, offsets in zip(*contour_generator(z=padded.astype(np.float64), fill_type=FillType.OuterOffset).filled(level, 2)):
-        outer, *holes = (points[start : end - 1] for start, end in zip(offsets, offsets[1:]))
-        hooks: dict[tuple[float, float], list] = {}  # vertex -> what is joined to it
-
-        def joined(ring: np.ndarray, hooks=hooks) -> list:
-            path = []
-            for vertex in ring.tolist():
-                path.append(vertex)
-                for hole in hooks.pop(_key(vertex), ()):
-                    path += [*hole, hole[0], vertex]
-            return path
-
-        rings = [np.roll(hole, -hole[:, 1].argmin(), axis=0) for hole in holes]
-        for ring in sorted(rings, key=lambda ring: -ring[0, 1]):  # what is joined to a hole lies below its top
-            column, row = round(ring[0, 0]), int(ring[0, 1])
-            above = np.flatnonzero(~padded[:row, column])[-1]  # straight up through the mask to the next outline
-            hooks.setdefault(_key((column, above + level)), []).append(joined(ring))
-        found.append(np.array(joined(outer)) - 1)
-    return found
-
-
-def _key(vertex: Sequence[float]) -> tuple[float, float]:
-    return round(vertex[0], 4), round(vertex[1], 4)
+def of_store(samples: Sequence[Sample], store: LabelStore, regions: Mapping[Path, Regions] | None = None) -> list[Labelled]:
+    """The images that have a pseudo label in a store. regions: of images, as ``sam_regions`` gives them."""
+    given = regions or {}
+    return [Labelled(s.name, s.image, lambda s=s: store.read(s), {}, given.get(s.image, tuple)) for s in samples if store.has(s)]
 
 
 def _simple(path: np.ndarray) -> np.ndarray:
@@ -95,53 +74,45 @@ def _simple(path: np.ndarray) -> np.ndarray:
     return kept[np.arange(max(len(kept), 3)) % len(kept)]
 
 
-def coco(items: Sequence[Labelled], space: LabelSpace, path: str | Path, polygons: bool = False, instances: bool = False) -> dict[str, Any]:
+def coco(items: Sequence[Labelled], space: LabelSpace, path: str | Path, polygons: bool = False, way: Way = "") -> dict[str, Any]:
     """Write label maps as a COCO file; returns what is in it.
 
-    One annotation a class and image, or (``instances``) one a connected part; run-length encoded, or polygons. category_id is the
+    One annotation an instance (``way``, of ``split``: ""; one a class); run-length encoded, or polygons. category_id is the
     class index plus one (COCO counts from one); bbox is (x, y, width, height); file_name is relative to the folder that all images
     share; words: a class's prompt words; score: its mean margin, where that is known.
     """
-    root, pictures, found = _root(items), [], []
+    root, entries, found = _root(items), [], []
     for number, item in enumerate(items, 1):
-        (height, width), masks = item.masks(space)
-        pictures.append({"id": number, "file_name": os.path.relpath(item.image.absolute(), root), "height": height, "width": width})
-        for k, mask in masks.items():
-            parts: list[Any] = [encode_rle(mask)]
-            if polygons or instances:
-                rings = [[_simple(ring + 0.5).ravel().tolist()] for ring in outlines(mask)]
-                parts = rings if instances else [[ring for (ring,) in rings]]
-            for part in parts:
-                coded = rle.merge(rle.frPyObjects(part, height, width)) if isinstance(part, list) else part
-                shown = part if polygons else {"size": [height, width], "counts": _text(coded["counts"])}
-                one = {"id": len(found) + 1, "image_id": number, "category_id": k + 1, "segmentation": shown}
-                one |= {"area": int(rle.area(coded)), "bbox": [int(v) for v in rle.toBbox(coded)], "iscrowd": 0}
-                found.append(one | ({"score": item.scores[k]} if k in item.scores else {}))
+        (height, width), objects = item.objects(space, way)
+        entries.append({"id": number, "file_name": os.path.relpath(item.image.absolute(), root), "height": height, "width": width})
+        for k, mask in objects:
+            coded = encode_rle(mask)
+            shown = [_simple(ring + 0.5).ravel().tolist() for ring in outlines(mask)] if polygons else coded
+            one = {"id": len(found) + 1, "image_id": number, "category_id": k + 1, "segmentation": shown}
+            one |= {"area": int(mask.sum()), "bbox": [int(v) for v in rle.toBbox(coded)], "iscrowd": 0}
+            found.append(one | ({"score": item.scores[k]} if k in item.scores else {}))
     classes = [
         {"id": k + 1, "name": name, "supercategory": "", "words": list(words)}
         for k, (name, words) in enumerate(zip(space.names, space.prompts))
     ]
     about = {"description": "labels by fmbseg, not checked by anybody", "version": records.revision()}
-    made = {"info": about, "licenses": [], "images": pictures, "annotations": found, "categories": classes}
+    made = {"info": about, "licenses": [], "images": entries, "annotations": found, "categories": classes}
     files.write_json(path, made)
     return made
 
 
-def _text(counts: str | bytes) -> str:
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
-
-
-def yolo(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
+def yolo(items: Sequence[Labelled], space: LabelSpace, folder: Path, way: Way = "") -> None:
     """Write a YOLO-seg folder: data.yaml, copies of the images in images/, and in labels/ a text file each.
 
-    A line is a connected part: class and polygon in shares of width and height. Vertices lie a quarter of a pixel inside the
-    pixels of the outline: readers that round, those that cut off, and OpenCV's ``fillPoly`` meet the same pixels.
+    A line is a connected part of an instance (``way``, of ``split``): class and polygon in shares of width and height. Vertices
+    lie a quarter of a pixel inside the pixels of the outline: readers that round, those that cut off, and OpenCV's ``fillPoly``
+    meet the same pixels.
     """
     first = int(space.background)
     for item in items:
-        (height, width), masks = item.masks(space)
+        (height, width), objects = item.objects(space, way)
         lines = []
-        for k, mask in masks.items():
+        for k, mask in objects:
             for ring in outlines(mask, level=0.999):
                 shares = (_simple(np.floor(ring + 0.25)) + 0.25) / (width, height)
                 lines.append(" ".join([str(k - first), *(f"{value:.7f}" for value in shares.ravel())]))
@@ -154,12 +125,13 @@ def yolo(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
         part.write_text(yaml.safe_dump(described, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
-def voc(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
+def voc(items: Sequence[Labelled], space: LabelSpace, folder: Path, way: Way = "") -> None:
     """Write a VOC folder, which CVAT imports as "Segmentation mask 1.1" (zip it): labelmap.txt, SegmentationClass, ImageSets.
 
     The palette PNGs hold the number of the class's line in labelmap.txt, and show its colour; 0, black, is the background, and
-    all that is unlabelled. Raises ParameterError for a class whose name has a colon, which ends names in labelmap.txt, and for more
-    classes than 8 bits hold.
+    all that is unlabelled. With instances (``way``, of ``split``), SegmentationObject has their numbers from 1 in each image, the
+    large ones first; those that 8 bits do not hold are left out of it, and told. Raises ParameterError for a class whose name has
+    a colon, which ends names in labelmap.txt, and for more classes than 8 bits hold.
     """
     names = space.names[int(space.background) :]
     if bad := [name for name in names if ":" in name]:
@@ -171,6 +143,11 @@ def voc(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
         labels = item.read()
         shown = np.where(labels == IGNORED, 0, labels + (not space.background)).astype(labels.dtype)
         images.write_label_map(folder / "SegmentationClass" / f"{item.name}.png", shown, colours)
+        if way:
+            ids, left = _numbered(item, space, way)
+            images.write_label_map(folder / "SegmentationObject" / f"{item.name}.png", ids, _INSTANCE_COLOURS)
+            if left:
+                tell(f"{item.name}: its {left} smallest instances are left out of SegmentationObject, which holds {MOST_IDS}")
     lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in zip(("background", *names), colours.tolist())]
     for path, text in (
         ("labelmap.txt", ["# label:color_rgb:parts:actions", *lines]),
@@ -180,17 +157,37 @@ def voc(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
             part.write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
 
 
-def label_studio(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
-    """Write tasks.json, predictions for Label Studio with a brush mask and a score a class, and config.xml, its labels.
+MOST_IDS = 254
+"""Instances that a palette PNG holds, between the background, 0, and void, 255."""
+
+_INSTANCE_COLOURS = np.concatenate([np.zeros((1, 3), np.uint8), label_spaces.palette(MOST_IDS)])
+
+
+def _numbered(item: Labelled, space: LabelSpace, way: Way) -> tuple[np.ndarray, int]:
+    """(height, width) numbers of an image's instances, 0 where there is none, and how many are too many."""
+    size, objects = item.objects(space, way)
+    ids, order = np.zeros(size, np.int32), []
+    for number, (_, mask) in enumerate(objects, 1):
+        ids[mask] = number
+        order.append(int(mask.sum()))
+    rank = np.zeros(len(order) + 1, np.int32)
+    rank[1 + np.argsort(order, kind="stable")[::-1]] = np.arange(1, len(order) + 1)
+    rank[rank > MOST_IDS] = 0
+    return rank[ids], max(0, len(order) - MOST_IDS)
+
+
+def label_studio(items: Sequence[Labelled], space: LabelSpace, folder: Path, way: Way = "") -> None:
+    """Write tasks.json, predictions for Label Studio with a brush mask and a score an instance (``way``, of ``split``: ""; a
+    class), and config.xml, its labels.
 
     Images are local files under ``LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT``, which is to be the folder that all of them share.
     """
     root, tasks, version = _root(items), [], f"fmbseg {records.revision()}"
     for item in items:
-        (height, width), masks = item.masks(space)
+        (height, width), objects = item.objects(space, way)
         result = [
             {
-                "id": files.digest(item.name, k),
+                "id": files.digest(item.name, number),
                 "type": "brushlabels",
                 "from_name": "tag",
                 "to_name": "image",
@@ -200,10 +197,10 @@ def label_studio(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> 
                 "value": {"format": "rle", "rle": brush_rle(mask), "brushlabels": [space.names[k]]},
             }
             | ({"score": item.scores[k]} if k in item.scores else {})
-            for k, mask in masks.items()
+            for number, (k, mask) in enumerate(objects)
         ]
         prediction = {"model_version": version, "result": result}
-        if scores := [item.scores[k] for k in masks if k in item.scores]:
+        if scores := [one["score"] for one in result if "score" in one]:
             prediction["score"] = min(scores)  # the least certain first
         where = os.path.relpath(item.image.absolute(), root).replace(os.sep, "/")
         tasks.append({"data": {"image": f"/data/local-files/?d={where}"}, "predictions": [prediction]})
@@ -242,12 +239,12 @@ def _root(items: Sequence[Labelled]) -> str:
     return os.path.commonpath([item.image.absolute().parent for item in items]) if items else ""
 
 
-FORMATS: dict[str, Callable[[Sequence[Labelled], LabelSpace, Path, bool], Any]] = {
-    "coco": lambda items, space, folder, instances: coco(items, space, folder / "coco.json", False, instances),
-    "coco-polygons": lambda items, space, folder, instances: coco(items, space, folder / "coco-polygons.json", True, instances),
-    "yolo": lambda items, space, folder, instances: yolo(items, space, folder / "yolo"),
-    "voc": lambda items, space, folder, instances: voc(items, space, folder / "voc"),
-    "label-studio": lambda items, space, folder, instances: label_studio(items, space, folder / "label-studio"),
+FORMATS: dict[str, Callable[[Sequence[Labelled], LabelSpace, Path, Way], Any]] = {
+    "coco": lambda items, space, folder, way: coco(items, space, folder / "coco.json", False, way),
+    "coco-polygons": lambda items, space, folder, way: coco(items, space, folder / "coco-polygons.json", True, way),
+    "yolo": lambda items, space, folder, way: yolo(items, space, folder / "yolo", way),
+    "voc": lambda items, space, folder, way: voc(items, space, folder / "voc", way),
+    "label-studio": lambda items, space, folder, way: label_studio(items, space, folder / "label-studio", way),
 }
 
 
@@ -259,7 +256,7 @@ def formats(text: str) -> list[str]:
     return names
 
 
-def export(items: Sequence[Labelled], space: LabelSpace, names: Sequence[str], folder: str | Path, instances: bool = False) -> None:
-    """Write label maps in every format of ``names`` (keys of ``FORMATS``) into one folder. instances: as in ``coco``."""
+def export(items: Sequence[Labelled], space: LabelSpace, names: Sequence[str], folder: str | Path, way: Way = "") -> None:
+    """Write label maps in every format of ``names`` (keys of ``FORMATS``) into one folder. way: what an instance is (``split``)."""
     for name in names:
-        FORMATS[name](items, space, Path(folder), instances)
+        FORMATS[name](items, space, Path(folder), way)

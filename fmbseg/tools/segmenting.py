@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from fmbseg.runs.cache import Models
 from fmbseg.schemas import SegmentRun
 from fmbseg.stage2 import segmenter
 from fmbseg.tools.export import Labelled
+from fmbseg.tools.instances import Regions
 
 EXPORT, SUMMARY, CLASSES = "fmbseg-export", "fmbseg-summary.csv", "fmbseg-classes.txt"
 """In a folder of results, the folder of other tools' formats, the table of all images and classes, and the classes, a line each."""
@@ -149,11 +150,13 @@ def _rows(path: Path, described: Path) -> list[dict]:
     return [whole, *({"image": str(path), "class": one["name"]} | {k: one[k] for k in keys} for one in said["classes"])]
 
 
-def labelled(paths: Sequence[Path], places: dict[Path, Path], out: Path) -> list[Labelled]:
-    """The results of images, for ``export``; a class's score is its mean margin."""
+def labelled(paths: Sequence[Path], places: dict[Path, Path], out: Path, regions: Mapping[Path, Regions] | None = None) -> list[Labelled]:
+    """The results of images, for ``export``; a class's score is its mean margin. regions: as ``sam_regions`` gives them."""
+    given = regions or {}
     names = files.flat_names([Path(f"{places[path].relative_to(out)}{path.suffix}") for path in paths])
     found = []
     for name, path in zip(names, paths):
         scores = {one["index"]: one["mean_margin"] for one in files.read_json(beside(places[path], ".json"))["classes"]}
-        found.append(Labelled(name, path, functools.partial(images.read_mask, beside(places[path], ".labels.png")), scores))
+        read = functools.partial(images.read_mask, beside(places[path], ".labels.png"))
+        found.append(Labelled(name, path, read, scores, given.get(path, tuple)))
     return found
