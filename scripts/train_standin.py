@@ -1,6 +1,6 @@
 """Train the projections of the embedded profile's stand-in for CLIP, from images with image-level names.
 
-    python -m fmbseg.standin --photographs FOLDER NAMES.json [--photographs ...] --out FILE.safetensors
+    python scripts/train_standin.py --images FOLDER NAMES.json [--images ...] --out FILE.safetensors
 
 NAMES.json holds {"file stem": ["name", ...], ...}. Both towers stay frozen (the LiT idea); what is learned is closed
 form, so the same images give the same file. See docs/standin.md for how the recipe was chosen.
@@ -192,10 +192,10 @@ def held_out(data: Named, recipe: Recipe, folds: int = 4, seed: int = 0) -> dict
         touched = data.owned[:, left_out].sum(dim=1) > 0
         tensors = fit(data, torch.where(~touched & ~spared)[0], ~left_out, recipe)
         is_common = torch.from_numpy(common)
-        common_photographs = data.owned[:, is_common].sum(dim=1) > 0
+        common_images = data.owned[:, is_common].sum(dim=1) > 0
         new_common, new_rare = left_out & is_common, left_out & ~is_common
         totals += [
-            accuracy(data, tensors, torch.where(spared & ~touched & common_photographs)[0], torch.where(is_common)[0]),
+            accuracy(data, tensors, torch.where(spared & ~touched & common_images)[0], torch.where(is_common)[0]),
             accuracy(data, tensors, torch.where(data.owned[:, new_common].sum(dim=1) > 0)[0], torch.where(new_common)[0]),
             accuracy(data, tensors, torch.where(data.owned[:, new_rare].sum(dim=1) > 0)[0], torch.where(new_rare)[0]),
         ]
@@ -204,8 +204,8 @@ def held_out(data: Named, recipe: Recipe, folds: int = 4, seed: int = 0) -> dict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fmbseg.standin", description=__doc__.split("\n")[0])
-    parser.add_argument("--photographs", nargs=2, action="append", required=True, metavar=("FOLDER", "NAMES.json"), type=Path)
+    parser = argparse.ArgumentParser(prog="python scripts/train_standin.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--images", nargs=2, action="append", required=True, metavar=("FOLDER", "NAMES.json"), type=Path)
     parser.add_argument("--out", type=Path, help="where the projections are written (safetensors); nothing is written without it")
     parser.add_argument("--ridge", type=float, default=Recipe.ridge)
     parser.add_argument("--classifier", type=float, default=Recipe.classifier)
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes for the features (default 2)")
     options = parser.parse_args(arguments)
     recipe = Recipe(options.ridge, options.classifier, options.whitening)
-    data = read_named(options.photographs, options.workers)
+    data = read_named(options.images, options.workers)
     print(f"{len(data.owned)} images, {len(data.names)} names, {recipe}")
     for what, value in held_out(data, recipe).items():
         print(f"  {what}: {value:.1f} %")

@@ -285,15 +285,15 @@ def test_upload(widget, real_image, tmp_path):
     for width in (200, 150):  # another image of the same name takes the first one's place
         Image.fromarray(real_image[:100, :width]).save(tmp_path / "own.png")
         widget.upload.value = (uploaded("own.png", (tmp_path / "own.png").read_bytes()),)
-        assert widget.picture.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, width, 3)
+        assert widget.image_choice.value == "own.png (uploaded)" and widget.explorer.image.shape == (100, width, 3)
         widget.upload.value = ()
     widget.upload.value = (uploaded("../broken.png", b"x"),)
     assert "broken.png: cannot be read as an image" in widget.notice.value and "/tmp" not in widget.notice.value
-    assert widget.picture.value == "own.png (uploaded)"
+    assert widget.image_choice.value == "own.png (uploaded)"
 
 
 def test_stage_1_tab(widget, sample):
-    widget.picture.value = sample.name
+    widget.image_choice.value = sample.name
     widget.words.value, widget.tabs.selected_index = "bird, sky", 1
     try:
         titles = [title for _, title in shown(widget.stage)]

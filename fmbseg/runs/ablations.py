@@ -45,8 +45,8 @@ def plan(params: CompareRun, kind: str, variants: Mapping[str, Mapping[str, Any]
 def compare(runs: Sequence[Run], kind: str, samples: list[Sample], store: LabelStore, found: Sequence[Dataset]) -> pd.DataFrame:
     """Train and evaluate every run on the same pseudo labels for the same number of steps: a row a run and benchmark.
 
-    Each row is written as a record, in place of those that the run held of this comparison; modules that are there already,
-    trained with the same inputs, are not trained again.
+    Each row is written as a record, in place of the run's earlier records of this comparison. A module that was trained before
+    with the same inputs is not trained again.
     """
     trained = []
     for number, run in enumerate(runs, 1):
@@ -79,10 +79,10 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Every variant less the baseline, seed by seed: mean and spread of the difference, how many seeds it is better with, and p.
+    """Every variant minus the baseline, seed by seed: mean and spread of the difference, number of seeds where it is better, and p.
 
-    p: of the exact sign-flip test: of all 2^n choices of signs of the n differences, the share whose mean is as far from
-    zero as the one measured, or farther. It is never under 2 / 2^n: 0.25 with three seeds.
+    p is that of the exact sign-flip test: the share of all 2^n choices of signs of the n differences whose mean is at least as
+    far from zero as the one measured. It is at least 2 / 2^n: 0.25 with three seeds.
     """
     wide = frame.pivot(index=["dataset", "param.seed"], columns="method", values="miou")[list(dict.fromkeys(frame["method"]))]
     rows = []
@@ -126,7 +126,7 @@ def stages(samples: list[Sample], found: Sequence[Dataset], params: StagesRun) -
 def stages_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The stage comparison side by side: index benchmark, pseudo labels and image-level labels; the measures of both uses.
 
-    A use that could not be made is empty: images without image-level names cannot train the variants given them.
+    Empty cells could not be made: images without image-level names cannot train the variants that need them.
     """
     made = frame[["dataset", "method", *MEASURES]].copy()
     made["use"] = ["FMbSeg trained on them" if m.startswith("fmbseg on ") else "the pseudo labels" for m in made["method"]]
@@ -139,7 +139,7 @@ def stages_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def fine_tune(found: Sequence[Dataset], params: FineTuneRun) -> pd.DataFrame:
-    """The profile's module before and after training on with pseudo labels of the target's own images, no label given."""
+    """The profile's module before and after further training on pseudo labels of the target's own images, without any label."""
     if not (params.target_collection and params.target_vocabulary):
         raise ParameterError("target_collection and target_vocabulary: not given; name unlabelled images of the target and its classes")
     before, after = train.module_path(params), train.module_path(params, "fine_tuned")

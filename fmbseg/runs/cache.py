@@ -1,7 +1,7 @@
-"""Per-image disk cache of what Stage 1 and the frozen encoder compute, and the models of a run.
+"""Disk cache of the results of Stage 1 and of the frozen encoder for each image, and the models of a run.
 
-Each function wraps one function of the method: it reads the image's file under ``home()/cache`` or makes it. A key
-covers the image's bytes, the models' weights, the parameters and the version of the step; keys ignore batch sizes.
+Each function wraps one function of the method: it reads the image's file under ``home()/cache``, or computes and writes it. A
+key covers the image's bytes, the models' weights, the parameters and the version of the step, but not batch sizes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fmbseg.stage2.distributed import rank
 T = TypeVar("T")
 
 VERSIONS = {"clip": 3, "sam": 3, "votes": 2, "queries": 3, "masks": 3, "encoder": 2, "labels": 3, "counts": 3, "module": 3}
-"""Version of each kept product: raise it when a change of code changes what the step computes."""
+"""Version of each product on disk: raise it when the code of its step computes something else."""
 
 MADE_FROM = {
     "votes": ["clip"],
@@ -49,11 +49,11 @@ MADE_FROM = {
     "labels": ["queries", "masks"],
     "module": ["encoder", "clip"],
 }
-"""Kept products that a product is made from: it is made anew when the version of one of them rises."""
+"""The products that a product is made from: when the version of one rises, it is made again."""
 
 
 def versions(product: str) -> dict[str, int]:
-    """The versions of a product and of all that it is made from: part of its key."""
+    """The versions of a product and of all products that it is made from, which are part of its key."""
     found = {product: VERSIONS[product]}
     for part in MADE_FROM.get(product, []):
         found |= versions(part)
@@ -65,9 +65,9 @@ def versions(product: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Models:
-    """The frozen models of a run, by name; each is loaded when it is first asked for, once a process.
+    """The frozen models of a run, by name; each is loaded when first asked for, once a process.
 
-    It is sent to worker processes as it is: a few names.
+    It holds names only, so it can be sent to worker processes.
     """
 
     clip_name: str
@@ -81,7 +81,7 @@ class Models:
 
     @classmethod
     def of(cls, params: RunParams) -> Models:
-        """The models that the parameters name; those of steps that the parameters do not have stay unnamed."""
+        """The models that the parameters name. Parameters that do not exist in their schema get a default."""
         names = {"clip": "", "crop_input": None, "sam": "", "encoder": "", "precision": "fp32", "templates": "one"}
         names |= {"text_average": "unit", "device": "cpu"}
         return cls(*(getattr(params, name, default) for name, default in names.items()))
@@ -128,15 +128,15 @@ class Cache:
         self.content = (versions(product), *content)
 
     def path(self, image: str | Path) -> Path:
-        """Where the product of this image file lies, whether it is there or not."""
+        """The path of the product of this image file, whether it is there or not."""
         key = files.digest(files.sha256_of(image), *self.content)
         rest = f"-{key}{self.suffix}"
         return self.folder / f"{files.short_name(Path(image).stem[:80], files.WHOLE_NAME - len(rest))}{rest}"
 
     def read(self, image: Path, make: Callable[[], T], write: Callable[[Path, T], Any], load: Callable[[Path], T], keep: bool = True) -> T:
-        """``load`` of the image's file, which ``write`` writes first of what ``make`` gives, where it is missing or damaged.
+        """The image's product, ``load``ed from its file. Where that is missing or damaged, ``make`` and ``write`` come first.
 
-        Without ``keep`` nothing is read or written: the last image's is kept in memory.
+        Without ``keep`` no file is read or written; the product of the last image is kept in memory.
         """
         path = self.path(image)
         if not keep:
@@ -153,13 +153,13 @@ _last: dict[str, tuple[Path, Any]] = {}
 
 
 def image(path: Path) -> np.ndarray:
-    """The (height, width, 3) RGB ``uint8`` image of a file; the last ones are in memory. It is not to be written to."""
+    """The (height, width, 3) RGB ``uint8`` image of a file; the last few are kept in memory, so do not write to it."""
     status = path.stat()
     return _image(path, status.st_size, status.st_mtime_ns)
 
 
 def reader(device: str) -> Callable[[Any], Any] | None:
-    """What ``parallel.each`` has to read ahead of models on a GPU: the image of a path, or of what has one. None on a CPU."""
+    """The function with which ``parallel.each`` reads images ahead of models on a GPU; None on a CPU."""
     return (lambda item: image(getattr(item, "image", item))) if parallel.on_gpu(device) else None
 
 
@@ -169,7 +169,7 @@ def _image(path: Path, size: int, changed: int) -> np.ndarray:
 
 
 def kept(path: Path, load: Callable[[Path], T]) -> T | None:
-    """``load(path)``, or None where the file is missing, truncated or otherwise not what this package writes."""
+    """``load(path)``, or None where the file is missing, truncated or not written by this package."""
     try:
         return load(path)
     except (DataError, KeyError, IndexError, TypeError, ValueError):
@@ -177,7 +177,7 @@ def kept(path: Path, load: Callable[[Path], T]) -> T | None:
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """A (height, width) bool mask as COCO run-length encoding that JSON can hold."""
+    """A (height, width) bool mask as COCO run-length encoding, for JSON."""
     coded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(n) for n in coded["size"]], "counts": coded["counts"].decode("ascii")}
 
@@ -268,12 +268,12 @@ def automatic_masks(path: Path, models: Models, params: LabelParams) -> list[Aut
 
 
 def regions(path: Path, models: Models, params: RunParams) -> list[np.ndarray]:
-    """The (height, width) bool masks that vote at test time, by the parameter ``regions``; none where it is off."""
+    """The (height, width) bool masks that vote at test time, by the parameter ``regions``; an empty list where it is off."""
     return [one.mask for one in automatic_masks(path, models, params)] if params.regions == "sam" else []
 
 
 def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
-    """Set an image for SAM, with its embedding kept on disk if so wished; returns the image."""
+    """Set an image for SAM, with its embedding read from or written to disk if ``keep_embeddings``; returns the image."""
     pixels, segmenter = image(path), models.sam
     if not params.keep_embeddings:
         segmenter.set_image(pixels)
@@ -291,11 +291,11 @@ def _set_image(path: Path, models: Models, params: QueryParams) -> np.ndarray:
 
 
 def prepare_votes(params: LabelParams, workers: int | None = None) -> None:
-    """Keep the class tokens of the images over whose crops votes are standardised, for all workers (ours).
+    """Write, for all workers, the class tokens of the reference images, over whose crops votes are standardised (ours).
 
-    They are evenly spaced over the whole collection, whatever its ``limit``; none are taken of a collection that holds
-    fewer than ``reference_images``. Under torchrun only the first process makes them.
-    workers: none: those of the run's parameters, 1 where they have none.
+    Reference images are evenly spread over the whole collection, whatever its ``limit``. A collection with fewer than
+    ``reference_images`` images has none. Under torchrun only the first process computes them.
+    workers: None: those of the run's parameters, or 1.
     """
     if not params.reference_images:
         return
@@ -343,12 +343,12 @@ def _prepared(params: LabelParams) -> tuple[torch.Tensor, list[str]]:
 
 
 def vote_content(params: LabelParams) -> list[str]:
-    """What votes depend on beside the parameters: the reference images, by their bytes."""
+    """What votes depend on besides the parameters: the hashes of the reference images."""
     return _prepared(params)[1] if params.reference_images else []
 
 
 def vote_scale(texts: ClassTexts, params: LabelParams) -> Scale | None:
-    """The scale on which crops vote; none where votes are taken as they are."""
+    """The scale that standardises the votes of crops; None where they are not standardised."""
     tokens = _prepared(params)[0] if params.reference_images else ()
     return Scale.of(tokens, texts) if len(tokens) else None
 
@@ -357,7 +357,7 @@ def vote_scale(texts: ClassTexts, params: LabelParams) -> Scale | None:
 
 
 def encoder_cache(models: Models, params: PatchParams) -> Cache:
-    """Where the encoder's patches of an image are kept."""
+    """The cache of the encoder's patches."""
     return Cache("encoder", ".safetensors", models.encoder.key, _side(models.encoder, params))
 
 
@@ -366,7 +366,7 @@ def _side(encoder: Encoder, params: PatchParams) -> int:
 
 
 def encoder_pixels(path: Path, models: Models, params: PatchParams) -> torch.Tensor:
-    """(side, side, 3) ``uint8``: one image squashed to the encoder's square input."""
+    """(side, side, 3) ``uint8``: one image scaled to the encoder's square input."""
     side = _side(models.encoder, params)
     return torch.from_numpy(images.resize(image(path), (side, side)))
 
@@ -377,7 +377,7 @@ def encode(pixels: torch.Tensor, models: Models) -> torch.Tensor:
 
 
 def encoder_patches(path: Path, models: Models, params: PatchParams) -> torch.Tensor:
-    """(width, h, w) fp16 patches of one image squashed to the encoder's square input."""
+    """(width, h, w) fp16 patches of one image scaled to the encoder's square input."""
     return encoder_cache(models, params).read(
         path,
         lambda: encode(encoder_pixels(path, models, params)[None], models)[0].cpu(),

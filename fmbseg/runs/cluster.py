@@ -1,7 +1,7 @@
 """Work on a cluster, image by image, with Ray Data. Needs the optional extra: pip install "fmbseg[ray]".
 
 Ray joins the cluster that RAY_ADDRESS names, or starts workers on this machine. Every machine must see the images, the
-results and FMBSEG_HOME under the same paths. Files are those of the serial run.
+results and FMBSEG_HOME under the same paths. The files are the same as those of a run on one machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Worker:
         self.function = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """row: an item. Returns its name and the reason of its failure, "" where there is none."""
+        """Work on the item of a row. Returns its name and the reason of its failure, "" where it did not fail."""
         outcome = parallel.guarded(self.function, row["item"])
         return {"item": str(row["item"]), "reason": outcome.reason if isinstance(outcome, Failure) else ""}
 
@@ -48,10 +48,10 @@ def require() -> ModuleType:
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int, gpus: float) -> list[Failure]:
-    """``function`` on every item by ``workers`` Ray workers of one CPU and ``gpus`` GPUs each (a half: two share one).
+    """``function`` on every item, by ``workers`` Ray workers of one CPU and ``gpus`` GPUs each (0.5: two workers share one).
 
-    What the function returns is dropped: it keeps its result on disk. Returns what failed.
-    Raises ParameterError where Ray is not installed or the cluster has not so many CPUs or GPUs.
+    What the function returns is dropped: it keeps its result on disk. Returns the failures.
+    Raises ParameterError where Ray is not installed or the cluster has too few CPUs or GPUs.
     """
     ray = require()
     if not items:

@@ -1,4 +1,4 @@
-"""What is installed, which weights and data are here, and the command that brings what is missing."""
+"""Report of installed packages, weights and data, with the command that brings each missing part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fmbseg.errors import FmbsegError
 from fmbseg.runs import records
 
 LOOKED_AT = 2000
-"""How many masks of a folder data set, evenly spread, are read: seconds."""
+"""How many masks of a folder data set, evenly spread, are read; this takes seconds."""
 
 
 def _line(good: bool, what: str, how: str = "") -> str:
@@ -48,7 +48,7 @@ def report(data_root: str = "") -> str:
 
 
 def _data(data_root: str) -> list[str]:
-    """Which benchmarks and images are here and how many images of each; what is missing, and where it officially comes from."""
+    """Benchmarks and training images with their number of images; for missing ones the official source."""
     root = Path(data_root).expanduser() if data_root else None
     lines = [f"benchmarks under {root}" if root else "benchmarks (give --data-root FOLDER for those in official layouts)"]
     wanted: dict[str, str] = {}
@@ -83,13 +83,13 @@ def _data(data_root: str) -> list[str]:
 
 
 def _may_be_set(folder: Path) -> bool:
-    """Whether it is meant as a folder data set: it has two of the three parts, or nobody can look into it."""
+    """Whether a folder is meant as a folder data set: it has two of the three parts, or it cannot be read."""
     there = sum(os.path.exists(folder / part) for part in benchmarks.FOLDER_PARTS)
     return folder.is_dir() and (there >= 2 or not os.access(folder, os.R_OK | os.X_OK))
 
 
 def _folder_line(folder: Path) -> str:
-    """A folder data set with what is wrong with its classes and masks, of which at most LOOKED_AT are read."""
+    """A folder data set, with faults of its classes and of its masks (at most LOOKED_AT are read)."""
     try:
         found = benchmarks.folder_set(folder)
         pixels, failed = np.zeros(len(found.space), int), []

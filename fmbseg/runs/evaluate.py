@@ -1,7 +1,7 @@
 """Evaluation of every method on every benchmark, streamed: one image in memory at a time (Sec. 4.1, 4.2).
 
-What an image contributes, its counts, is kept on disk, so an evaluation that was stopped goes on where it was, and
-shards that share a cache need no merging: the run without a shard reads what they counted.
+The counts of every image are kept on disk, so a stopped evaluation continues where it stopped, and shards that share a cache
+need no merging: the run without a shard reads their counts.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from fmbseg.stage2.segmenter import DenseClip, EmbeddedImage, Segmenter, label_m
 
 STAGES = {"stage1.1": "1.1", "stage1.2": "1.2", "stage1": "both"}
 GIVEN = "+labels"
-"""Ending of a Stage 1 method that is given the image-level labels (of the truth) in place of detection."""
+"""Ending of a Stage 1 method that gets the image-level labels of the truth in place of detection."""
 VOTE = "+sam"
-"""Ending of a method on whose label maps SAM's masks vote (ours), as ``regions: sam`` has it for all."""
+"""Ending of a method on whose label maps SAM's masks vote (ours); ``regions: sam`` makes them vote for all methods."""
 METHODS = {
     "dense": "dense zero-shot (MaskCLIP style), window",
     "dense+sam": "dense zero-shot, window; SAM's masks vote",
@@ -69,7 +69,7 @@ METHODS = {
 }
 """Every method and its row of Table 1."""
 ALIGNED = ("prealigned", "fmbseg", "shipped")
-"""Methods that are a trained module over the frozen encoder."""
+"""Methods that use a trained module and the frozen encoder."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Method:
 
     @functools.cached_property
     def described(self) -> dict[str, Any]:
-        """What the module's file says of its training; nothing without a module."""
+        """The description of the training in the module's file; empty without a module."""
         return modules.load(self.module)[1] if self.module else {}
 
     def key(self, params: EvaluateParams) -> str:
@@ -140,9 +140,9 @@ class Method:
 
 
 def protocol_space(dataset: Dataset, params: EvaluateParams) -> LabelSpace:
-    """The benchmark's classes with the prompt words and the background rule of the protocol applied (ours: which stuff words).
+    """The benchmark's classes with the prompt words and the background rule of the protocol (ours: which stuff words).
 
-    Raises ParameterError for a list of words that is empty or repeats one, or a list that has not the benchmark.
+    Raises ParameterError for a list of words that is empty or repeats a word, and for one that does not have the benchmark.
     """
     space = dataset.space.worded(params.words)
     if isinstance(params.background_words, str):
@@ -157,20 +157,20 @@ Columns = Sequence[tuple[Sample, LabelSpace]]
 
 
 def predict(method: Method, columns: Columns, params: EvaluateParams, models: Models) -> list[np.ndarray]:
-    """(height, width) ``int16`` label maps of one image, one a column; models see the image once."""
+    """(height, width) ``int16`` label maps of one image, one a column; the models run once."""
     return [torch.as_tensor(labels).cpu().numpy() for labels in predict_on_device(method, columns, params, models, {})]
 
 
 def predict_on_device(
     method: Method, columns: Columns, params: EvaluateParams, models: Models, seen: dict[str, EmbeddedImage]
 ) -> list[np.ndarray | torch.Tensor]:
-    """``predict`` as tensors on the device of the model that made them (arrays of Stage 1 and of crops).
+    """``predict`` as tensors on the device of the model that made them (Stage 1 and overlapping crops: as arrays).
 
-    seen: the frozen encoder's patches of this image from another module's prediction, and where they are put.
+    seen: the frozen encoder's patches of this image, by encoder: read where another module's prediction put them, else filled.
     """
     path, spaces, params = columns[0][0].image, [space for _, space in columns], method.applied(params)
     if method.stage:
-        staged = params.model_copy(update={"stages": method.stage, "min_margin": None})  # which masks teach is no matter here
+        staged = params.model_copy(update={"stages": method.stage, "min_margin": None})  # min_margin is for training only
         return [_stage1(sample, space, models, staged, method.name.endswith(GIVEN)) for sample, space in columns]
     if method.name == "dense_high_resolution":
         found = cache.clip_features(path, models, params)
@@ -194,11 +194,11 @@ def _of_crops(found: ImageFeatures, texts: ClassTexts, rule: Background, params:
 
 
 def _stage1(sample: Sample, space: LabelSpace, models: Models, params: LabelParams, given: bool) -> np.ndarray:
-    """Stage 1 as a prediction: every background word is looked for by itself, then all of them are class 0.
+    """Stage 1 as a prediction: every background word is a class of its own in detection, then all of them become class 0.
 
-    With a background, an unlabelled pixel is background, whatever score or threshold its rule has; without, it stays
-    unlabelled and counts as missed.
-    given: the classes of the truth, less the background, take the place of detection (the semi-supervised variant).
+    With a background, unlabelled pixels are background, whatever score or threshold its rule has; without, they stay
+    unlabelled and count as missed. given: the classes of the truth, without the background, replace detection (the
+    semi-supervised variant).
     """
     words = [(word, k) for k, prompts in enumerate(space.prompts) for word in prompts]
     split = LabelSpace(space.name, tuple(w for w, _ in words), tuple((w,) for w, _ in words), label_spaces.palette(len(words)))
@@ -227,7 +227,7 @@ def _dense(models: Models, params: EvaluateParams) -> Segmenter:
 
 def _aligned(module: str, models: Models, params: EvaluateParams) -> Segmenter:
     """The segmenter of a module's file, with the encoder and the image-text model that it was trained with."""
-    changed = Path(module).stat().st_mtime_ns if Path(module).is_file() else 0  # a module trained anew is read anew
+    changed = Path(module).stat().st_mtime_ns if Path(module).is_file() else 0  # a module that was trained again is read again
     return _aligned_at(module, changed, models.device, params)
 
 
@@ -241,7 +241,7 @@ def _aligned_at(module: str, changed: int, device: str, params: EvaluateParams) 
 
 @dataclass(frozen=True)
 class Task:
-    """One image and the columns it belongs to: (index of the data set, sample) each."""
+    """One image and its columns: (index of the data set, sample) of each."""
 
     image: Path
     columns: tuple[tuple[int, Sample], ...]
@@ -253,9 +253,9 @@ class Task:
 def _count(
     task: Task, methods: Sequence[tuple[Method, str]], spaces: Sequence[LabelSpace], params: EvaluateParams, models: Models
 ) -> list[list[np.ndarray]]:
-    """The counts of one image for every method and each of its columns, read from disk where they are kept.
+    """The counts of one image for every method and each of its columns, read from disk where they are there.
 
-    methods: with their keys. Counts are as ``Confusion.nonzero`` gives them, kept under the bytes of image and truth.
+    methods: with their keys. Counts are those of ``Confusion.nonzero``; their key covers the bytes of image and truth.
     """
     columns = [(sample, spaces[i]) for i, sample in task.columns]
     truths = [sample.truth() for sample, _ in columns]
@@ -281,7 +281,7 @@ def _count(
 
 
 def _rule(space: LabelSpace) -> tuple[float, ...]:
-    """What finds class 0 beside its words; nothing where words are all."""
+    """The parameters of the background's rule besides its words; empty where it has words alone."""
     rule = space.rule
     return () if (rule.score, rule.threshold) == (None, 0.0) else (rule.score, rule.threshold, rule.scale)
 
@@ -294,18 +294,18 @@ def measure(
     num_shards: int = 1,
     engine: str = "processes",
 ) -> list[list[Record]]:
-    """Methods of one kind on several benchmarks: a list of records a method, one a benchmark.
+    """Methods of one kind on several benchmarks: for each method a list of records, one a benchmark.
 
-    Images that benchmarks share go through the models once, and several modules share the encoder's pass. An image
-    that fails is told, left out and counted in the record. params: where they have device and workers of a run, these do the
-    work. shard, num_shards: only every ``num_shards``-th image
-    from ``shard``; the records say so. engine: "processes" or "ray". Raises ParameterError for an unknown method or shard.
+    Images that benchmarks share go through the models once, and several modules share the encoder's pass. An image that fails
+    is left out with a message and counted in the record. params: device and workers count too, where they are those of a run.
+    shard, num_shards: measure only every ``num_shards``-th image from ``shard``; the records say so. engine: "processes" or
+    "ray". Raises ParameterError for an unknown method or shard.
     """
     started, models = time.perf_counter(), Models.of(params)
     device, workers = models.device, getattr(params, "workers", 1)
     params = EvaluateParams(**params.part(EvaluateParams))  # drop fields of the run
     if any(method.stage for method in methods):
-        cache.prepare_votes(params, workers)  # before the keys, which name the images that it finds
+        cache.prepare_votes(params, workers)  # first, because keys cover the reference images
     keyed = [(method, method.key(params)) for method in methods]
     spaces = [protocol_space(d, params) for d in datasets]
     columns: dict[Path, list[tuple[int, Sample]]] = {}
@@ -347,7 +347,7 @@ def measure(
 
 
 def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
-    """The benchmarks of these names that are here; each that is not is told with its reason. Raises DataError where none is."""
+    """The benchmarks of these names that are here; for the others the reason is printed. Raises DataError where none is here."""
     found = []
     for name in names:
         try:
@@ -360,10 +360,10 @@ def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
 
 
 def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | None = None, engine: str = "processes") -> pd.DataFrame:
-    """Every method on every benchmark; writes one record each and returns them as a frame.
+    """Measure every method on every benchmark, write one record each, and return the records as a frame.
 
-    module: the trained module's file; none: the profile's. Of several shards it only counts: the counts are kept, and
-    what is returned is this shard's alone.
+    module: the trained module's file; None: the profile's. With several shards it keeps this shard's counts and returns a frame
+    of them, but writes no record.
     """
     files_of = {
         "prealigned": train.prealigned_path(params),

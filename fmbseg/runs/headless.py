@@ -1,7 +1,7 @@
-"""papermill's command line without an answer that can make a cell of widgets wait for ever.
+"""papermill's command line, without a message of nbclient after which a cell with widgets can wait forever.
 
-What a widget prints is shown in an Output widget, and nbclient tells the kernel so on the socket whose next message it awaits.
-Now and then that message's arrival is lost with it (nbclient's issue 312). The outputs are kept in the notebook either way.
+nbclient tells the kernel what an Output widget shows, on the same socket on which it waits for the cell's next message, and
+sometimes misses that one (its issue 312). The notebook keeps the outputs without it.
 """
 
 from nbclient.output_widget import OutputWidget

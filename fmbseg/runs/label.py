@@ -30,7 +30,7 @@ from fmbseg.stage1.pseudo_labels import PseudoLabel
 
 
 def collection(params: CollectionParams) -> list[Sample]:
-    """The unlabelled images that the parameters name, evenly spaced where there is a limit."""
+    """The unlabelled images that the parameters name; with a limit, an evenly spread part of them."""
     found = collections.load_collection(params.collection, params.data_root, getattr(params, "benchmarks", ()))
     return parallel.evenly_spaced(found, params.limit)
 
@@ -48,7 +48,7 @@ def _features(sample: Sample, models: Models, params: RunParams) -> None:
 def make_queries(samples: Sequence[Sample], params: LabelParams) -> list[Failure]:
     """Detected classes and Stage 1.1's masks of every image, on disk (notebook 02).
 
-    Where Stage 1.2 is wanted too, its automatic masks are made in the same pass: SAM's encoder sees each image once.
+    Where Stage 1.2 is used too, its automatic masks are made in the same pass, so that SAM's encoder runs once an image.
     """
     cache.prepare_votes(params)
     work = partial(_queries, space=label_spaces.vocabulary(params.vocabulary, params.words), models=Models.of(params), params=params)
@@ -73,9 +73,9 @@ def query_table(samples: Sequence[Sample], params: LabelParams) -> pd.DataFrame:
 
 
 def label_cached(path: Path, space: LabelSpace, models: Models, params: LabelParams, given: Sequence[int] | None = None) -> PseudoLabel:
-    """``stage1.label_image`` of an image file, every part of it read from the cache or made and kept.
+    """``stage1.label_image`` of an image file, with every part read from the cache or made and kept there.
 
-    space: the vocabulary, one class a word; given: image-level labels in place of detection.
+    space: the vocabulary; given: image-level labels in place of detection.
     """
     queries = cache.queries(path, space, models, params, given)
     automatic = cache.automatic_masks(path, models, params) if params.stages != "1.1" and queries else []
@@ -86,8 +86,8 @@ def label_cached(path: Path, space: LabelSpace, models: Models, params: LabelPar
 
 
 def content(params: LabelParams) -> dict[str, Any]:
-    """All that pseudo labels depend on beside the image and the words: parameters, weights, the version of the step, and by
-    their bytes the reference images of the votes and the file of image-level names. No path is in it."""
+    """All that pseudo labels depend on besides the image and the words: parameters, weights, versions of the steps, and the
+    hashes of the votes' reference images and of the file of image-level names. It holds no path."""
     names = files.sha256_of(params.image_level_names) if params.image_level_names else ""
     weights = [clip.weights_key(params.clip), sam.weights_key(params.sam)]
     values = {name: value for name, value in params.content(LabelParams).items() if name != "vocabulary"}
@@ -100,7 +100,7 @@ def content(params: LabelParams) -> dict[str, Any]:
 
 
 def given_labels(sample: Sample, space: LabelSpace, params: LabelParams) -> tuple[int, ...] | None:
-    """Classes that ``image_level_names`` gives an image (names outside the vocabulary left out); None where it is not set."""
+    """Classes that ``image_level_names`` gives an image, without names outside the vocabulary; None where it is not set."""
     if not params.image_level_names:
         return None
     names = _image_level_names(params.image_level_names, files.sha256_of(params.image_level_names))
@@ -120,12 +120,12 @@ def _image_level_names(path: str, sha256: str) -> dict[str, list[str]]:
 
 
 class LabelStore:
-    """A folder of pseudo labels: NAME.png (``images.write_label_map``) and NAME.json an image, and labels.json for all.
+    """A folder of pseudo labels: NAME.png (``images.write_label_map``) and NAME.json for each image, and one labels.json.
 
-    labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. An image
-    that failed has its reason in failed/NAME.json until it succeeds. NAME is the sample's, cut where files cannot be named so.
-    ``pack`` moves both files of many images into a tar file under packed/; they are read from there as before.
-    notes: what a module that is trained on them has to say.
+    labels.json holds the vocabulary and every parameter; a folder made with others is refused, never mixed. The reason why an
+    image failed is in failed/NAME.json until it succeeds. NAME is the sample's name, cut where it is too long for a file.
+    ``pack`` moves both files of many images into a tar file under packed/, from which they are read as before.
+    notes: notes for the records of a module that is trained on them.
     """
 
     notes: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ class LabelStore:
         return self.folder / f"{_name(sample)}.json"
 
     def _said(self, sample: Sample, *names: str) -> list | None:
-        """What the image's record says under these names; None where it is missing or damaged."""
+        """The values of these names in the image's record; None where it is missing or damaged."""
         return cache.kept(self._record(sample), lambda record: [self._described(record)[name] for name in names])
 
     def _described(self, record: Path) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class LabelStore:
         return self.failed / f"{_name(sample)}.json"
 
     def has(self, sample: Sample) -> bool:
-        """Whether this image has a whole pseudo label, made with these words and parameters."""
+        """Whether this image has a complete pseudo label, made with these words and parameters."""
         if self._said(sample, "key", "sha256") != [self.key, files.sha256_of(sample.image)]:
             return False
         try:
@@ -169,12 +169,12 @@ class LabelStore:
             return False
 
     def pack(self, samples: Sequence[Sample]) -> None:
-        """Move the labels of these images into one tar file, those that are not in one."""
+        """Move the labels of these images into one tar file, except those that are in one already."""
         if loose := [path for s in samples for path in (self._record(s), self.path(s)) if path.is_file()]:
             self.packs.add(loose)
 
     def check_images(self, samples: Sequence[Sample]) -> None:
-        """Raise DataError where the folder holds the label of another image, from another place, under a name of these."""
+        """Raise DataError where the folder holds the label of another image under the name of one of these."""
         for sample in samples:
             if (said := self._said(sample, "image", "sha256")) is None:
                 continue
@@ -185,7 +185,7 @@ class LabelStore:
                 )
 
     def write(self, sample: Sample, label: PseudoLabel) -> None:
-        """Write the record after the map: an image with a record is whole."""
+        """Write the label map and then the record, so that an image with a record is complete."""
         images.write_label_map(self.path(sample), label.labels, self.space.palette)
         present = np.unique(label.labels[label.labels != IGNORED])
         files.write_json(
@@ -228,9 +228,9 @@ def _name(sample: Sample) -> str:
 
 
 def label_folder(params: LabelParams) -> Path:
-    """Where the pseudo labels of these parameters lie: another folder for every other set of them, other words or other images.
+    """The folder of the pseudo labels of these parameters; other parameters, words or images have another one.
 
-    A word file counts by its words and not by its path; the images by the folder that they lie in.
+    A word file counts by its words, not by its path; images count by their folder.
     """
     folder = Path(params.collection).expanduser()
     images_of = str(folder.resolve()) if folder.is_dir() else f"{params.collection} {params.data_root}"
@@ -244,10 +244,10 @@ def label(
 ) -> tuple[LabelStore, list[Failure]]:
     """Pseudo labels of both stages for every image, on disk; resumable. Returns the store and what failed, with reasons.
 
-    folder: where the files lie; none: in the cache, and those of every ``packs.PACK`` images go into one tar file.
-    engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (none: one on cuda).
-    Raises ParameterError or DataError, before any work, for a folder that cannot be written, that lies among the images, or
-    that holds the labels of other images of the same names.
+    folder: where to write; None: into the cache, where the files of every ``packs.PACK`` images go into one tar file.
+    engine: "processes" of this machine, or "ray": the workers of a Ray cluster, with ``gpus`` GPUs each (None: one on cuda).
+    Raises ParameterError or DataError, before any work, for a folder that cannot be written, is inside the folder of images, or
+    holds the labels of other images of the same names.
     """
     if engine == "ray":
         cluster.require()
@@ -292,7 +292,7 @@ def label_one(sample: Sample, store: LabelStore, models: Models, params: LabelPa
 
 
 def label_table(samples: Sequence[Sample], store: LabelStore) -> pd.DataFrame:
-    """One row a class that the pseudo labels hold: images and share of all pixels."""
+    """One row for each class in the pseudo labels: number of images, and share of all pixels."""
     counts, holding, pixels = np.zeros(len(store.space)), np.zeros(len(store.space), dtype=int), 0
     for sample in samples:
         labels = store.read(sample)

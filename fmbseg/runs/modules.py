@@ -1,4 +1,4 @@
-"""Trained modules as files: what made them travels with them; and the segmenter of such a file."""
+"""Trained modules as files, with a description of their training; and the segmenter of such a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def place(profile: str = "embedded", name: str = "alignment") -> Path:
 
 
 SHIPPED = files.ASSETS / "fmbseg-embedded.safetensors"
-"""The module that comes with the repository, for the encoder of the embedded profile. Its model card lies beside it."""
+"""The module that comes with the repository, for the encoder of the embedded profile. Its model card is beside it."""
 
 
 def default(profile: str) -> Path:
@@ -41,9 +41,9 @@ def default(profile: str) -> Path:
 
 
 def save(path: str | Path, alignment: Alignment, metadata: dict[str, Any], keep_former: bool = False) -> Path:
-    """Write a module and what made it (parameters, encoder, image-text model, vocabulary, notes) as one safetensors file.
+    """Write a module and a description of its training (parameters, models, vocabulary, notes) as one safetensors file.
 
-    keep_former: another module that is there is kept beside as NAME.previous.safetensors, and one line says so.
+    keep_former: another module at that path is kept as NAME.previous.safetensors, and one line says so.
     """
     path = Path(path)
     described = {"width": alignment.width, "out": alignment.out, "module": alignment.params.part(ModuleParams)} | metadata
@@ -79,7 +79,7 @@ def load(path: str | Path) -> tuple[Alignment, dict[str, Any]]:
 
 
 def seconds(path: Path) -> float:
-    """Seconds that the training of a module took, from the record beside it; 0 where there is none or it is of another module."""
+    """Seconds that the training of a module took, from the record beside it; 0 without a record of this module."""
     try:
         record = files.read_json(path.with_suffix(".json"))
         return record["seconds"] if record["weights"]["module"] == files.sha256_of(path) else 0.0
@@ -91,12 +91,12 @@ def seconds(path: Path) -> float:
 
 
 def checkpoint(path: Path) -> Path:
-    """Where the checkpoint of a module's training lies: beside the module's file."""
+    """The path of the checkpoint of a module's training, beside the module's file."""
     return path.with_name(f"{path.stem}.checkpoint.safetensors")
 
 
 def save_state(path: Path, state: TrainState, key: str) -> None:
-    """Write a training's state; key: of the training, of all its inputs."""
+    """Write the state of a training. key: the key of the training, over all its inputs."""
     steps = pd.DataFrame(state.steps)
     tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
     tensors |= {f"optimiser.{name}": tensor for name, tensor in state.optimiser.items()}
@@ -106,7 +106,7 @@ def save_state(path: Path, state: TrainState, key: str) -> None:
 
 
 def load_state(path: Path, key: str) -> TrainState | None:
-    """The state of the training with this key; None where there is none, it is of another training, or the file is damaged."""
+    """The state of the training with this key; None where the file is missing, damaged or of another training."""
     try:
         tensors, metadata = files.read_tensors(path)
         described = json.loads(metadata["fmbseg"])
@@ -143,9 +143,9 @@ class Segmenter(segmenter.Segmenter):
     ) -> Segmenter:
         """A trained module with the encoder and the image-text model that it was trained with.
 
-        path: the module's file; none: the embedded profile's own, else the one that comes with the repository. templates,
-        average: of the words at test time, as ``class_texts`` has them; none: what it was trained with. The frozen models
-        stay in memory for the next module of the same ones. Raises DataError where there is no module.
+        path: the module's file; None: the embedded profile's own, else the one that comes with the repository. templates,
+        average: for the words at test time, as in ``class_texts``; None: those of the training. The frozen models stay in
+        memory for the next module that uses them. Raises DataError where there is no module.
         """
         path = path or default("embedded")
         (module, described), params = load(path), params or SegmentParams()

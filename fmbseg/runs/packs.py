@@ -1,4 +1,4 @@
-"""Many small files as a few hundred: tar files of a thousand images each, in WebDataset's layout (NAME.png beside NAME.json)."""
+"""Many small files in few large ones: tar files of a thousand images each, in WebDataset's layout (NAME.png beside NAME.json)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from fmbseg import files
 
 PACK = 1000
-"""Images of one tar file."""
+"""Number of images in one tar file."""
 
 
 class Member(io.BytesIO):
-    """The bytes of one file of a tar file; its name in sentences is "TAR/NAME"."""
+    """The bytes of one file in a tar file; errors call it "TAR/NAME"."""
 
     name = ""
 
@@ -24,7 +24,7 @@ class Member(io.BytesIO):
 
 
 class Packs:
-    """The tar files in a folder, which may not be there. Of one name in several, the latest counts; a damaged one holds nothing."""
+    """The tar files in a folder, which need not exist. Where several hold a name, the latest counts; a damaged one is ignored."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,7 +47,7 @@ class Packs:
         return _found[self.folder]
 
     def add(self, paths: Sequence[Path]) -> None:
-        """Move files into one new tar file, whole before any of them goes."""
+        """Move files into one new tar file, which is complete before any of them is removed."""
         target = self.folder / f"{files.digest([path.name for path in paths])}.tar"
         with files.atomic_path(target) as part, tarfile.open(part, "w") as tar:
             for path in paths:

@@ -1,4 +1,4 @@
-"""One loop over many images: progress, several processes, shards, and failures that stop nothing else.
+"""One loop over many images: progress, several processes, shards, and failures that do not stop the rest.
 
 Under torchrun (``group``) each process labels and encodes its own share of the images, then all train together.
 """
@@ -33,14 +33,14 @@ from fmbseg.stage2.distributed import rank, size
 T = TypeVar("T")
 
 EXPECTED = (ImageError, DataError, OSError, MemoryError, torch.OutOfMemoryError, struct.error, zlib.error, EOFError)
-"""Exceptions that an item can cause, by its bytes or its size: it is left out and the others go on.
+"""Exceptions that an item can cause by its bytes or its size: the item is left out and the others go on.
 
-Other errors of ours (a parameter, weights, a full disk) would come again at every item: they end the run. Anything else is a
+Our other errors (a parameter, weights, a full disk) would come again at every item, so they end the run. Anything else is a
 bug: it ends the run and names the item.
 """
 
 AHEAD = 4
-"""So many images at most are read ahead of a GPU."""
+"""How many images are read ahead of a GPU at most."""
 
 IDLE_SECONDS = 300
 """How long worker processes and the models that they hold wait for more work."""
@@ -58,22 +58,22 @@ class Failure:
 
     @property
     def why(self) -> str:
-        """The reason without the item's name, with which sentences about a file begin."""
+        """The reason without the item's name at its beginning."""
         return self.reason.removeprefix(f"{self.item}: ")
 
 
 @dataclass(frozen=True)
 class Done:
-    """results: (item, what the function returned) in the order of the items; failures: the others."""
+    """results: (item, what the function returned) in the order of the items; failures: the items that failed."""
 
     results: list[tuple[Any, Any]]
     failures: list[Failure]
 
 
 def shard(items: Sequence[T], index: int, count: int) -> list[T]:
-    """Every ``count``-th item from ``index``: the shards 0..count-1 hold each item once.
+    """Every ``count``-th item from ``index``: the shards 0 to count - 1 together hold each item once.
 
-    Raises ParameterError for an index that is none of them.
+    Raises ParameterError for another index.
     """
     if not 0 <= index < count:
         raise ParameterError(f"shard = {index}, num_shards = {count}: shards are numbered 0 to {max(count - 1, 0)}")
@@ -88,10 +88,7 @@ def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
 
 
 def progress(total: int, title: str, unit: str = "image", done: int = 0) -> tqdm:
-    """A progress bar; under torchrun only the first process shows one. Plain tqdm: the notebook kind freezes under papermill.
-
-    done: where it begins.
-    """
+    """A progress bar from ``done``; under torchrun only the first process shows one. tqdm's bar for notebooks freezes under papermill."""
     return tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0)
 
 
@@ -108,7 +105,7 @@ _watched: list[dict[str, Failure]] = []
 
 @contextmanager
 def watch() -> Iterator[dict[str, Failure]]:
-    """The items that are left out while the context lasts, by whatever loop: item -> its first failure."""
+    """The items that any loop leaves out within the context: item -> its first failure."""
     _watched.append({})
     try:
         yield _watched[-1]
@@ -117,7 +114,7 @@ def watch() -> Iterator[dict[str, Failure]]:
 
 
 def leave_out(failure: Failure) -> None:
-    """Tell that an item is left out, and why."""
+    """Print that an item is left out, and why."""
     tqdm.write(f"left out {failure.item}: {failure.why}")
     for found in _watched:
         found.setdefault(failure.item, failure)
@@ -127,12 +124,12 @@ _TAKEN = object()
 
 
 def on_gpu(device: str) -> bool:
-    """Whether ``workers`` are threads and processes that read ahead of one process with the models, for each would load them all."""
+    """Whether models run on a GPU. Then ``workers`` read ahead of one process, since several would each load all models."""
     return device != "cpu"
 
 
 def whole(function: Callable[[T], Any], items: Iterable[T]) -> Iterator[Any]:
-    """``function`` of one item after the other; one whose work fails is told and left out."""
+    """``function`` of one item after the other; an item that fails is left out with a message."""
     for item in items:
         if isinstance(outcome := guarded(function, item), Failure):
             leave_out(outcome)
@@ -141,7 +138,7 @@ def whole(function: Callable[[T], Any], items: Iterable[T]) -> Iterator[Any]:
 
 
 def _read_ahead(read: Callable[[T], Any], items: Sequence[T], threads: int) -> Iterator[T]:
-    """The items in order, each after ``read`` of it by another thread. What it raises comes again at the item's turn."""
+    """The items in order, each after another thread has called ``read`` on it. Errors of ``read`` are left to the item's own turn."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque = deque()
         for item in (*items, *[None] * threads):
@@ -161,17 +158,13 @@ def each(
     take: Callable[[T, Any], None] | None = None,
     read: Callable[[T], Any] | None = None,
 ) -> Done:
-    """``function`` on every item.
+    """``function`` on every item. An item that raises an EXPECTED error is a failure; any other error ends the run.
 
-    read: what ``workers`` threads (AHEAD at most) do with the next items while ``function`` works on one in this process,
-    such as reading their images; none: ``function`` runs in several processes.
-
-    take: called with every item and its result as it comes, in any order; no result is kept then, so memory does not
-    grow with the number of items.
-
-    Several workers are processes of one thread each (two of one thread beat one of two on a CPU). They stay for the
-    next call, with the models that they loaded. An item that raises an EXPECTED error is a failure; any other
-    error aborts the run.
+    read: called on the next items by ``workers`` threads (AHEAD at most), such as to read their images, while ``function`` works
+    on one item in this process; None: ``function`` runs in ``workers`` processes of one thread each (on a CPU two of one thread
+    are faster than one of two). They stay for the next call, with the models that they loaded.
+    take: called with every item and its result as it comes, in any order. Results are then not kept, so memory does not grow
+    with the number of items.
     """
     outcomes: list[Any] = [None] * len(items)
 
@@ -231,19 +224,19 @@ def reason(error: BaseException) -> str:
 
 
 def _pool(workers: int):
-    """The worker processes; begun anew where the working folder, the cache or the package's code has changed."""
+    """The worker processes, started again where the working folder, the cache or the package's code has changed."""
     source = max(path.stat().st_mtime_ns for path in Path(__file__).parents[1].rglob("*.py"))
     where = (os.getcwd(), str(files.home()), source)
     return get_reusable_executor(workers, timeout=IDLE_SECONDS, initializer=_begin_worker, initargs=where)
 
 
 def release() -> None:
-    """End the worker processes and free what they hold; work under way is dropped (files are written whole or not at all)."""
+    """End the worker processes and free their memory; unfinished work is dropped (files are written completely or not at all)."""
     get_reusable_executor(reuse=True, kill_workers=True).shutdown(wait=False, kill_workers=True)  # the one that is there
 
 
 def _begin_worker(folder: str, home: str, source: int) -> None:
-    """One thread, no interrupt of its own (the parent stops it), and an end when the parent is gone, however it went."""
+    """Set up a worker: one thread; it ignores interrupts, because the parent stops it; and it ends when the parent has ended."""
     os.chdir(folder)
     os.environ["FMBSEG_HOME"] = home
     torch.set_num_threads(1)
@@ -287,7 +280,7 @@ def group(device: str) -> Iterator[str]:
 
 
 def wait() -> None:
-    """Barrier: return when every process is here."""
+    """Return when every process has called this."""
     if size() > 1:
         dist.barrier()
 

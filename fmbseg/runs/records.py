@@ -1,4 +1,4 @@
-"""Run records: JSON files that say what was run, on what, and what came out; and all of them as one frame."""
+"""Records: JSON files with the inputs and the results of a run; and all of them as one frame."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Record:
     """One number, or one training.
 
     kind: "train", "evaluate", or a comparison: "architecture", "encoder", "loss", "stages", "fine_tune"; method: the
-    method or the variant; run: the name of the run that it belongs to; limit: the number of images that the data set was
-    cut to, none where it was not; left_out: images of the collection that a training could not use, for they are evaluated
-    on; notes: what a reader of the number has to know; deviations: as ``deviations`` gives them.
+    method or the variant; run: the name of its run; limit: the number of images to which the data set was cut, None where it
+    was not; left_out: number of images of the collection that were not trained on because they are evaluated on; notes: what
+    a reader of the number has to know; deviations: those of the function ``deviations``.
     """
 
     kind: str
@@ -71,12 +71,12 @@ class Record:
     time: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     def write(self, folder: str | Path, name: str = "") -> Path:
-        """Write the record as JSON under ``folder``; returns the path. name: of the file, without the ending; none: ``stem``."""
+        """Write the record as JSON under ``folder``; returns the path. name: the file's, without suffix; empty: ``stem``."""
         return files.write_json(Path(folder) / f"{name or self.stem}.json", dataclasses.asdict(self))
 
     @property
     def stem(self) -> str:
-        """The name of its file, without the ending. It holds everything that tells the number from others of the run."""
+        """The name of its file, without suffix. It tells the record from all others of the run."""
         parts = [file_name(part) for part in (self.kind, self.method, self.dataset) if part]
         if self.kind != "evaluate" and "seed" in self.parameters:
             parts.append(f"seed{self.parameters['seed']}")
@@ -84,7 +84,7 @@ class Record:
 
 
 def results_folder(params: RunParams) -> Path:
-    """Where this profile's records, tables and figures go (made if it is not there). Raises ParameterError where it cannot be made."""
+    """The folder of this profile's records, tables and figures, made where it is missing. Raises ParameterError where it cannot be."""
     folder = Path(params.results_dir).expanduser()
     folder = (folder if folder.is_absolute() else files.working_root() / folder) / params.profile
     try:
@@ -95,12 +95,12 @@ def results_folder(params: RunParams) -> Path:
 
 
 def run_folder(params: RunParams) -> Path:
-    """Where the records of the parameters' run lie."""
+    """The folder of the records of the parameters' run."""
     return results_folder(params) / "records" / params.run
 
 
 def file_name(text: str) -> str:
-    """A safe name for a file, different for every text. A text that is no such name, or has upper case, gets a hash."""
+    """A safe file name, different for different texts. A text that is not a safe name, or has upper case, gets a hash."""
     if re.fullmatch(r"[a-z0-9_][a-z0-9_.+]{0,79}", text):
         return text
     return f"{re.sub('[^A-Za-z0-9_.+-]', '_', text)[:80].lstrip('.')}~{files.digest(text)[:8]}"
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def revision() -> str:
-    """The git revision of the checkout, "+changes" where more than results/ is not as committed; "" outside one."""
+    """The git revision of the clone, with "+changes" where files outside results/ differ from it; "" outside a clone."""
     try:
         root = Path(__file__).resolve().parents[2]
         run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
@@ -135,7 +135,7 @@ def revision() -> str:
 
 
 def hardware(device: str = "cpu") -> str:
-    """The name of a device, as records have it."""
+    """The name of a device, for records."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
@@ -162,9 +162,9 @@ POSITIONS = {
 
 
 def deviations(params: TextParams, space: LabelSpace, used: Mapping[str, str], encoder: str = "") -> dict[str, str]:
-    """Choices of ours behind a number that are no parameter or easily overlooked; docs/profiles.md lists them.
+    """Our choices behind a number that are no parameters or are easily overlooked; docs/profiles.md lists them.
 
-    space: the classes as they are prompted; encoder: the name of the encoder behind a module; empty: none.
+    space: the classes with their prompt words; encoder: the name of a module's encoder; empty: no module.
     """
     renamed = sum(p != (name,) for name, p in list(zip(space.names, space.prompts))[int(space.background) :])
     found = {
@@ -216,9 +216,9 @@ def of_training(params: TrainRun, result: TrainResult, module: Path, **about: An
 def of_evaluation(
     method: str, dataset: Dataset, space: LabelSpace, params: EvaluateParams, device: str, module: str, described: Mapping[str, Any]
 ) -> Record:
-    """The record of one number of Table 1, not yet counted. FMbSeg's says what its module was trained with.
+    """The record of one number of Table 1, without the number. A method with a module has the parameters of its training.
 
-    module: its file, empty for the other methods; described: what the file says.
+    module: the module's file, empty for the other methods; described: the description in that file.
     """
     protocol = params.part(SegmentParams) | {
         **params.part(TextParams),
@@ -245,7 +245,7 @@ def of_evaluation(
 
 
 def counted(record: Record, names: Sequence[str], confusion: Confusion, images: int, failed: int, seconds: float) -> Record:
-    """The record with the numbers of a confusion matrix over these classes; None where nothing was counted."""
+    """The record with the numbers of a confusion matrix over these classes; a number is None where nothing was counted."""
 
     def number(value: float) -> float | None:
         return None if value != value else round(float(value), 3)
@@ -263,10 +263,10 @@ def counted(record: Record, names: Sequence[str], confusion: Confusion, images: 
 
 
 def keep(made: Sequence[Record], params: RunParams, kind: str = "") -> pd.DataFrame:
-    """Write records into the parameters' run; returns them, and them alone, as a frame.
+    """Write records into the parameters' run; returns these records as a frame.
 
-    kind: the comparison that they are all made part of: what the run held of it before is removed, but for whole data sets where
-    these are a quick look (``eval_limit``).
+    kind: the comparison to which they all belong. The run's earlier records of that comparison are removed, except that a quick
+    look (``eval_limit``) does not remove records of whole data sets.
     """
     made = [dataclasses.replace(record, run=params.run, kind=kind or record.kind) for record in made]
     folder = run_folder(params)
@@ -280,9 +280,9 @@ def keep(made: Sequence[Record], params: RunParams, kind: str = "") -> pd.DataFr
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """All records of one run (``run_folder``) as one tidy frame: a row a record; parameters as ``param.NAME``, IoU as ``iou.CLASS``.
+    """All records of one run (``run_folder``) as one frame: a row a record; parameters as ``param.NAME``, IoU as ``iou.CLASS``.
 
-    Raises DataError when there is none, and for a record of another run or of none.
+    Raises DataError when there is no record, and for a record that does not belong to the run.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
@@ -300,7 +300,7 @@ def load(folder: str | Path) -> pd.DataFrame:
 
 
 def frame(made: Sequence[Record]) -> pd.DataFrame:
-    """Records as ``load`` gives them, without having been written."""
+    """Records as a frame like that of ``load``, without files."""
     return pd.DataFrame([_row(dataclasses.asdict(record), "") for record in made])
 
 

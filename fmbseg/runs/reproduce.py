@@ -19,8 +19,8 @@ from fmbseg.schemas import NOTEBOOKS, STEPS
 def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Path:
     """Execute a profile's notebooks in order; executed copies go to ``results/<profile>/notebooks/``.
 
-    notebooks: names to run; none: all. overrides: parameters injected where a notebook has them; one that no notebook
-    has is refused. All parameters are checked before anything runs. Raises DataError with the notebook's own message.
+    notebooks: their names; empty: all. overrides: parameters, injected into every notebook that has them; a parameter that no
+    notebook has is an error. All parameters are checked before anything runs. Raises DataError for a notebook that fails.
     """
     names = list(notebooks) or list(NOTEBOOKS)
     overrides = dict(overrides or {})
@@ -29,7 +29,7 @@ def reproduce(profile: str, notebooks: Sequence[str] = (), overrides: Mapping[st
         params.make(schemas[names[-1]], {key: overrides[key]}, "override")  # no notebook has it: says so
     plans = {name: {k: v for k, v in overrides.items() if k in schema.model_fields} for name, schema in schemas.items()}
     checked = [profiles.load(profiles.step_of(name), profile, plan) for name, plan in plans.items()]
-    files.project_root()  # of the notebooks: outside a clone this says so
+    files.project_root()  # raises outside a clone
     folder = records.results_folder(checked[-1])
     for i, (name, injected) in enumerate(plans.items(), 1):
         started = time.perf_counter()
@@ -52,13 +52,13 @@ def _execute(name: str, values: Mapping[str, Any], out: Path) -> None:
 
 
 def report(folder: str | Path, out: str | Path | None = None, run: str = "main") -> Path:
-    """One HTML page of a run's results: notebook 08 run on them, without its code.
+    """One HTML page of a run's results: notebook 08, executed on them, without its code.
 
-    folder: such as results/embedded; out: the page, report.html in that folder where it is not given; run: whose records.
-    Raises DataError where the folder holds no record of an evaluation of that run.
+    folder: such as results/embedded; out: the page; None: report.html in that folder; run: the run whose records are shown.
+    Raises DataError where the folder holds no record of an evaluation in that run.
     """
     folder = Path(folder).absolute()
-    found = records.load(folder / "records" / run)  # says so where there is none
+    found = records.load(folder / "records" / run)
     if "evaluate" not in set(found["kind"]):
         kinds = ", ".join(sorted(set(found["kind"])))
         raise DataError(f"{folder / 'records' / run}: holds records of {kinds} alone; run notebook 05 or fmbseg evaluate first")

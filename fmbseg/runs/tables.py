@@ -23,19 +23,19 @@ COLUMNS = {
     "City": "cityscapes19",
     "ADE": "ade150",
 }
-"""Columns of Table 1 and the benchmark behind each; the ones with background beside those without (see NOTES)."""
+"""Columns of Table 1 and the benchmark of each; those with background are next to those without (see NOTES)."""
 
 NOTES = (
     "CS-171 is 29.88 in the paper's Table 1 and 27.61 in its Table 2 for the same model; the ablation's setting is not stated.",
     "Many published PC-59 baselines are other papers' Context-60 numbers and many CO-80 ones COCO-Object with background (81);"
-    " FMbSeg's own are without background. With and without are separate columns here and never to be compared.",
+    " FMbSeg's own are without background. With and without background are separate columns here; never compare the two.",
     "ReCo's published CO-80 of 31.6 repeats TCL's cell; others report 15.7. TCL's row is with PAMR refinement; FMbSeg uses none.",
     "Eq. 1 taken literally gives the text term a few per cent of the weight and no temperature; what was used is in each record.",
 )
 
 
 OFFICIAL = {benchmark: LAYOUTS[benchmark].images for benchmark in COLUMNS.values()}
-"""Images of each official validation split: a number on fewer is a subset's and is not set against the paper's."""
+"""Number of images of each official validation split: a result on fewer images is not compared with the paper's."""
 
 
 def published(table: int) -> pd.DataFrame:
@@ -44,12 +44,12 @@ def published(table: int) -> pd.DataFrame:
 
 
 def later() -> pd.DataFrame:
-    """Published rows of later methods, each with backbone, supervision, protocol and source: other protocols than Table 1's."""
+    """Published rows of later methods, with backbone, supervision, protocol and source. Their protocols are not Table 1's."""
     return pd.read_csv(profiles.published_folder() / "later.csv").set_index(["method", "backbone"])
 
 
 def _one_each(records: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The records, one for every value of these columns. Raises DataError that names two records of one number: none is averaged."""
+    """The records, if no two have the same values in these columns. Raises DataError that names two that do: none is averaged."""
     columns = [name for name in columns if name in records]
     for _, doubled in records[records.duplicated(columns, keep=False)].groupby(columns, dropna=False, sort=False):
         one, two = doubled["file"].iloc[:2]
@@ -59,9 +59,9 @@ def _one_each(records: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def reproduced(records: pd.DataFrame) -> pd.DataFrame:
-    """Our rows: one a method and column, with what it was measured on. records: as ``records.load`` gives them.
+    """Our results: a row for each method and column, with the images it was measured on. records: the frame of ``records.load``.
 
-    Where a method's records are of several modules, the notes name each record's. Raises DataError for two records of one number.
+    Where a method was measured with several modules, the notes name them. Raises DataError for two records of one number.
     """
     runs = _one_each(records[records.kind == "evaluate"], "method", "dataset", "images")
     frame = runs[["method", "dataset", "miou", "images", "source", "notes"]].copy()
@@ -75,7 +75,7 @@ def reproduced(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def column_of(dataset: str, images: int) -> str:
-    """The heading of a benchmark's column: the paper's where the whole official split was measured, else with its n."""
+    """The heading of a benchmark's column: the paper's where the whole official split was measured, else one with its n."""
     names = {benchmark: column for column, benchmark in COLUMNS.items()}
     if dataset in names and images == OFFICIAL[dataset]:
         return names[dataset]
@@ -85,15 +85,15 @@ def column_of(dataset: str, images: int) -> str:
 
 
 def origin(notes: str) -> str:
-    """The mark of a row of ours, with the notes of its record."""
+    """The origin of one of our rows: "reproduced", with the notes of its record."""
     return f"reproduced, {notes}" if notes else "reproduced"
 
 
 def table1(records: pd.DataFrame) -> pd.DataFrame:
-    """Table 1 as the paper lays it out: published rows, then ours; a column of a subset says its n.
+    """Table 1 in the paper's layout: published rows, then ours; a column of a subset says its n.
 
-    A cell that was not made is empty; ``missing`` says why. ``differences`` sets ours against the paper's. Where a method was
-    measured with several modules, each has a row of its own. Raises DataError for two records of one cell: none is averaged.
+    A cell that was not made is empty; ``missing`` says why. ``differences`` compares our numbers with the paper's. Where a method
+    was measured with several modules, each has its own row. Raises DataError for two records of one cell: none is averaged.
     """
     paper = published(1).assign(origin="published").set_index(["origin", "method"])
     ours = reproduced(records)
@@ -108,7 +108,7 @@ def table1(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(records: pd.DataFrame) -> pd.DataFrame:
-    """Published, reproduced and difference of FMbSeg for every column of the paper; what is empty says why."""
+    """Published, reproduced and difference of FMbSeg for every column of the paper; for an empty cell the reason."""
     paper = published(1).set_index("method").loc["FMbSeg (paper)"]
     mine = records[(records.kind == "evaluate") & (records.method == "fmbseg")].sort_values("images")
     ours = mine.drop_duplicates("dataset", keep="last").set_index("dataset")  # the whole split before a quick look
@@ -127,7 +127,7 @@ def differences(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _reason(records: pd.DataFrame, benchmark: str) -> str:
-    """Why a benchmark has no number of FMbSeg's."""
+    """Why FMbSeg has no number on a benchmark."""
     if benchmark in set(records[records.kind == "evaluate"]["dataset"]):
         return "FMbSeg was not among the methods evaluated"
     embedded = f"embedded_{benchmark}" in set(records["dataset"])
@@ -147,8 +147,8 @@ ABLATIONS = {"architecture": ("linear", "mlp", "transformer"), "loss": ("supcon"
 def table2(records: pd.DataFrame) -> pd.DataFrame:
     """Table 2: the ablations of architecture and loss, published beside ours.
 
-    For CS-171 published, reproduced (mean over the seeds), difference and why it is empty; then, for every benchmark
-    that was measured, mean and spread (sample standard deviation over the seeds). Variants of our own follow the paper's.
+    For CS-171 published, reproduced (mean over the seeds), difference, and why a cell is empty; then, for every measured
+    benchmark, mean and spread (sample standard deviation over the seeds). Our own variants follow the paper's.
     Raises DataError for two records of one number.
     """
     paper = published(2).set_index(["ablation", "variant"])["CS-171"]

@@ -1,4 +1,4 @@
-"""Training over a collection: encode, train, write the module with what made it (Sec. 3.3, 4.1)."""
+"""Training on a collection: encode, train, and write the module with a description of its training (Sec. 3.3, 4.1)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from fmbseg.stage2.cleaning import clean_labels
 from fmbseg.stage2.training import TrainResult, TrainState, patch_labels
 
 CURVE_ROWS = 2000
-"""A module's file holds at most so many rows of its loss curve, evenly spaced: its header has to stay small."""
+"""Most rows of the loss curve, evenly spread, in a module's file, whose header has to stay small."""
 
 
 class PatchDataset(Dataset):
-    """The images of a collection as ``stage2.train`` takes them: patches from the cache, labels kept in memory (1 KB an image).
+    """The images of a collection for ``stage2.training.train``: patches from the cache, labels in memory (1 KB an image).
 
     Without ``keep_features`` an item has the encoder's input, (side, side, 3) ``uint8``, in place of patches: ``encode`` makes them.
     """
@@ -69,14 +69,14 @@ class PatchDataset(Dataset):
         return cache.encoder_pixels(self.samples[index].image, self.models, self.params)
 
     def encode(self, batch: torch.Tensor) -> torch.Tensor:
-        """What an item's first part has to become for the module: (B, width, h, w) patches on the device."""
+        """(B, width, h, w) patches on the device, from a batch of the items' first parts."""
         if not self.params.keep_features:
             parts = batch.split(self.params.images_per_pass or len(batch))
             batch = torch.cat([cache.encode(part, self.models) for part in parts])
         return batch.to(self.params.device, non_blocking=True).float()
 
     def classes(self) -> tuple[int, ...]:
-        """Indices of the classes that label any patch, sorted: the K classes of the loss."""
+        """Sorted indices of the classes that label at least one patch: the K classes of the loss."""
         found = {int(k) for labels in self.labels for k in labels.unique()}
         return tuple(sorted(found - {IGNORED}))
 
@@ -87,9 +87,9 @@ def dense_target(path: Path, models: Models, params: RunParams, grid: tuple[int,
 
 
 def prealign(params: RunParams) -> Path:
-    """Pre-align a module (``stage2.prealign``) on the collection, of which ``prealign_limit`` bounds the images; returns its file.
+    """Pre-align a module (``stage2.prealign``) on ``prealign_limit`` images of the collection; returns its file.
 
-    It is read where it is there already. Under torchrun only the first process makes it.
+    A file of the same inputs is not made again. Under torchrun only the first process makes it.
     """
     path = prealigned_path(params)
     if distributed.rank() == 0:
@@ -121,7 +121,7 @@ def prealign(params: RunParams) -> Path:
 
 
 def prealigned_path(params: RunParams) -> Path:
-    """Where the pre-aligned module of these parameters lies, one for every kind of module, encoder and seed."""
+    """The file of the pre-aligned module of these parameters; there is one for each kind of module, encoder and seed."""
     return module_path(params, records.file_name(f"prealigned-{params.module}-{params.encoder}-{params.seed}"))
 
 
@@ -131,10 +131,10 @@ def _dense_and_patches(sample: Sample, models: Models, params: RunParams) -> Non
 
 
 def prepare(samples: Sequence[Sample], params: RunParams) -> list[Sample]:
-    """Encode every image once, on disk, in several processes; returns those that could be encoded, in order.
+    """Encode every image once, on disk, in several processes; returns, in order, those that could be encoded.
 
-    Without ``keep_features`` nothing is encoded before its turn, and all are returned. Under torchrun each rank encodes its
-    share, and all wait for each other.
+    Without ``keep_features`` images are encoded during the training, and all are returned. Under torchrun each rank encodes its
+    share and waits for the others.
     """
     if not params.keep_features:
         return list(samples)
@@ -150,12 +150,12 @@ def _encode(sample: Sample, models: Models, params: AlignParams) -> None:
 
 
 def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: Path, initial: Path | None = None) -> TrainResult:
-    """Encode and train, and write the module with its record beside it; where ``path`` holds the one of the same inputs, it is read.
+    """Encode, train, and write the module and its record. Where ``path`` holds the module of the same inputs, it is only read.
 
-    initial: a trained module to go on from; none: a fresh one, or the pre-aligned one (``prealign``). Images without a
-    pseudo label are left out. A training that was stopped goes on from its checkpoint, and ends with the same file.
-    Under torchrun every rank trains and only the first writes. Raises DataError where nothing is labelled, and
-    TrainingError, with nothing written but the checkpoint, where the training cannot be used.
+    initial: a trained module to begin with; None: a new one, or the pre-aligned one (``prealign``). Images without a pseudo
+    label are left out. A training that was stopped goes on from its checkpoint and ends with the same file.
+    Under torchrun every rank trains and only the first writes. Raises DataError where nothing is labelled, and TrainingError,
+    with nothing written but the checkpoint, where the module cannot be used.
     """
     samples = [sample for sample in samples if store.has(sample)]
     if not samples:
@@ -231,7 +231,7 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
 
 
 class _Checkpoint:
-    """Writes a training's state every so many seconds; under torchrun the first process does."""
+    """Writes a training's state every ``seconds`` seconds; under torchrun only the first process does."""
 
     def __init__(self, path: Path, key: str, seconds: float):
         self.path, self.key, self.seconds, self.written, self.take = path, key, seconds, time.monotonic(), None
@@ -249,9 +249,9 @@ class _Checkpoint:
 
 @contextmanager
 def deterministic(params: RunParams) -> Iterator[None]:
-    """On CUDA with ``deterministic``: only operations that give the same result each time. Attention is then computed in full.
+    """On CUDA, with the parameter ``deterministic``: only operations that give the same result each time; attention is computed in full.
 
-    Raises ParameterError where CUBLAS_WORKSPACE_CONFIG is not set, which cuBLAS reads when the process first uses CUDA.
+    Raises ParameterError where CUBLAS_WORKSPACE_CONFIG is not set; cuBLAS reads it when the process first uses CUDA.
     """
     if not (params.deterministic and params.device.startswith("cuda")):
         yield
@@ -268,7 +268,7 @@ def deterministic(params: RunParams) -> Iterator[None]:
 
 
 def _key(params: RunParams, schemas: Sequence[type[Params]], samples: Sequence[Sample], *more: Any) -> str:
-    """A key of everything that a module depends on: versions, parameters, the bytes of the images, models, and ``more``."""
+    """A key of everything that a module depends on: versions, parameters, hashes of the images, models, and ``more``."""
     models = Models.of(params)
     images = [files.sha256_of(sample.image) for sample in samples]
     return files.digest(
@@ -277,7 +277,7 @@ def _key(params: RunParams, schemas: Sequence[type[Params]], samples: Sequence[S
 
 
 def _read(path: Path, key: str) -> TrainResult | None:
-    """The module with this key; None where there is none, another one, or a damaged file. It is then trained anew."""
+    """The module with this key; None where the file is missing, damaged or another module's: then it is trained."""
     try:
         made, described = modules.load(path)
         if described["key"] != key:
@@ -293,7 +293,7 @@ def _read(path: Path, key: str) -> TrainResult | None:
 
 
 def _curve(path: Path) -> Path:
-    """Where the whole loss curve of a module lies, if its file holds a part of it only."""
+    """The file of the whole loss curve of a module, where the module's own file holds only a part."""
     return path.with_name(f"{path.stem}.curve.csv")
 
 
@@ -310,7 +310,7 @@ def _description(key: str, result: TrainResult, data: PatchDataset, store: Label
 
 
 def _made_with(params: RunParams, sam: bool = True) -> dict:
-    """What every module's file says: the models that it belongs to, and the parameters, weights and notes of its training."""
+    """The description in every module's file: the models that it belongs to, and the parameters, weights and notes of its training."""
     return {
         "encoder": params.encoder,
         "clip": params.clip,
@@ -325,7 +325,7 @@ def _made_with(params: RunParams, sam: bool = True) -> dict:
 
 
 def train(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: Path | None = None) -> TrainResult:
-    """Train a module (``fit``). Its record lies beside its file; that of the profile's own module is also among the results."""
+    """Train a module (``fit``). Its record is written beside its file; that of the profile's own module also among the results."""
     path = path or module_path(params)
     result = fit(samples, store, params, path)
     if distributed.rank() == 0 and path == module_path(params):
@@ -335,5 +335,5 @@ def train(samples: Sequence[Sample], store: LabelStore, params: RunParams, path:
 
 
 def module_path(params: RunParams, name: str = "alignment") -> Path:
-    """Where a module of this profile lies."""
+    """The file of a module of this profile."""
     return modules.place(params.profile, name)

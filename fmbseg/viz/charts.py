@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fmbseg.viz.figures import InlineFigure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's colours, told apart without full colour vision; markers and places tell variants apart too."""
+"""Okabe and Ito's colours, which differ also without full colour vision; variants differ in marker and place too."""
 MARKERS = "osD^vPX*"  # one more than colours: no pair of the two comes twice among many
 
 
@@ -67,7 +67,7 @@ def curves(frame: pd.DataFrame, smooth: int = 10) -> Figure:
 def seeds(summary: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """mIoU of every variant, a panel a benchmark: a point a seed, a bar for the mean.
 
-    summary: as ``comparison.summary`` gives it; runs: a row a run, columns dataset, method, miou.
+    summary: the frame of ``ablations.summary``; runs: a row a run, columns dataset, method, miou.
     """
     datasets = list(dict.fromkeys(summary["dataset"]))
     figure = InlineFigure(figsize=(3.4 * len(datasets), 3), layout="constrained")
@@ -84,7 +84,7 @@ def seeds(summary: pd.DataFrame, runs: pd.DataFrame) -> Figure:
 
 
 def groups(frame: pd.DataFrame, measures: Sequence[str]) -> Figure:
-    """Bars of several measures, a panel each; rows of the frame are the groups along the axis, columns the bars of each."""
+    """Bars of several measures, a panel each; a row of the frame is a group along the axis, a column a bar of each group."""
     figure = InlineFigure(figsize=(4.2 * len(measures), 3.4), layout="constrained")
     for axis, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         part = frame.xs(measure, axis=1, level=-1)

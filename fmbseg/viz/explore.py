@@ -1,6 +1,6 @@
-"""What the explorer shows, computed: the expensive part once an image, then words, points and thresholds at once.
+"""The explorer's computing: the expensive part once an image, then words, points and thresholds at once.
 
-No widget is in here (``explorer.py`` holds those), so all of it works and is tested without a browser.
+It has no widgets (``explorer.py`` has them), so it works and is tested without a browser.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CLIP, ALIGNED = "CLIP dense", "aligned encoder"
 
 
 class WordCache:
-    """Text features of words, one pass through the text tower for each NEW word."""
+    """Text features of words. Each word goes through the text tower once."""
 
     def __init__(self, clip: ImageText, templates: str, average: str = "unit"):
         self.clip, self.templates, self.average = clip, templates, average
         self._features: dict[str, torch.Tensor] = {}
 
     def texts(self, space: LabelSpace) -> ClassTexts:
-        """Text features of a label space; only words never seen before are encoded."""
+        """Text features of a label space; only new words are encoded."""
         words = [word for prompts in space.prompts for word in prompts]
         new = tuple(word for word in dict.fromkeys(words) if word not in self._features)
         if new:
@@ -62,8 +62,8 @@ class Seen:
 class Explorer:
     """One image at a time: ``set_image`` once, then ask as often as you like.
 
-    params: the notebook's; the module is this profile's. Where it is missing or damaged, ``missing`` says so in one
-    sentence and only CLIP's side is there.
+    params: the notebook's; the module is the profile's. Where the module is missing or damaged, ``missing`` says so in one
+    sentence, and there are only CLIP's maps.
     """
 
     def __init__(self, params: ExploreRun):
@@ -87,7 +87,7 @@ class Explorer:
         self.scale = 1.0
 
     def set_image(self, image: np.ndarray) -> None:
-        """Take a (height, width, 3) RGB ``uint8`` image, scaled down to ``max_side``; what the last one left is dropped."""
+        """Take a (height, width, 3) RGB ``uint8`` image, scaled down to ``max_side``; results of the last image are dropped."""
         images.check_image(image)
         limit = min(self.params.max_side / max(image.shape[:2]), 1)
         self.image = images.resize(image, tuple(max(round(side * limit), 1) for side in image.shape[:2]))
@@ -102,9 +102,9 @@ class Explorer:
         return self.image is not None and self.scale in self._seen
 
     def seen(self) -> Seen:
-        """The image through the frozen models at the present resolution: seconds the first time, then at once.
+        """The features of the image at the present resolution: seconds the first time, then at once.
 
-        ``scale`` multiplies the short side that the profile gives the image. Raises ParameterError without an image.
+        ``scale`` multiplies the profile's short side. Raises ParameterError without an image.
         """
         if self.image is None:
             raise ParameterError("no image yet; choose or upload one")
@@ -127,8 +127,8 @@ class Explorer:
         return self._kept("similarity", (self.scale, space.names, space.prompts), lambda: self._similarity(space))
 
     def _kept(self, what: str, key: tuple, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What was asked for last, if it is asked for again: a slider's move asks for nothing new."""
-        self.seen()  # says so where there is no image
+        """The last result where the key is the same, as when a slider moves; else a new one."""
+        self.seen()  # raises without an image
         if self._last.get(what, (None,))[0] != key:
             self._last[what] = (key, make())
         return self._last[what][1]
@@ -165,7 +165,7 @@ class Explorer:
         return cache.vote_scale(self.texts(space), self.params)
 
     def query(self, space: LabelSpace, one: Detected, points: int) -> QueryMask:
-        """Stage 1.1 for one detected class: its query points and SAM's three masks. SAM sees each image once."""
+        """Stage 1.1 for one detected class: its query points and SAM's three masks. SAM's encoder runs once an image."""
         key = (self.scale, space.prompts[one.index], points)
         if key not in self._queries:
             sam, params = self.models.sam, self.params.model_copy(update={"points": points})

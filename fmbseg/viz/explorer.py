@@ -1,4 +1,4 @@
-"""The explorer (notebook 09): images, words, points and Stage 1 under controls; ``explore.py`` computes it all."""
+"""The explorer (notebook 09) as a widget: controls for images, words, points and Stage 1; ``explore.py`` computes everything."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ HEAT = (matplotlib.colormaps[figures.SIMILARITY](np.linspace(0, 1, 256))[:, :3] 
 
 
 class Explore(ipywidgets.VBox):
-    """The explorer as one widget. An error that the input causes is a sentence in ``notice``; the images stay.
+    """The explorer as one widget. An error that the input causes is a sentence in ``notice``; what is shown stays.
 
-    params: the notebook's; samples: the images to choose from. Work that takes seconds happens when an image or
-    a resolution is first shown, and in Stage 1's tab when it is first opened.
+    params: the notebook's; samples: the images to choose from. It takes seconds when an image or a resolution is first shown
+    and when Stage 1's tab is first opened.
     """
 
     def __init__(self, params: ExploreRun, samples: Sequence[Sample]):
@@ -50,22 +50,22 @@ class Explore(ipywidgets.VBox):
             titles=["Words and points", "Stage 1"],
         )
         rows = [
-            _line(self.picture, self.upload),
+            _line(self.image_choice, self.upload),
             _line(self.words, self.background),
             _line(self.threshold, self.margin, self.opacity, self.resolution),
         ]
         super().__init__([*rows, self.notice, self.tabs])
         self._watch()
-        self._new_picture()
+        self._new_image()
 
     def _controls(self, p: ExploreRun) -> None:
         names = list(self._files)
         first = p.image if p.image in names else names[0] if names else None
-        self.picture = ipywidgets.Dropdown(options=names, value=first, description="Image", style=_LABEL, layout=_width(450))
+        self.image_choice = ipywidgets.Dropdown(options=names, value=first, description="Image", style=_LABEL, layout=_width(450))
         self.upload = ipywidgets.FileUpload(accept=",".join(images.SUFFIXES), description="Upload an image", layout=_width(180))
         self.words = _text("Words", p.words, "words, separated by commas; Enter shows them", 450)
         self.background = _text("Background", p.background, "words that together are background", 450)
-        self.threshold = _slider("Threshold", 0.0, "under this share of the way from lowest to highest similarity nothing is coloured")
+        self.threshold = _slider("Threshold", 0.0, "no colour below this share of the range from lowest to highest similarity")
         self.margin = _slider("Margin", 0.0, "pixels whose class is nearer than the next one by less than this (cosine) get no class")
         self.opacity = _slider("Opacity", 0.6, "of the colours over the image")
         self.resolution = ipywidgets.Dropdown(options=RESOLUTIONS, value=1.0, description="Resolution", style=_LABEL, layout=_width(280))
@@ -94,7 +94,7 @@ class Explore(ipywidgets.VBox):
             control.observe(self._draw, "value")
         self.tabs.observe(self._draw, "selected_index")
         self.chosen.observe(self._draw, "value")
-        self.picture.observe(self._new_picture, "value")
+        self.image_choice.observe(self._new_image, "value")
         self.upload.observe(self._uploaded, "value")
         self.panels.observe(self._clicked, "point")
         for slider in (self.across, self.down):
@@ -106,7 +106,7 @@ class Explore(ipywidgets.VBox):
         self.notice.value = f'<span class="fmbseg-{kind}" style="color: var({colour}); line-height: 1.4">{html.escape(text)}</span>'
 
     def _answer(self, work: Callable[[], str]) -> bool:
-        """Do the work and say what it says; an error that the input causes is said instead."""
+        """Do the work and show its sentence, or that of an error that the input causes. Returns whether it was done."""
         try:
             said = work()
         except FmbsegError as error:
@@ -122,13 +122,13 @@ class Explore(ipywidgets.VBox):
                 label_spaces.own_words(given, name)  # an error names the control
         return segmenter.words_space(words, background)
 
-    def _new_picture(self, *_) -> None:
+    def _new_image(self, *_) -> None:
         self._say("Reading the image ...")
         if self._answer(self._read):
             self._draw()
 
     def _read(self) -> str:
-        chosen = self._files.get(self.picture.value)
+        chosen = self._files.get(self.image_choice.value)
         if chosen is not None:
             self.explorer.set_image(chosen if isinstance(chosen, np.ndarray) else images.read_image(chosen))
         return ""
@@ -146,10 +146,10 @@ class Explore(ipywidgets.VBox):
             except FmbsegError as error:
                 self._say(str(error).replace(f"{folder}/", ""), "error")
                 return
-        self.picture.options = list(self._files)
-        if self.picture.value == name:
-            self._new_picture()
-        self.picture.value = name
+        self.image_choice.options = list(self._files)
+        if self.image_choice.value == name:
+            self._new_image()
+        self.image_choice.value = name
 
     def _clicked(self, change) -> None:
         for slider, value in zip((self.across, self.down), change.new):
@@ -165,14 +165,14 @@ class Explore(ipywidgets.VBox):
             self._draw()
 
     def _draw(self, *_) -> None:
-        """Everything that the open tab shows, anew; nothing but the sentence where the words are no good."""
+        """Draw the open tab again; where the words cannot be used, only show the error."""
         self._answer(self._drawn)
 
     def _drawn(self) -> str:
         space, started = self._space(), time.perf_counter()
         self.explorer.scale = self.resolution.value
         if not self.explorer.is_seen:
-            self._say("The models look at the image; from then on words and sliders answer at once ...")
+            self._say("The models run on the image; after that, words and sliders are answered at once ...")
             self.explorer.seen()
         image = self.explorer.image
         said = f"{image.shape[1]} x {image.shape[0]} pixels."
@@ -193,26 +193,26 @@ class Explore(ipywidgets.VBox):
         large, small = (_fit(self.explorer.image, 2 * width) for width in (LARGE, SMALL))
         labels = explore.segmentation(maps[best], large.shape[:2], self.threshold.value, self.margin.value)
         shown = data_url(figures.overlay(large, labels, space, self.opacity.value))
-        photograph = Panel("image", data_url(large), "click a point", LARGE, cross=self.panels.point)
-        sections = [("Image", [photograph, Panel("segmentation", shown, f"by {best}", LARGE, legend=_legend(labels, space))])]
+        original = Panel("image", data_url(large), "click a point", LARGE, cross=self.panels.point)
+        sections = [("Image", [original, Panel("segmentation", shown, f"by {best}", LARGE, legend=_legend(labels, space))])]
         colour = {"threshold": self.threshold.value, "opacity": self.opacity.value, "table": HEAT}
         point = []
         for name, one in near.items():
-            picture = data_url(explore.heat(small, one[0], explore.limits(one), **colour))
-            point.append(Panel(name, picture, _range(one), SMALL, cross=self.panels.point))
+            shown = data_url(explore.heat(small, one[0], explore.limits(one), **colour))
+            point.append(Panel(name, shown, _range(one), SMALL, cross=self.panels.point))
         if self.explorer.missing:
             point.append(Panel(ALIGNED, "", self.explorer.missing, SMALL))
         sections.append(("Similar to the point", point))
         for k, word in enumerate(space.names[:MOST_MAPS]):
             row = []
             for name, all_words in maps.items():
-                picture = data_url(explore.heat(small, all_words[k], explore.limits(all_words), **colour))
-                row.append(Panel(name, picture, _range(all_words[k]), SMALL))
+                shown = data_url(explore.heat(small, all_words[k], explore.limits(all_words), **colour))
+                row.append(Panel(name, shown, _range(all_words[k]), SMALL))
             sections.append((word, row))
         return sections
 
     def _votes_space(self, space: LabelSpace) -> LabelSpace:
-        """What Stage 1 looks for: every word by itself, background words too, or the profile's vocabulary."""
+        """The classes that Stage 1 looks for: every word by itself, background words included, or the profile's vocabulary."""
         if self.vocabulary.value:
             return label_spaces.vocabulary(self.vocabulary.value, self.explorer.params.words)
         return label_spaces.own_words([word for prompts in space.prompts for word in prompts])
@@ -231,7 +231,7 @@ class Explore(ipywidgets.VBox):
         if kept is None:
             return sections
         if not explorer.is_outlined:
-            self._say("SAM looks at the image ...")
+            self._say("SAM runs on the image ...")
         query = explorer.query(space, found[kept], self.points.value)
         stars = [(x / image.shape[1], y / image.shape[0]) for x, y in query.points.tolist()]
         row = [Panel("query points", data_url(small), f"{len(stars)} positions most like the word", SMALL, stars=stars)]
@@ -273,7 +273,7 @@ def _slider(name: str, value: float, hint: str) -> ipywidgets.FloatSlider:
 
 
 def _set(control: ipywidgets.Widget, watcher: Callable, **values) -> None:
-    """Set a control's traits without telling the one who watches its value."""
+    """Set a control's traits without calling the function that watches its value."""
     control.unobserve(watcher, "value")
     for trait, value in values.items():
         setattr(control, trait, value)
@@ -281,13 +281,13 @@ def _set(control: ipywidgets.Widget, watcher: Callable, **values) -> None:
 
 
 def _fit(image: np.ndarray, side: int) -> np.ndarray:
-    """An image scaled down so that it is at most ``side`` pixels wide and as many high."""
+    """An image scaled down to at most ``side`` pixels in width and height."""
     limit = min(side / max(image.shape[:2]), 1)
     return images.resize(image, tuple(max(round(s * limit), 1) for s in image.shape[:2]))
 
 
 def _shares(box: tuple[float, float, float, float], size: tuple[int, int], name: str) -> tuple[float, float, float, float, str]:
-    """(x, y, width, height) in pixels as shares of a (height, width), with a name."""
+    """(x, y, width, height) in pixels as shares of the (height, width) of an image, with a name."""
     x, y, width, height = box
     return x / size[1], y / size[0], width / size[1], height / size[0], name
 

@@ -31,12 +31,12 @@ STARS = {"marker": "*", "s": 90, "c": "#00e676", "edgecolors": "black", "linewid
 SIMILARITY = "viridis"  # one hue order, even lightness: readable without colour vision and in print
 
 SCRIPTS = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Hiragino", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode", "Noto Sans")
-"""How the names of fonts begin that have other scripts than Latin, Greek and Cyrillic."""
+"""Beginnings of the names of fonts with other scripts than Latin, Greek and Cyrillic."""
 
 
 @functools.cache
 def fonts() -> list[str]:
-    """DejaVu Sans, then what is here of fonts of other scripts: matplotlib takes each letter from the first that has it."""
+    """DejaVu Sans, then the installed fonts of other scripts: matplotlib takes each letter from the first font that has it."""
     here = {font.name for font in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *sorted(name for name in here if name.startswith(SCRIPTS))]
 
@@ -47,16 +47,16 @@ def _letters() -> frozenset[int]:
 
 
 def readable(name: str, index: int) -> str:
-    """A class's name as matplotlib can write it: as it is, or "class INDEX" where no font here has its letters, which is said once."""
+    """A class's name for matplotlib, or "class INDEX", with one warning, where no font here has its letters."""
     if any(ord(letter) not in _letters() for letter in name):
         tell(f"no font here has the letters of some class names: figures say class numbers; install {SCRIPTS[0]} or {SCRIPTS[1]}")
         return f"class {index}"
-    plain = name.replace("$", r"\$")  # no formula
-    return f"\u200b{plain}" if plain.startswith("_") else plain  # a legend leaves out what begins with "_"
+    plain = name.replace("$", r"\$")  # else it would be a formula
+    return f"\u200b{plain}" if plain.startswith("_") else plain  # legends leave out names that begin with "_"
 
 
 class InlineFigure(Figure):
-    """A figure that shows itself in a notebook without pyplot, which would keep every one of them open."""
+    """A figure that a notebook shows without pyplot, which would keep every figure open."""
 
     def _repr_png_(self) -> bytes:
         stream = io.BytesIO()
@@ -104,7 +104,7 @@ def colour_masks(image: np.ndarray, masks: Sequence[AutomaticMask], opacity: flo
 
 
 def _orange(mask: np.ndarray) -> np.ndarray:
-    """A mask to be laid over its image: orange inside, clear outside."""
+    """(height, width, 4) RGBA to lay a mask over its image: orange inside, transparent outside."""
     return np.where(mask[..., None], np.array([0.9, 0.6, 0.0, 0.6]), np.zeros(4))
 
 
@@ -124,10 +124,10 @@ def _write(axis: Axes, x: float, y: float, text: str) -> None:
 
 
 def name_regions(axis: Axes, labels: np.ndarray, space: LabelSpace, smallest: float = 0.02) -> None:
-    """Write each class's name on its region, so that colour is not all that tells them apart.
+    """Write each class's name on its region, so that classes do not differ by colour alone.
 
-    The name stands on the pixel of the class nearest to the median of all of them; classes under a share of
-    ``smallest`` of the image are left to the legend.
+    The name is at the class's pixel that is nearest to the median of all its pixels. Classes that cover less than the share
+    ``smallest`` of the image are only in the legend.
     """
     for k in np.unique(labels[labels != IGNORED]):
         rows, columns = np.nonzero(labels == k)
@@ -146,7 +146,7 @@ def contact_sheet(paths: Sequence[Path]) -> Figure:
 
 
 def crops_and_votes(image: np.ndarray, features: ImageFeatures, winners: Sequence[str]) -> Figure:
-    """The overlapping crops (Sec. 3.2), each marked in its middle with the class it votes for."""
+    """The overlapping crops (Sec. 3.2), each with the name of its class in the middle."""
     figure, (axis,) = panels(1, size=5)
     axis.imshow(image)
     for crop, name in zip(features.crops, winners):
@@ -158,7 +158,7 @@ def crops_and_votes(image: np.ndarray, features: ImageFeatures, winners: Sequenc
 
 
 def similarity_maps(image: np.ndarray, rows: dict[str, torch.Tensor], names: Sequence[str]) -> Figure:
-    """Figure 3: the image, then for every row of maps, (K, h, w), one panel a class on the row's own scale."""
+    """Figure 3: for every row of maps, (K, h, w), the image and one panel a class, on one scale a row."""
     figure, axes = panels((1 + len(names)) * len(rows), columns=1 + len(names), size=2.7)
     for r, (title, maps) in enumerate(rows.items()):
         first, *of_classes = axes[r * (1 + len(names)) : (r + 1) * (1 + len(names))]
@@ -181,7 +181,7 @@ def points_figure(image: np.ndarray, similarity: torch.Tensor, points: np.ndarra
 
 
 def weights_figure(image: np.ndarray, mask: np.ndarray, weight: torch.Tensor, name: str) -> Figure:
-    """One mask over the image, and its share of every position of the feature map, (h, w): the weights of its mean feature."""
+    """One mask over the image, and the share of every position of the map that it covers, (h, w): the weights of its mean feature."""
     figure, (left, right) = panels(2, columns=2, size=3.6)
     left.imshow(image)
     _show(left, _orange(mask), f"mask, labelled {name}")
@@ -190,7 +190,7 @@ def weights_figure(image: np.ndarray, mask: np.ndarray, weight: torch.Tensor, na
 
 
 def windows_figure(image: np.ndarray, places: Sequence[Window]) -> Figure:
-    """Sliding windows over the image they lie in, in pixels, each in a colour of its own."""
+    """Sliding windows, in pixels, over their image, each in its own colour."""
     figure, (axis,) = panels(1, size=5)
     axis.imshow(image)
     for i, place in enumerate(places):
@@ -201,7 +201,7 @@ def windows_figure(image: np.ndarray, places: Sequence[Window]) -> Figure:
 
 
 def query_figure(image: np.ndarray, query: QueryMask) -> Figure:
-    """Figures 2 and 5: the query points as stars, SAM's three masks with its confidence, and which is chosen."""
+    """Figures 2 and 5: the query points as stars, and SAM's three masks with their confidence; the chosen one is marked."""
     figure, axes = panels(1 + len(query.masks), columns=4, size=3)
     for i, axis in enumerate(axes):
         axis.imshow(image)
@@ -215,7 +215,7 @@ def query_figure(image: np.ndarray, query: QueryMask) -> Figure:
 
 
 def automatic_figure(image: np.ndarray, masks: Sequence[AutomaticMask], labelled: Sequence[LabelledMask], space: LabelSpace) -> Figure:
-    """SAM's automatic masks in arbitrary colours, and in the colours of the classes they were given."""
+    """SAM's automatic masks in arbitrary colours, and in the colours of their classes."""
     figure, (left, right) = panels(2, columns=2, size=4)
     _show(left, colour_masks(image, masks), f"{len(masks)} automatic masks")
     labels, _ = paint(list(labelled), image.shape[:2])
@@ -243,8 +243,8 @@ def save_overlay(path: Path, image: np.ndarray, labels: np.ndarray, space: Label
 def predictions_figure(columns: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], space: LabelSpace, smallest: float = 0.05) -> Figure:
     """Figure 4: a column an image, (image, truth, prediction) from top to bottom, with one legend a column.
 
-    Shown are the classes of the truth and those that cover at least a share of ``smallest`` of the prediction; other
-    pixels of the prediction are faded, and its title counts their classes.
+    It shows the classes of the truth and those that cover at least the share ``smallest`` of the prediction. Other pixels of the
+    prediction are faded, and its title says how many classes they have.
     """
     figure, axes = panels(3 * len(columns), columns=len(columns), size=3.4)
     figure.set_figheight(3 * (3.4 * max(image.shape[0] / image.shape[1] for image, _, _ in columns) + 0.2) + 0.5)

@@ -1,4 +1,4 @@
-"""Sections of captioned images in the page, of which every one can be clicked: the explorer's canvas."""
+"""The explorer's canvas: sections of captioned images, which can be clicked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fmbseg import files
 
 
 def data_url(image: np.ndarray) -> str:
-    """A (height, width, 3) ``uint8`` image as the address of a JPEG that holds itself."""
+    """A (height, width, 3) ``uint8`` image as a data URL (JPEG)."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
@@ -26,8 +26,9 @@ def data_url(image: np.ndarray) -> str:
 class Panel:
     """One image with its caption. Places are shares of width and height, in [0, 1] from the top left.
 
-    src: the image's address (``data_url``), or empty for a caption alone; width: in pixels of the page; chosen: framed; boxes: (x, y, width,
-    height, text) each; stars: (x, y) each; cross: (x, y) of a chosen point; legend: (name, CSS colour) each.
+    src: the image as ``data_url``, or empty for a caption alone; width: in pixels of the page; chosen: whether it is framed;
+    boxes: (x, y, width, height, text) of each; stars: (x, y) of each; cross: (x, y) of a chosen point; legend: (name, CSS
+    colour) of each class.
     """
 
     title: str
@@ -54,5 +55,5 @@ class Panels(anywidget.AnyWidget):
     point = traitlets.List(traitlets.Float(), default_value=[0.5, 0.5]).tag(sync=True)
 
     def show(self, sections: Sequence[tuple[str, Sequence[Panel]]]) -> None:
-        """Replace what is shown: (title, panels) a section, in order; those without a panel are left out."""
+        """Replace all sections by these, (title, panels) each; sections without a panel are left out."""
         self.sections = [{"title": title, "panels": [asdict(panel) for panel in panels]} for title, panels in sections if panels]
