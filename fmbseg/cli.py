@@ -209,7 +209,7 @@ def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
 @_counting
 def segment(options: argparse.Namespace) -> None:
     from fmbseg import files
-    from fmbseg.runs import modules
+    from fmbseg.runs import hub, modules
     from fmbseg.stage2 import segmenter
     from fmbseg.tools import export, instances, segmenting
     from fmbseg.viz import figures
@@ -221,7 +221,7 @@ def segment(options: argparse.Namespace) -> None:
     space = segmenter.words_space(options.classes, options.background)
     files.check_place(options.out, folder=True, name="--out")
     places = segmenting.find(options.images, options.out)
-    module = _own_module(options, space) if options.train_on else options.module_file or modules.default(p.profile)
+    module = _own_module(options, space) if options.train_on else hub.find(options.module_file or modules.default(p.profile))
     made = segmenting.run(places, space, module, p, figures.save_overlay, options.out)
     if options.format:
         regions = instances.sam_regions(made, p) if options.instances == "sam" else None
@@ -237,7 +237,7 @@ def onnx(options: argparse.Namespace) -> None:
     from fmbseg.tools import deploy
 
     files.check_place(options.out, folder=False, name="--out")
-    segmenter = modules.Segmenter.load(options.module_file or modules.default(options.profile))
+    segmenter = modules.Segmenter.from_pretrained(options.module_file or modules.default(options.profile))
     path = deploy.to_onnx(segmenter, options.classes, options.out, options.background, options.size)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; onnxruntime gives what torch gives")
 
@@ -405,7 +405,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--workers", type=int, help="processes of one thread each (default 1)")
     which = sub.add_mutually_exclusive_group()
-    which.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
+    which.add_argument(
+        "--module",
+        dest="module_file",
+        type=Path,
+        help="trained module: a file, a folder of save_pretrained, or owner/name of the hub (default: the profile's)",
+    )
     which.add_argument("--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled images")
     sub.add_argument("--limit", type=int, help="with --train-on: how many of them, evenly spread")
 
@@ -418,7 +423,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--profile", default="embedded", help="whose module, without --module (default embedded)")
     sub.add_argument("--classes", "--classes-file", dest="classes", required=True, help="as for segment")
     sub.add_argument("--background", help="words that together are class 0, background")
-    sub.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
+    sub.add_argument(
+        "--module",
+        dest="module_file",
+        type=Path,
+        help="trained module: a file, a folder of save_pretrained, or owner/name of the hub (default: the profile's)",
+    )
     sub.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of its images, multiples of the encoder's patch (default 448 448)"
     )

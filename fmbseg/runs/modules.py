@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fmbseg.data import images
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError
 from fmbseg.params import ModuleParams, SegmentParams
-from fmbseg.runs import cache
+from fmbseg.runs import cache, hub
 from fmbseg.runs.cache import Models
 from fmbseg.stage2 import segmenter
 from fmbseg.stage2.alignment import Alignment
@@ -155,6 +156,23 @@ class Segmenter(segmenter.Segmenter):
         made = cls(embedder, models.clip, params, *words)
         made.path, made.described = Path(path), described
         return made
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None, **options: Any) -> Segmenter:
+        """``load`` of a folder that ``save_pretrained`` wrote, or of a repository of the hub, "owner/name" (``hub.find``)."""
+        return cls.load(hub.find(name, revision), **options)
+
+    def save_pretrained(self, folder: str | Path, name: str = "", licence: str = "apache-2.0") -> Path:
+        """Write the module with its model card in the hub's conventions (``hub.write``); the frozen models are not in it.
+
+        name: what the card loads; none: the folder's; licence: of the module, as the hub spells it.
+        """
+        return hub.write(self.path, self.described, folder, name or Path(folder).name, licence)
+
+    def push_to_hub(self, repository: str, private: bool = False, licence: str = "apache-2.0") -> str:
+        """``save_pretrained`` into a repository of the hub, "owner/name"; returns its address. Raises DataError where that fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            return hub.push(self.save_pretrained(folder, repository, licence), repository, private)
 
     def segment(
         self,

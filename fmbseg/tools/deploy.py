@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from fmbseg import files
-from fmbseg.data import fetch, images
+from fmbseg.data import images
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.errors import DataError, ParameterError
+from fmbseg.runs import hub
 from fmbseg.runs.modules import Segmenter
 from fmbseg.stage2.segmenter import Words, words_space
 
@@ -106,7 +107,6 @@ def to_onnx(
 def _about(segmenter: Segmenter, space: LabelSpace) -> dict:
     """What the file says of itself; JSON each."""
     described = segmenter.described
-    parts = [part.strip() for part in f"{described['encoder']}+{described['clip']}".split("+")]
     return {
         "names": space.names,
         "words": space.prompts,
@@ -117,6 +117,6 @@ def _about(segmenter: Segmenter, space: LabelSpace) -> dict:
         "module_sha256": files.sha256_of(segmenter.path),
         "encoder": segmenter.embedder.encoder.key,
         "clip": segmenter.clip.key,
-        "licences": {w.name: w.licence for w in fetch.TABLE if w.name in parts} | {"fmbseg": "Apache-2.0"},
+        "licences": {weight.name: weight.licence for weight in hub.frozen(described)} | {"fmbseg": "Apache-2.0"},
         "notes": described.get("notes", []),
     }
