@@ -224,7 +224,8 @@ def segment(options: argparse.Namespace) -> None:
     module = _own_module(options, space) if options.train_on else hub.find(options.module_file or modules.default(p.profile))
     made = segmenting.run(places, space, module, p, figures.save_overlay, options.out)
     if options.format:
-        regions = instances.sam_regions(made, p) if options.instances == "sam" else None
+        whole = [path for path in made if segmenting.beside(places[path], ".labels.png").is_file()]
+        regions = instances.sam_regions(whole, p) if options.instances == "sam" else None
         items = segmenting.labelled(made, places, options.out, regions)
         export.export(items, space, options.format, options.out / segmenting.EXPORT, options.instances)
         print(f"{', '.join(options.format)} in {options.out / segmenting.EXPORT}")
@@ -309,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
             "--format",
             default="",
             metavar="LIST",
-            help="also write for other tools, to fmbseg-export/ in the results: coco (run-length encoded), coco-polygons, yolo, voc (CVAT), label-studio",
+            help="also write for other tools, to fmbseg-export/ in the results: coco (run-length encoded), coco-polygons, yolo, voc (CVAT), label-studio, geojson",
         )
         sub.add_argument(
             "--instances",
@@ -381,7 +382,11 @@ def _parser() -> argparse.ArgumentParser:
         'fmbseg segment photo.jpg --classes "cat, sofa, rug" --background "wall, floor" --out cut/\nA stopped run goes on where it was.',
     )
     common(sub)
-    sub.add_argument("images", nargs="+", help="images, folders of images, or patterns such as 'photos/*.jpg'")
+    sub.add_argument(
+        "images",
+        nargs="+",
+        help="images, folders of images, or patterns such as 'photos/*.jpg'; large ones and GeoTIFFs are segmented in tiles",
+    )
     sub.add_argument(
         "--classes",
         "--classes-file",

@@ -201,11 +201,16 @@ def read_json(path: str | Path) -> Any:
 RESULT_SUFFIXES = (".json", ".labels.png", ".overlay.png", ".margin.png")
 """Suffixes of the files that ``fmbseg segment`` writes for an image."""
 
+TILED_SUFFIXES = (*(".json", ".labels.tif", ".margin.tif"), *(".overlay.png", ".margin.png"))
+"""What it writes of an image that is segmented in tiles; the PNGs are of a reduced size."""
+
+ALL_SUFFIXES = tuple(dict.fromkeys((*RESULT_SUFFIXES, *TILED_SUFFIXES)))
+
 
 def is_result(path: Path) -> bool:
     """Whether ``fmbseg segment`` wrote this image, beside a JSON; such images are never inputs."""
-    stem = next((path.name.removesuffix(suffix) for suffix in RESULT_SUFFIXES if path.name.endswith(suffix)), None)
-    return stem is not None and bool(result(path.with_name(f"{stem}{RESULT_SUFFIXES[0]}")))
+    stem = next((path.name.removesuffix(suffix) for suffix in ALL_SUFFIXES if path.name.endswith(suffix)), None)
+    return stem is not None and bool(result(path.with_name(f"{stem}.json")))
 
 
 def result(path: Path) -> dict[str, Any]:

@@ -314,6 +314,13 @@ class UnlabelledParams(FeatureParams, DetectParams):
     )
 
 
+class TileParams(Params):
+    """Images too large for memory (ours)."""
+
+    largest_whole: Count = Field(89_000_000, description="images of more pixels than this are segmented in tiles, as is every GeoTIFF")
+    tile: Count = Field(1792, description="side of a tile in pixels; the label map does not depend on it, time and memory do")
+
+
 class CollectionParams(DataParams):
     """Unlabelled images and the words looked for in them."""
 

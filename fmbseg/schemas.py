@@ -23,6 +23,7 @@ from fmbseg.params import (
     SamParams,
     Seeds,
     SegmentParams,
+    TileParams,
     UnlabelledParams,
     make,
 )
@@ -63,7 +64,7 @@ class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
     examples: Count = Field(2, description="images shown a benchmark")
 
 
-class SegmentRun(RunParams, SegmentParams, UnlabelledParams, MaskParams, SamParams):
+class SegmentRun(RunParams, SegmentParams, UnlabelledParams, MaskParams, SamParams, TileParams):
     """Any image into any words, with a trained module (Sec. 3.3)."""
 
 

@@ -78,16 +78,20 @@ def test_house_rules_of_the_code():
         assert ast.get_docstring(ast.parse(text)), path
 
 
-def test_ray_is_imported_where_it_is_used_and_nowhere_else():
-    """It is optional: one function of one module imports it, and says how to install it."""
-    assert [path.name for path in MODULES if {name.split(".")[0] for name in imported(path)} & {"ray"}] == ["cluster.py"]
-    top = ast.parse((PACKAGE / "runs/cluster.py").read_text()).body
-    assert not [node for node in top if isinstance(node, ast.Import) and node.names[0].name == "ray"]
+OPTIONAL = {"ray": "runs/cluster.py", "onnxruntime": "tools/deploy.py", "onnxscript": "tools/deploy.py", "rasterio": "tools/tiles.py"}
+
+
+@pytest.mark.parametrize(("package", "module"), OPTIONAL.items())
+def test_an_optional_package_is_imported_where_it_is_used_and_nowhere_else(package, module):
+    """Functions of one module import it, and say how to install it."""
+    assert [path for path in MODULES if package in {name.split(".")[0] for name in imported(path)}] == [PACKAGE / module]
+    top = ast.Module([node for node in ast.parse((PACKAGE / module).read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert package not in ast.unparse(top)
 
 
 def test_every_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {canonicalize_name(Requirement(d).name) for d in project["dependencies"]}
     names = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open-clip-torch", "segment_anything": "segment-anything"}
-    used = {name.split(".")[0] for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - {"fmbseg", "ray"}
+    used = {name.split(".")[0] for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - {"fmbseg", *OPTIONAL}
     assert {canonicalize_name(names.get(name, name)) for name in used} <= declared

@@ -161,5 +161,5 @@ def test_label_studio_is_read_back_by_its_converter(items, tmp_path, way):
 
 def test_an_unknown_format_is_refused():
     assert export.formats("coco, yolo") == ["coco", "yolo"]
-    with pytest.raises(ParameterError, match="^--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio$"):
+    with pytest.raises(ParameterError, match="^--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio, geojson$"):
         export.formats("coco,png")

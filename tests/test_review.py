@@ -10,8 +10,8 @@ from test_browser import SCREENS, browser, pytestmark  # noqa: F401
 
 from fmbseg import files
 from fmbseg.errors import DataError
+from fmbseg.stage2.segmenter import Confidence
 from fmbseg.tools import review
-from fmbseg.tools.segmenting import write_margin
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
         for path in (image, place.with_name(place.name + ".overlay.png")):
             Image.fromarray(np.full((40, 60, 3), int(1000 * margin), np.uint8)).save(path)
-        write_margin(place.with_name(place.name + ".margin.png"), np.full((40, 60), margin))
+        margins = np.full((40, 60), margin)
+        Image.fromarray(Confidence(margins, margins).levels).save(place.with_name(place.name + ".margin.png"))
         classes = [{"name": "cat", "mean_margin": margin}, {"name": "</script>", "mean_margin": margin / 2}]
         said = {"image": str(image), "key": "k", "height": 40, "width": 60, "mean_margin": margin, "classes": classes}
         files.write_json(place.with_name(place.name + ".json"), said)

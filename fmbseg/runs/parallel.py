@@ -157,6 +157,7 @@ def each(
     workers: int = 1,
     take: Callable[[T, Any], None] | None = None,
     read: Callable[[T], Any] | None = None,
+    unit: str = "image",
 ) -> Done:
     """``function`` on every item. An item that raises an EXPECTED error is a failure; any other error ends the run.
 
@@ -175,7 +176,7 @@ def each(
         outcomes[i] = outcome
         bar.update()
 
-    with progress(len(items), title) as bar:
+    with progress(len(items), title, unit) as bar:
         if read or workers == 1 or len(items) < 2:
             for i, item in enumerate(_read_ahead(read, items, min(workers, AHEAD)) if read else items):
                 settle(i, guarded(function, item))

@@ -133,6 +133,11 @@ class Confidence:
     similarity: np.ndarray
     margin: np.ndarray
 
+    @property
+    def levels(self) -> np.ndarray:
+        """(height, width) ``uint8``: the margin in thousandths of cosine, 255 from 0.255 on, 0 where unlabelled or below 0."""
+        return (self.margin * 1000).round().clip(0, 255).astype(np.uint8)
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -280,29 +285,43 @@ class Segmenter:
         return sorted({one.index for one in found} | ({0} if space.background else set()))
 
 
+def totals(labels: np.ndarray, confidence: Confidence, classes: int) -> np.ndarray:
+    """(classes, 3): pixels, sum of similarities and sum of margins of each class of a label map; those of its parts add up."""
+    given = labels.ravel().astype(np.intp) - IGNORED
+    columns = (None, confidence.similarity.ravel(), confidence.margin.ravel())
+    return np.stack([np.bincount(given, weights, classes - IGNORED)[-IGNORED:] for weights in columns], axis=1)
+
+
 def describe(result: Segmentation) -> dict:
-    """Size, unlabelled share, mean margin, and for each class that occurs its name, index, words, pixels, share of the image, mean
-    similarity and mean margin. Means are over the labelled pixels; 0 without any."""
-    found, labelled = [], result.labels != IGNORED
-    similarity, margin = result.confidence.similarity, result.confidence.margin
-    for k in np.unique(result.labels[labelled]):
-        where = result.labels == k
-        found.append(
-            {
-                "name": result.space.names[k],
-                "index": int(k),
-                "words": list(result.space.prompts[k]),
-                "pixels": int(where.sum()),
-                "share": round(float(where.mean()), 4),
-                "mean_similarity": round(float(similarity[where].mean()), 4),
-                "mean_margin": round(float(margin[where].mean()), 4),
-            }
-        )
+    """``describe_totals`` of a label map."""
+    return describe_totals(totals(result.labels, result.confidence, len(result.space)), result.labels.shape, result.space)
+
+
+def describe_totals(totals: np.ndarray, size: tuple[int, int], space: LabelSpace, images: int = 1) -> dict:
+    """Size, unlabelled share, mean margin, and for each class that occurs its name, index, words, pixels, share, mean similarity and
+    mean margin; means are over the labelled pixels, 0 where there is none.
+
+    totals: (K, 3), as ``totals`` gives them; size: (height, width) of each of so many images, of which shares are.
+    """
+    pixels, everywhere = totals[:, 0], size[0] * size[1] * images
+    labelled = pixels.sum()
+    found = [
+        {
+            "name": space.names[k],
+            "index": int(k),
+            "words": list(space.prompts[k]),
+            "pixels": int(pixels[k]),
+            "share": round(float(pixels[k] / everywhere), 4),
+            "mean_similarity": round(float(totals[k, 1] / pixels[k]), 4),
+            "mean_margin": round(float(totals[k, 2] / pixels[k]), 4),
+        }
+        for k in np.flatnonzero(pixels)
+    ]
     return {
-        "height": result.labels.shape[0],
-        "width": result.labels.shape[1],
-        "unlabelled": round(float((~labelled).mean()), 4),
-        "mean_margin": round(float(margin[labelled].mean()), 4) if found else 0.0,
+        "height": size[0],
+        "width": size[1],
+        "unlabelled": round(float(1 - labelled / everywhere), 4),
+        "mean_margin": round(float(totals[:, 2].sum() / labelled), 4) if found else 0.0,
         "classes": sorted(found, key=lambda c: -c["pixels"]),
     }
 

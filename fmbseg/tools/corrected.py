@@ -120,7 +120,8 @@ def _maps(folder: Path) -> tuple[list[str], Masks]:
     if classes.name != segmenting.CLASSES:
         return list(names), {path.stem: lambda path=path: images.read_mask(path) for path in sorted(folder.rglob("*.png"))}
     verdicts, results = review.verdicts(folder), review.results(folder)
-    accepted = [name for name in results if not verdicts or verdicts.get(name) == "accept"]
+    accepted = [name for name in results if (folder / f"{name}.labels.png").is_file()]  # not one of a tiled image
+    accepted = [name for name in accepted if not verdicts or verdicts.get(name) == "accept"]
     return list(names), {
         Path(results[name]["image"]).stem: lambda name=name: images.read_mask(folder / f"{name}.labels.png") for name in accepted
     }

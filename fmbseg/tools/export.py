@@ -1,4 +1,5 @@
-"""Label maps in the formats that annotation tools and trainers open: COCO, YOLO-seg, VOC (CVAT's "Segmentation mask 1.1"), Label Studio.
+"""Label maps in the formats that annotation tools and trainers open: COCO, YOLO-seg, VOC (CVAT's "Segmentation mask 1.1"), Label Studio,
+and GeoJSON.
 
 The class "background" and unlabelled pixels are no objects: COCO, YOLO and Label Studio leave them out, in VOC they are black.
 """
@@ -27,6 +28,7 @@ from fmbseg.runs import records
 from fmbseg.runs.cache import encode_rle
 from fmbseg.runs.label import LabelStore
 from fmbseg.stage2.segmenter import Segmentation, describe
+from fmbseg.tools import tiles
 from fmbseg.tools.instances import Regions, Way, outlines, split
 
 
@@ -36,7 +38,7 @@ class Labelled:
 
     name: unique among the images, without folders; read: returns (height, width) class indices, IGNORED where unlabelled;
     scores: how certain each class is, a mean margin, where that is known; regions: returns SAM's automatic masks, (height, width)
-    bool each, which instances "sam" are made of.
+    bool each, which instances "sam" are made of; large: the label map's file where it was made in tiles.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Labelled:
     read: Callable[[], np.ndarray]
     scores: Mapping[int, float] = field(default_factory=dict)
     regions: Regions = tuple
+    large: Path | None = None
 
     @classmethod
     def of(cls, result: Segmentation, image: str | Path, regions: Sequence[np.ndarray] = ()) -> Labelled:
@@ -235,6 +238,12 @@ def brush_rle(mask: np.ndarray) -> list[int]:
     return np.packbits(np.concatenate([np.array(list(head), dtype=np.uint8), bits.ravel().astype(np.uint8)])).tolist()
 
 
+def geojson(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
+    """Write a file an image (``tiles.geojson``)."""
+    for item in items:
+        tiles.geojson(item.large or item.read(), space, folder / f"{item.name}.geojson")
+
+
 def _root(items: Sequence[Labelled]) -> str:
     return os.path.commonpath([item.image.absolute().parent for item in items]) if items else ""
 
@@ -245,6 +254,7 @@ FORMATS: dict[str, Callable[[Sequence[Labelled], LabelSpace, Path, Way], Any]] =
     "yolo": lambda items, space, folder, way: yolo(items, space, folder / "yolo", way),
     "voc": lambda items, space, folder, way: voc(items, space, folder / "voc", way),
     "label-studio": lambda items, space, folder, way: label_studio(items, space, folder / "label-studio", way),
+    "geojson": lambda items, space, folder, way: geojson(items, space, folder / "geojson"),
 }
 
 
@@ -258,5 +268,8 @@ def formats(text: str) -> list[str]:
 
 def export(items: Sequence[Labelled], space: LabelSpace, names: Sequence[str], folder: str | Path, way: Way = "") -> None:
     """Write label maps in every format of ``names`` (keys of ``FORMATS``) into one folder. way: what an instance is (``split``)."""
+    whole = [item for item in items if not item.large]
+    if len(whole) < len(items) and set(names) != {"geojson"}:
+        tell(f"{len(items) - len(whole)} images that were segmented in tiles are written as geojson alone")
     for name in names:
-        FORMATS[name](items, space, Path(folder), way)
+        FORMATS[name](items if name == "geojson" else whole, space, Path(folder), way)

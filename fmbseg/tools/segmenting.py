@@ -23,6 +23,7 @@ from fmbseg.runs import cache, modules, parallel
 from fmbseg.runs.cache import Models
 from fmbseg.schemas import SegmentRun
 from fmbseg.stage2 import segmenter
+from fmbseg.tools import tiles
 from fmbseg.tools.export import Labelled
 from fmbseg.tools.instances import Regions
 
@@ -62,7 +63,7 @@ def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
     names = files.distinct_names(short)
     places = {path: out / name for (path, _), name in zip(found.values(), names)}
     for path, place in places.items():
-        there = [file for suffix in files.RESULT_SUFFIXES if (file := beside(place, suffix)).exists()]
+        there = [file for suffix in files.ALL_SUFFIXES if (file := beside(place, suffix)).exists()]
         if there and (other := files.result(beside(place, ".json")).get("image")) != os.path.abspath(path):
             whose = f"the result of {other}" if other else "no result of fmbseg segment"
             raise ParameterError(f"{there[0]}: is {whose}, and that of {path} would replace it; give another --out, or delete it")
@@ -89,13 +90,24 @@ def run(
     """
     modules.load(module)  # says so where there is none
     key = files.digest(files.sha256_of(module), space.names, space.prompts, params.content(*_CONTENT))
+    tiled = {path for path in places if tiles.is_tiled(path, params.largest_whole)}
+    if tiled and params.regions != "none":
+        raise ParameterError(
+            f"regions = {params.regions!r}: masks do not vote in images that are segmented in tiles ({min(tiled)}); leave it out"
+        )
     work = functools.partial(_one, places=places, space=space, key=key, module=module, params=params, overlay=overlay)
-    done = parallel.each(work, list(places), "segmenting", params.workers)
-    made = [path for path, _ in done.results]
+    failures = parallel.each(work, [path for path in places if path not in tiled], "segmenting", params.workers).failures
+    for path in tiled:
+        outcome = parallel.guarded(functools.partial(work, tiled=True), path)
+        if isinstance(outcome, parallel.Failure):
+            parallel.leave_out(outcome)
+            failures.append(outcome)
+    failed = {failure.item for failure in failures}
+    made = [path for path in places if str(path) not in failed]
     if not made:
         raise ParameterError("no image could be segmented; the reasons are told above")
     rows = [row for path in made for row in _rows(path, beside(places[path], ".json"))]
-    rows += [{"image": failure.item, "failed": failure.why} for failure in done.failures]
+    rows += [{"image": failure.item, "failed": failure.why} for failure in failures]
     with files.atomic_path(out / SUMMARY) as part:
         pd.DataFrame(rows).to_csv(part, index=False)
     with files.atomic_path(out / CLASSES) as part:
@@ -115,31 +127,33 @@ def _one(
     module: Path,
     params: SegmentRun,
     overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
+    tiled: bool = False,
 ) -> None:
     place, key = places[path], files.digest(key, files.sha256_of(path))
-    whole = all(beside(place, suffix).is_file() for suffix in files.RESULT_SUFFIXES)
-    if whole and files.result(beside(place, ".json")).get("key") == key:
+    suffixes, described = files.TILED_SUFFIXES if tiled else files.RESULT_SUFFIXES, beside(place, ".json")
+    whole = all(beside(place, suffix).is_file() for suffix in suffixes)
+    if whole and files.result(described).get("key") == key:
         return
-    image, described = images.read_image(path), beside(place, ".json")
-    result = _loaded(module, params).segment(image, space, masks=cache.regions(path, Models.of(params), params))
-    said = {"image": os.path.abspath(path)} | segmenter.describe(result)
-    files.write_json(described, said)  # the files beside it are ours from now on; with its key, they are whole
-    images.write_label_map(beside(place, ".labels.png"), result.labels, space.palette)
-    write_margin(beside(place, ".margin.png"), result.confidence.margin)
-    overlay(beside(place, ".overlay.png"), image, result.labels, space)
-    files.write_json(described, said | {"key": key})
-    tqdm.write(f"{path} -> {place}.labels.png, .overlay.png, .margin.png, .json")
+    for suffix in set(files.ALL_SUFFIXES) - set(suffixes):  # of the same image, made the other way
+        beside(place, suffix).unlink(missing_ok=True)
+    if tiled:
+        tiles.segment(path, place, key, space, functools.partial(_loaded, module, params), params, overlay)
+    else:
+        image = images.read_image(path)
+        result = _loaded(module, params).segment(image, space, masks=cache.regions(path, Models.of(params), params))
+        said = {"image": os.path.abspath(path)} | segmenter.describe(result)
+        files.write_json(described, said)  # the files beside it are ours from now on; with its key, they are whole
+        images.write_label_map(beside(place, ".labels.png"), result.labels, space.palette)
+        with files.atomic_path(beside(place, ".margin.png")) as part:
+            Image.fromarray(result.confidence.levels).save(part, format="PNG")
+        overlay(beside(place, ".overlay.png"), image, result.labels, space)
+        files.write_json(described, said | {"key": key})
+    tqdm.write(f"{path} -> {place}{', '.join(suffixes[1:])}, .json")
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(module: Path, params: SegmentRun) -> modules.Segmenter:
     return modules.Segmenter.load(module, params.device, params)
-
-
-def write_margin(path: Path, margin: np.ndarray) -> None:
-    """Write a (height, width) margin as an 8-bit PNG: thousandths of cosine, 255 from 0.255 on, 0 where unlabelled or below 0."""
-    with files.atomic_path(path) as part:
-        Image.fromarray((margin * 1000).round().clip(0, 255).astype(np.uint8)).save(part, format="PNG")
 
 
 def _rows(path: Path, described: Path) -> list[dict]:
@@ -157,6 +171,7 @@ def labelled(paths: Sequence[Path], places: dict[Path, Path], out: Path, regions
     found = []
     for name, path in zip(names, paths):
         scores = {one["index"]: one["mean_margin"] for one in files.read_json(beside(places[path], ".json"))["classes"]}
+        large = beside(places[path], ".labels.tif")
         read = functools.partial(images.read_mask, beside(places[path], ".labels.png"))
-        found.append(Labelled(name, path, read, scores, given.get(path, tuple)))
+        found.append(Labelled(name, path, read, scores, given.get(path, tuple), large if large.is_file() else None))
     return found
