@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,16 +274,65 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+SETTLED_NS = 2 * 10**9
+"""A hash is kept only of a file that did not change for so many nanoseconds before: changes within one tick of a file system's
+clock, two seconds at most, look alike."""
+
+
 def sha256_of(path: str | Path) -> str:
-    """``file_sha256`` of an image or another small file, which is read again only when it has changed."""
-    path = Path(path)
+    """``file_sha256`` of an image or another small file, which is read again only when it has changed.
+
+    Path, inode, size and the times at which bytes and status changed decide, in later processes too: ``home()/hashes.txt`` keeps the
+    hashes, and may be deleted. Bytes that have to be verified are hashed by ``file_sha256``. Raises DataError.
+    """
+    path, kept = Path(path), _kept_hashes(home() / "hashes.txt")
     try:
-        status = path.stat()
+        if found := kept.find(_seen(path, path.stat())):
+            return found
+        began = time.time_ns()
+        with open(path, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); put it back or leave it out") from error
-    return _sha256_at(str(path), status.st_size, status.st_mtime_ns)
+    if began - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS:
+        # a file system without fractions of seconds may be an image of fixed times: only this process trusts them
+        kept.add(_seen(path, status), found, lasting=status.st_ctime_ns % 10**9 != 0)
+    return found
 
 
-@functools.cache
-def _sha256_at(path: str, size: int, changed: int) -> str:
-    return file_sha256(path)
+def _seen(path: Path, status: os.stat_result) -> str:
+    """A key of a file as it is now; no program can set the time of its status back."""
+    now = (os.fsencode(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return hashlib.sha256(repr(now).encode()).hexdigest()[:32]
+
+
+class _Hashes:
+    """Lines "KEY HASH CHECKSUM", which several processes append to one file; a line that was cut off or mixed is not taken."""
+
+    def __init__(self, path: Path):
+        self.path, self.end, self.found = path, 0, {}
+
+    def find(self, key: str) -> str | None:
+        """The hash under a key; lines that other processes have added are read where it is not known yet."""
+        if key not in self.found:
+            with suppress(OSError), open(self.path, "rb") as stream:
+                start = stream.seek(self.end if os.fstat(stream.fileno()).st_size >= self.end else 0)
+                *lines, _ = stream.read().split(b"\n")  # the last one may not be whole yet
+                self.end = start + sum(len(line) + 1 for line in lines)
+                self.found |= {line[:32].decode(): line[33:97].decode() for line in lines if _line(line[:97]) == line + b"\n"}
+        return self.found.get(key)
+
+    def add(self, key: str, found: str, lasting: bool) -> None:
+        """Keep a hash; lasting: in the file too, where it can be written."""
+        self.found[key] = found
+        if lasting:
+            with suppress(OSError), open(self.path, "ab", buffering=0) as stream:
+                stream.write(_line(f"{key} {found}".encode()))
+
+
+def _line(said: bytes) -> bytes:
+    return said + b" %08x\n" % zlib.crc32(said)
+
+
+_kept_hashes = functools.cache(_Hashes)

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,96 @@ def test_hash_is_of_the_bytes_and_is_taken_again_when_they_change(tmp_path, imag
     image.write_bytes(b"BYTES OF AN IMAGE")  # of the same length
     os.utime(image, ns=(2, 2))
     assert files.sha256_of(image) == hashlib.sha256(b"BYTES OF AN IMAGE").hexdigest()
+
+
+@pytest.fixture
+def hashed(own_home, monkeypatch):
+    """Names of the files that were read to be hashed; every file counts as at rest."""
+    own_home.mkdir()
+    monkeypatch.setattr(files, "SETTLED_NS", -1)
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, kind: read.append(os.path.basename(stream.name)) or digest(stream, kind))
+    return read
+
+
+def in_another_process(path):
+    files._kept_hashes.cache_clear()  # all that a process knows
+    return files.sha256_of(path)
+
+
+def test_a_hash_is_kept_between_processes(image, hashed, tmp_path, monkeypatch):
+    before = files.sha256_of(image)
+    monkeypatch.chdir(tmp_path)
+    assert [files.sha256_of(image), in_another_process(image.name), in_another_process(image)] == 3 * [before]
+    assert hashed == ["image.jpg"]
+    (tmp_path / "home/hashes.txt").unlink()
+    assert in_another_process(image) == before and len(hashed) == 2
+
+
+def test_what_other_processes_add_is_read(image, hashed, own_home):
+    command = "import sys; from fmbseg import files; files.SETTLED_NS = -1; [files.sha256_of(path) for path in sys.argv[1:]]"
+    many = [image.with_name(f"{i}.jpg") for i in range(50)]
+    for i, path in enumerate(many):
+        path.write_bytes(b"%d" % i)
+
+    def hash_elsewhere(*parts):
+        running = [subprocess.Popen([sys.executable, "-c", command, *map(str, part)]) for part in parts]
+        assert [one.wait(timeout=60) for one in running] == [0] * len(parts)
+
+    files.sha256_of(image)
+    hash_elsewhere(*([*many[k:40:4], many[0]] for k in range(4)))  # at once
+    assert [files.sha256_of(path) for path in many[:40]] == [hashlib.sha256(b"%d" % i).hexdigest() for i in range(40)]
+    (own_home / "hashes.txt").unlink()
+    hash_elsewhere(many[40:])
+    assert all(map(files.sha256_of, many)) and hashed == ["image.jpg"]
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_a_changed_file_of_the_same_size_and_time_is_hashed_again(how, image, hashed):
+    before, status = files.sha256_of(image), image.stat()
+    other = image if how == "written" else image.with_name("other")
+    other.write_bytes(b"BYTES OF AN IMAGE")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(other, image)
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    for found in (files.sha256_of(image), in_another_process(image)):
+        assert found == hashlib.sha256(b"BYTES OF AN IMAGE").hexdigest() != before
+
+
+def test_the_hash_of_a_file_that_has_just_changed_is_not_kept(image, own_home, monkeypatch):
+    own_home.mkdir()
+    stat = image.stat()
+    monkeypatch.setattr(type(image), "stat", lambda path, **_: stat)  # a clock that has not ticked since
+    monkeypatch.setattr(os, "fstat", lambda _: stat)
+    before = files.sha256_of(image)
+    image.write_bytes(b"BYTES OF AN IMAGE")
+    assert files.sha256_of(image) == hashlib.sha256(b"BYTES OF AN IMAGE").hexdigest() != before
+    assert not os.path.exists(own_home / "hashes.txt")
+
+
+def test_a_file_system_without_fractions_of_seconds_is_not_trusted_later(image, hashed, own_home, monkeypatch):
+    status = image.stat()
+    kept = ("st_ino", "st_size", "st_mtime_ns", "st_mode")
+    coarse = SimpleNamespace(st_ctime_ns=status.st_ctime_ns // 10**9 * 10**9, **{name: getattr(status, name) for name in kept})
+    monkeypatch.setattr(type(image), "stat", lambda path, **_: coarse)
+    monkeypatch.setattr(os, "fstat", lambda _: coarse)
+    assert files.sha256_of(image) == files.sha256_of(image) and len(hashed) == 1
+    assert in_another_process(image) and len(hashed) == 2 and not os.path.exists(own_home / "hashes.txt")
+
+
+@pytest.mark.parametrize("damage", [lambda line: line[:50], lambda line: line[:40] + b"z" + line[41:], lambda line: line[:-1]])
+def test_a_damaged_line_of_the_kept_hashes_is_not_taken(damage, image, hashed, own_home):
+    before, kept = files.sha256_of(image), own_home / "hashes.txt"
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert in_another_process(image) == before and len(hashed) == 2
+    other = image.with_name("other")
+    other.write_bytes(b"other")
+    assert in_another_process(other) == in_another_process(other) and hashed.count("other") <= 2
+
+
+def test_a_home_that_cannot_be_written_keeps_no_hash(image, own_home, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED_NS", -1)
+    assert files.sha256_of(image) == files.file_sha256(image) and not own_home.exists()
 
 
 def test_hash_of_a_file_that_is_gone_is_one_sentence(tmp_path):
