@@ -1,7 +1,7 @@
 """Annotation-free semantic segmentation with vision foundation models (FMbSeg).
 
-CLIP finds what is in an image, SAM outlines it, and a small module is trained on the resulting pseudo labels
-that aligns a frozen encoder with language.
+CLIP finds what is in an image, and SAM outlines it. These pseudo labels train a small module, which aligns a frozen
+encoder with language.
 
     stage1/   Sec. 3.1, 3.2: one image in, pseudo labels out        models/  the frozen models by name
     stage2/   Sec. 3.3: the module, its losses, training, use       data/    images, words, benchmarks
