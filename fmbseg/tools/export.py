@@ -161,9 +161,11 @@ def voc(items: Sequence[Labelled], space: LabelSpace, folder: Path, way: Way = "
 
 
 MOST_IDS = 254
-"""Instances that a palette PNG holds, between the background, 0, and void, 255."""
+"""Instances that a palette PNG holds, between none, 0, and void, 255."""
 
-_INSTANCE_COLOURS = np.concatenate([np.zeros((1, 3), np.uint8), label_spaces.palette(MOST_IDS)])
+_BITS = np.arange(MOST_IDS + 1)[:, None] >> (np.arange(8)[:, None, None] * 3 + np.arange(3))
+_INSTANCE_COLOURS = ((_BITS & 1) << np.arange(7, -1, -1)[:, None, None]).sum(axis=0).astype(np.uint8)
+"""(255, 3): VOC's own colours, by which readers know the numbers: bits of a number, the last first, are spread over red, green and blue."""
 
 
 def _numbered(item: Labelled, space: LabelSpace, way: Way) -> tuple[np.ndarray, int]:
