@@ -169,7 +169,7 @@ class Truth:
 def training_step(turns: int) -> list[dict]:
     """A training of 20 images, 1 epoch (4 steps of 5 images, read from the cache), against the bare steps on the same batches in memory."""
     dataset, rows = benchmarks.load_benchmark("embedded_coco_panoptic133"), []
-    for module in ("linear", "transformer"):
+    for module in ("linear", "mlp", "transformer"):
         params = profiles.load("train", "embedded", {"module": module, "epochs": 1})
         data = train.PatchDataset(train.prepare(dataset.samples, params), Truth(), params)
         classes, texts = data.classes(), Models.of(params).texts(dataset.space).prototypes()

@@ -9,6 +9,7 @@ What is compared (precisions; threads against processes) is measured side by sid
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import torch
 
 from fmbseg import cli, profiles
 from fmbseg.data import images, label_spaces
+from fmbseg.models import sam_decoder
 from fmbseg.models.clip import CLIP_NAMES, LIT, load_clip
 from fmbseg.models.encoders import load_encoder
 from fmbseg.models.sam import load_sam
@@ -37,7 +39,7 @@ from fmbseg.stage2 import alignment, training
 from fmbseg.stage2.segmenter import AlignedEncoder, Segmenter
 
 STEPS = ("CLIP features", "SAM embedding", "Stage 1.1 decoding", "automatic masks", "encoder patches", "training", "segmentation")
-WARM_UP = 1  # images before the clock starts
+WARM_UP = 1  # images before the clock starts; the peak of memory is theirs
 
 
 def cores() -> int:
@@ -83,10 +85,11 @@ def synchronise(device: str) -> None:
 
 
 def reset_peak(device: str) -> None:
-    """Let the peak that ``peak_memory`` tells begin anew (on a CPU: Linux)."""
+    """Let the peak that ``peak_memory`` tells begin anew (on a CPU: Linux), without the memory that is kept for later tensors."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -142,7 +145,7 @@ class Pipeline:
             ("CLIP", self.clip, "encode_crops"),
             ("SAM encoder", self.sam.model.image_encoder, "forward"),
             ("SAM decoder", self.sam.model.prompt_encoder, "forward"),
-            ("SAM decoder", self.sam.model.mask_decoder, "forward"),
+            ("SAM decoder", sam_decoder, "decode"),
             ("encoder", self.encoder, "encode"),
             ("alignment module", self.module, "forward"),
         ):
@@ -161,7 +164,7 @@ class Pipeline:
             ),
             "automatic masks": (embed, lambda i: label_masks.automatic_masks(arrays[i], self.sam, p)),
             "encoder patches": (nothing, lambda i: self.encoder.encode(self.squares[i])),
-            "training": (lambda i: self.module.train(), self.train_step),
+            "training": (lambda i: (self.module.train(), self.batch), self.train_step),
             "segmentation": (lambda i: self.module.eval(), lambda i: self.segmenter.segment(arrays[i], self.space)),
         }[step]
 
@@ -182,10 +185,12 @@ class Pipeline:
         loss.backward()
         self.optimiser.step()
 
-    def run(self, step: str, i: int) -> tuple[float, dict[str, float]]:
-        """(seconds, seconds in each model) of one image (training: of one batch)."""
+    def run(self, step: str, i: int, warm_up: bool) -> tuple[float, dict[str, float]]:
+        """(seconds, seconds in each model) of one image (training: of one batch). In a warm-up the peak of memory begins anew."""
         before, timed = self.work(step)
         before(i)
+        if warm_up:
+            reset_peak(self.params.device)
         synchronise(self.params.device)
         self.clock.seconds = {}
         started = time.perf_counter()
@@ -201,10 +206,10 @@ def measure(pipelines: dict[str, Pipeline], count: int) -> pd.DataFrame:
         taken, peaks = {name: [] for name in pipelines}, dict.fromkeys(pipelines, 0)
         for i in range(-WARM_UP, count):
             for name, pipeline in pipelines.items():
-                reset_peak(pipeline.params.device)
-                made = pipeline.run(step, i % count)
-                peaks[name] = max(peaks[name], peak_memory(pipeline.params.device))
-                if i >= 0:
+                made = pipeline.run(step, i % count, i < 0)
+                if i < 0:
+                    peaks[name] = peak_memory(pipeline.params.device)
+                else:
                     taken[name].append(made)
         for name, found in taken.items():
             arrays = pipelines[name].params.images_per_batch if step == "training" else 1
