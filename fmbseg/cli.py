@@ -348,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
         "--labels",
         type=Path,
         metavar="FOLDER",
-        help="masks that a person corrected, in the place of those images' pseudo labels: a COCO .json, a VOC folder (CVAT), or PNGs"
+        help="masks that a person corrected, in the place of those images' pseudo labels: a .json of COCO or Label Studio, a folder of VOC (CVAT) or YOLO, or PNGs"
         " with classes.txt; of results of segment that were reviewed, the accepted ones",
     )
     sub.add_argument(

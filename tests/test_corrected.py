@@ -5,7 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from label_studio_converter import brush
 from PIL import Image
+from test_export import SPACE as TOOLS
+from test_export import items, objects  # noqa: F401
 
 from fmbseg import files
 from fmbseg.data.images import IGNORED
@@ -14,22 +17,29 @@ from fmbseg.errors import DataError, ImageError
 from fmbseg.runs import modules, train
 from fmbseg.tools import corrected, export, review
 
+COMES_BACK = ["coco", "coco-polygons", "voc", "label-studio", "yolo"]
 SPACE = own_words("sky=heavens|sky, sun, lawn=grass, house, tree")  # other order and names than the corrections have
 
 
 @pytest.fixture
 def exported(toy, own_home, tmp_path):
     """What the tools would give back of four images, in every format."""
-    export.export(export.of_store(toy.samples[:4], toy.store), toy.store.space, list(export.FORMATS), tmp_path)
+    export.export(export.of_store(toy.samples[:4], toy.store), toy.store.space, COMES_BACK, tmp_path)
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "classes.txt").write_text("sky\ngrass\nsun\nhouse\n")
     for sample in toy.samples[:4]:
         shutil.copy(toy.store.path(sample), plain / f"{sample.image.stem}.png")
+    tasks = files.read_json(tmp_path / "label-studio" / "tasks.json")
+    for task in tasks:  # what a person accepts becomes an annotation
+        task["annotations"] = [{"result": [], "was_cancelled": False}, {"result": task["predictions"][0]["result"]}]
+        task["annotations"].append({"result": [], "was_cancelled": True})
+    tasks[0]["data"]["image"] = f"/data/upload/7/0a1b2c3d-{toy.samples[0].image.name}"
+    files.write_json(tmp_path / "label-studio.json", tasks)
     return tmp_path
 
 
-@pytest.mark.parametrize("source", ["coco.json", "coco-polygons.json", "voc", "plain"])
+@pytest.mark.parametrize("source", ["coco.json", "coco-polygons.json", "voc", "plain", "label-studio.json", "yolo"])
 def test_masks_come_back_pixel_by_pixel(toy, exported, source):
     found = corrected.take(exported / source, toy.samples, SPACE)
     mixed = corrected.MixedStore(toy.store, found)
@@ -77,7 +87,7 @@ def test_what_cannot_be_taken_is_said(toy, exported, tmp_path):
         corrected.take(plain, samples, own_words("sky, grass, house"))
     with pytest.raises(DataError, match="none of its 4 masks belongs to an image of the collection"):
         corrected.take(plain, samples[4:], SPACE)
-    with pytest.raises(DataError, match="no corrected masks; give a COCO .json, or a folder"):
+    with pytest.raises(DataError, match="no corrected masks; give a .json of COCO or Label Studio"):
         corrected.take(exported, samples, SPACE)
     (tmp_path / "other.json").write_text(json.dumps({"images": [{}], "annotations": [], "categories": []}))
     with pytest.raises(DataError, match="no COCO annotations .*id.* is missing"):
@@ -94,3 +104,39 @@ def test_what_cannot_be_taken_is_said(toy, exported, tmp_path):
     Image.fromarray(np.full((*size[::-1], 3), 7, np.uint8)).save(shown)
     with pytest.raises(DataError, match="has the colour 070707, which labelmap.txt does not"):
         corrected.take(exported / "voc", samples, SPACE)
+
+
+def test_brush_masks_of_label_studio_and_polygons_of_yolo_come_back(items, tmp_path):  # noqa: F811
+    for item in items:
+        for mask in (item.read() == k for k in (1, 2, 3)):
+            coded = brush.encode_rle((mask.reshape(-1, 1) * np.array([10, 20, 30, 255], np.uint8)).ravel())
+            for codes in (coded, export.brush_rle(mask)):
+                np.testing.assert_array_equal(corrected.brush_mask(codes, mask.shape), mask)
+    single = f"{8:032b}{7:05b}" + f"{2:04b}" * 4 + "000111" + "".join(f"{n:08b}" for n in (1, 2, 3, 255, 9, 9, 9, 0))  # without runs
+    codes = [int(single[at : at + 8].ljust(8, "0"), 2) for at in range(0, len(single), 8)]
+    assert (
+        corrected.brush_mask(codes, (1, 2)).tolist() == [[True, False]] == (brush.decode_rle(codes).reshape(1, 2, 4)[..., 3] > 0).tolist()
+    )
+    export.export(items, TOOLS, ["yolo"], tmp_path)
+    names, masks = corrected._yolo(tmp_path / "yolo")
+    assert names == ["person", "cat", "bird"] and set(masks) == {"one", "two", "three"}
+    for item in items[:3]:
+        read = masks[item.name](item.read().shape)
+        np.testing.assert_array_equal(np.where(read == IGNORED, 0, read + 1), objects(item))
+
+
+def test_what_tools_write_otherwise_is_said(toy, exported):
+    file, other = exported / "label-studio.json", exported / "label-studio" / "tasks.json"
+    with pytest.raises(DataError, match="no export of Label Studio with brush masks .*annotations"):
+        corrected.take(other, toy.samples, SPACE)
+    tasks = files.read_json(file)
+    tasks[0]["annotations"][1]["result"][0]["type"] = "polygonlabels"
+    files.write_json(file, tasks)
+    with pytest.raises(DataError, match="holds polygonlabels, and only brush masks are read; export from Label Studio as COCO"):
+        corrected.take(file, toy.samples, SPACE)
+    next((exported / "yolo" / "labels").iterdir()).write_text("0 0.5 0.5 1 1\n")
+    with pytest.raises(DataError, match="'0 0.5 0.5 1 1' is no class and polygon"):
+        corrected.take(exported / "yolo", toy.samples, SPACE)
+    (exported / "yolo" / "data.yaml").write_text("train: images\n")
+    with pytest.raises(DataError, match="data.yaml: has no names of classes"):
+        corrected.take(exported / "yolo", toy.samples, SPACE)

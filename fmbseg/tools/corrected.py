@@ -1,11 +1,16 @@
-"""Masks that a person corrected, on their way back into a training: from COCO files, VOC folders (as CVAT exports them) and label PNGs."""
+"""Masks that a person corrected, on their way back into a training: from COCO, Label Studio, VOC (as CVAT exports it), YOLO-seg, label PNGs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
+import yaml
+from PIL import Image, ImageDraw
 
 from fmbseg import files
 from fmbseg.data import images, label_spaces
@@ -16,8 +21,8 @@ from fmbseg.errors import DataError, ImageError, tell
 from fmbseg.runs.label import LabelStore
 from fmbseg.tools import review, segmenting
 
-Masks = dict[str, Callable[[], np.ndarray]]
-"""File name of an image, without folders and suffix -> a function that returns its (height, width) class indices."""
+Masks = dict[str, Callable[[tuple[int, int]], np.ndarray]]
+"""File name of an image, without folders and suffix -> a function of its (height, width) that returns its class indices."""
 
 
 class MixedStore(LabelStore):
@@ -41,12 +46,12 @@ class MixedStore(LabelStore):
 def take(source: Path, samples: Sequence[Sample], space: LabelSpace) -> dict[str, Path]:
     """Write the corrected masks of a source that belong to samples as label maps of ``space``: {sample's name: file}.
 
-    source: a COCO .json; a folder with labelmap.txt and SegmentationClass/; or one with classes.txt and a PNG an image, such as
-    results of ``fmbseg segment``, of which only the accepted ones are taken where there is a review. An image is found by its file's name
+    source: a .json of COCO or of Label Studio (brush masks); a folder with labelmap.txt and SegmentationClass/; one with data.yaml
+    and labels/ (YOLO-seg); or one with classes.txt and a PNG an image, such as results of ``fmbseg segment``, of which only the accepted ones are taken where there is a review. An image is found by its file's name
     without suffix. Background is unlabelled. Raises DataError for another source, a class that is none of ``space``, and where
     nothing belongs to a sample, ImageError for a mask of another size than its image.
     """
-    names, masks = _coco(source) if source.suffix == ".json" else _voc(source) if (source / "labelmap.txt").is_file() else _maps(source)
+    names, masks = _read(source)
     words = {label_spaces.normal(word): k for k, own in enumerate(space.prompts) for word in (*own, space.names[k])}
     table = [IGNORED if label_spaces.is_background(name) else words.get(label_spaces.normal(name), -2) for name in names]
     if -2 in table:
@@ -60,7 +65,8 @@ def take(source: Path, samples: Sequence[Sample], space: LabelSpace) -> dict[str
         if len(of_one) > 1:
             raise DataError(f"{source}: {stem} may be {of_one[0]} or {of_one[1]}; give images of different names")
         for sample in of_one:
-            labels, size = read(), images.image_size(sample.image)
+            size = images.image_size(sample.image)
+            labels = read(size)
             if labels.shape != size:
                 raise ImageError(
                     f"{source}: the mask of {stem} is {labels.shape[::-1]}, its image {size[::-1]} pixels; both must be of one size"
@@ -78,8 +84,15 @@ def take(source: Path, samples: Sequence[Sample], space: LabelSpace) -> dict[str
     return found
 
 
-def _coco(path: Path) -> tuple[list[str], Masks]:
-    made = files.read_json(path)
+def _read(source: Path) -> tuple[list[str], Masks]:
+    if source.suffix == ".json":
+        made = files.read_json(source)
+        return _label_studio(source, made) if isinstance(made, list) else _coco(source, made)
+    readers = {"labelmap.txt": _voc, "data.yaml": _yolo}
+    return next((read for name, read in readers.items() if (source / name).is_file()), _maps)(source)
+
+
+def _coco(path: Path, made: Any) -> tuple[list[str], Masks]:
     try:
         index = {one["id"]: k for k, one in enumerate(made["categories"])}
         outlines: dict[int, list[tuple[int, dict]]] = {one["id"]: [] for one in made["images"]}
@@ -88,8 +101,86 @@ def _coco(path: Path) -> tuple[list[str], Masks]:
         sizes = {Path(one["file_name"]).stem: ((one["height"], one["width"]), outlines[one["id"]]) for one in made["images"]}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: no COCO annotations ({error!r} is missing); export them again") from error
-    masks = {stem: lambda given=given: read_instances(*given, IGNORED) for stem, given in sizes.items() if given[1]}
+    masks = {stem: lambda _, given=given: read_instances(*given, IGNORED) for stem, given in sizes.items() if given[1]}
     return [one["name"] for one in made["categories"]], masks
+
+
+def _label_studio(path: Path, tasks: list[Any]) -> tuple[list[str], Masks]:
+    """What persons annotated: of each task the last annotation that was not cancelled; predictions that nobody accepted are not taken."""
+    names: dict[str, int] = {}
+    masks: Masks = {}
+    try:
+        for task in tasks:
+            given = [one["result"] for one in task["annotations"] if not one.get("was_cancelled")]
+            brushes = [one for one in given[-1] if "value" in one] if given else []
+            if other := {one["type"] for one in brushes} - {"brushlabels"}:
+                raise DataError(f"{path}: holds {sorted(other)[0]}, and only brush masks are read; export from Label Studio as COCO")
+            parts = []
+            for one in brushes:
+                size, (name,) = (one["original_height"], one["original_width"]), one["value"]["brushlabels"]
+                parts.append((names.setdefault(name, len(names)), size, one["value"]["rle"]))
+            file = unquote(task["data"]["image"]).rsplit("/", 1)[-1].rsplit("?d=", 1)[-1]
+            if "/upload/" in task["data"]["image"]:
+                file = re.sub("^[0-9a-f]{8}-", "", file)  # Label Studio puts a key before the name of a file that was uploaded
+            if parts:
+                masks[Path(file).stem] = lambda _, parts=parts: _brushed(parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: no export of Label Studio with brush masks ({error!r}); export it as JSON or as COCO") from error
+    return list(names), masks
+
+
+def _brushed(parts: Sequence[tuple[int, tuple[int, int], Sequence[int]]]) -> np.ndarray:
+    labels = np.full(parts[0][1], IGNORED, np.int32)
+    for k, size, codes in parts:
+        labels[brush_mask(codes, size)] = k
+    return labels
+
+
+def brush_mask(codes: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+    """A brush mask of Label Studio, by its opacity: (height, width) bool of ``size``. codes: bytes, as ``export.brush_rle`` has them.
+
+    A 0 in place of a run's 1 begins so many single values. Raises ValueError for a code that is not of that size.
+    """
+    bits, at = "".join(f"{byte:08b}" for byte in codes), 0
+
+    def take(count: int) -> int:
+        nonlocal at
+        at += count
+        return int(bits[at - count : at], 2)
+
+    total, width = take(32), take(5) + 1
+    sizes = [take(4) + 1 for _ in range(4)]
+    values, lengths, done = [], [], 0
+    while done < total:
+        run, length = take(1), take(sizes[take(2)]) + 1
+        values += [take(width)] if run else [take(width) for _ in range(length)]
+        lengths += [length] if run else [1] * length
+        done += length
+    return np.repeat(np.array(values, np.uint8), lengths).reshape(*size, 4)[..., 3] > 127
+
+
+def _yolo(folder: Path) -> tuple[list[str], Masks]:
+    try:
+        names = yaml.safe_load((folder / "data.yaml").read_text(encoding="utf-8"))["names"]
+        names = [names[k] for k in range(len(names))]
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{folder / 'data.yaml'}: has no names of classes ({error!r}); write them as YOLO has them") from error
+
+    def read(path: Path, size: tuple[int, int]) -> np.ndarray:
+        labels = Image.new("I", size[::-1], IGNORED)
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                k, *shares = line.split()
+                corners = np.floor(np.array(shares, float).reshape(-1, 2) * size[::-1] + 1e-3).astype(int)
+                if len(corners) < 3:
+                    raise ValueError("a polygon has three corners or more")
+                ImageDraw.Draw(labels).polygon(corners.ravel().tolist(), fill=int(k), outline=int(k))
+            except ValueError as error:
+                raise DataError(f"{path}: {line[:40]!r} is no class and polygon ({error}); correct it") from error
+        return np.array(labels)
+
+    paths = [path for path in sorted(folder.rglob("labels/**/*.txt")) if path.stat().st_size]
+    return names, {path.stem: lambda size, path=path: read(path, size) for path in paths}
 
 
 def _voc(folder: Path) -> tuple[list[str], Masks]:
@@ -109,19 +200,21 @@ def _voc(folder: Path) -> tuple[list[str], Masks]:
         return labels
 
     paths = sorted((folder / "SegmentationClass").glob("*.png"))
-    return [line[0] for line in lines], {path.stem: lambda path=path: read(path) for path in paths}
+    return [line[0] for line in lines], {path.stem: lambda _, path=path: read(path) for path in paths}
 
 
 def _maps(folder: Path) -> tuple[list[str], Masks]:
     classes = next((path for name in (segmenting.CLASSES, "classes.txt") if (path := folder / name).is_file()), None)
     if classes is None:
-        raise DataError(f"{folder}: no corrected masks; give a COCO .json, or a folder with labelmap.txt or classes.txt and PNGs")
+        raise DataError(
+            f"{folder}: no corrected masks; give a .json of COCO or Label Studio, or a folder with labelmap.txt, data.yaml or classes.txt"
+        )
     names = label_spaces.own_words(label_spaces.read_words(classes, numbered=True), str(classes), lines=True).names
     if classes.name != segmenting.CLASSES:
-        return list(names), {path.stem: lambda path=path: images.read_mask(path) for path in sorted(folder.rglob("*.png"))}
+        return list(names), {path.stem: lambda _, path=path: images.read_mask(path) for path in sorted(folder.rglob("*.png"))}
     verdicts, results = review.verdicts(folder), review.results(folder)
     accepted = [name for name in results if (folder / f"{name}.labels.png").is_file()]  # not one of a tiled image
     accepted = [name for name in accepted if not verdicts or verdicts.get(name) == "accept"]
     return list(names), {
-        Path(results[name]["image"]).stem: lambda name=name: images.read_mask(folder / f"{name}.labels.png") for name in accepted
+        Path(results[name]["image"]).stem: lambda _, name=name: images.read_mask(folder / f"{name}.labels.png") for name in accepted
     }
