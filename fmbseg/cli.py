@@ -1,4 +1,4 @@
-"""The fmbseg command: options, help and what each command prints; the work is in the wings below.
+"""The fmbseg command: options, help and the output of each command; the work is in the wings below.
 
 Modules are imported in the functions that need them, so that ``--help`` answers at once.
 """
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from fmbseg.data.label_spaces import LabelSpace
 
 EXAMPLES = """examples:
-  fmbseg fetch                                  bring the embedded weights and images, verified
+  fmbseg fetch                                  fetch the embedded weights and images, verified
   fmbseg reproduce embedded                     run all notebooks, write the tables
   fmbseg segment cat.jpg --classes "cat, sofa"  segment an image into your words
-  fmbseg doctor                                 what is here, what is missing, what brings it
+  fmbseg doctor                                 what is here, what is missing, and how to get it
 
 exit status:
   0  all is done          1  ended early, as by a full disk; what was computed is kept
-  2  wrong input, nothing is done          3  done, but some images or benchmarks were left out: the last lines name them
+  2  wrong input, nothing was done          3  done, but some images or benchmarks were left out: the last lines name them
   130  stopped by Ctrl-C; what was computed is kept
 """
 
@@ -54,10 +54,10 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _params(options: argparse.Namespace, step: str, beside: str = "", **given: Any):
-    """A step's parameters with the command line's on top: options that are named after a parameter, ``given``, ``--set``.
+    """A step's parameters, overridden by options that are named after a parameter, then ``given``, then ``--set``.
 
-    beside: another step of the same command; a ``--set`` that only it has is left to it. Raises ParameterError also for a
-    device that is not here.
+    beside: another step of the same command; a ``--set`` that only that step has is left to it. Raises ParameterError also for
+    a device that is not here.
     """
     from fmbseg import params, profiles
     from fmbseg.schemas import STEPS
@@ -73,7 +73,7 @@ def _params(options: argparse.Namespace, step: str, beside: str = "", **given: A
 
 
 def _counting(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """The command, with the items that it left out and their reasons as its last lines; its status says whether there were any."""
+    """The command, which then prints the items that it left out, with their reasons, and whose status says whether there were any."""
 
     @functools.wraps(function)
     def counted(options: argparse.Namespace) -> int:
@@ -184,7 +184,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
     """A module trained for the words of ``space``, on pseudo labels of the user's own unlabelled images.
 
-    Its file is known by the words, the images and the parameters.
+    The name of its file is a key of the words, the images and the parameters.
     """
     from fmbseg import files
     from fmbseg.params import AlignParams
@@ -215,7 +215,7 @@ def segment(options: argparse.Namespace) -> None:
     from fmbseg.viz import figures
 
     if options.limit is not None and not options.train_on:
-        raise ParameterError(f"--limit {options.limit}: says how many images to train on; give it with --train-on, or leave it out")
+        raise ParameterError(f"--limit {options.limit}: is the number of images to train on; give it with --train-on, or leave it out")
     p = _params(options, "segment", "train" if options.train_on else "", workers=options.workers or 1)
     options.format = export.formats(options.format)
     space = segmenter.words_space(options.classes, options.background)
@@ -318,22 +318,22 @@ def _parser() -> argparse.ArgumentParser:
             const="parts",
             default="",
             choices=("parts", "sam"),
-            help="in those: one object a connected part of a class (parts, also without a word), or one of SAM's masks, not one a class",
+            help="objects in these formats: connected parts of a class (parts, the default of the option) or SAM's masks, not whole classes",
         )
 
-    sub = command("fetch", fetch, "Bring weights and images here, verified by hash.", "Without names: all that a profile needs.")
+    sub = command("fetch", fetch, "Fetch weights and images, verified by hash.", "Without names: all that a profile needs.")
     sub.add_argument("names", nargs="*", help="names of weights; see --list")
-    sub.add_argument("--profile", default="embedded", help="whose weights to bring (default embedded)")
+    sub.add_argument("--profile", default="embedded", help="the profile whose weights to fetch (default embedded)")
     sub.add_argument("--list", action="store_true", help="print the table of all weights: source, licence, size, hash")
-    sub.add_argument("--again", action="store_true", help="fetch anew what is here already")
+    sub.add_argument("--again", action="store_true", help="fetch again what is here already")
 
     sub = command("label", label, "Stage 1: pseudo labels of unlabelled images.", "A stopped run goes on where it was.")
     common(sub, collection=True)
     sub.add_argument("--out", type=Path, help="folder for the label maps (default: in the cache)")
     sub.add_argument("--coco", type=Path, metavar="FILE.json", help="also write the labels as COCO annotations (run-length encoded)")
     exporting(sub)
-    sub.add_argument("--shard", type=int, default=0, help="this part of the images ...")
-    sub.add_argument("--num-shards", type=int, default=1, help="... of so many")
+    sub.add_argument("--shard", type=int, default=0, help="label only this part of the images, from 0 ...")
+    sub.add_argument("--num-shards", type=int, default=1, help="... to this number minus 1")
     sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help="who works: this machine, or a Ray cluster")
     sub.add_argument("--gpus-per-worker", type=float, metavar="N", help="ray only: GPUs of each worker (default: 1 on cuda, else 0)")
 
@@ -348,14 +348,14 @@ def _parser() -> argparse.ArgumentParser:
         "--labels",
         type=Path,
         metavar="FOLDER",
-        help="masks that a person corrected, in the place of those images' pseudo labels: a .json of COCO or Label Studio, a folder of VOC (CVAT) or YOLO, or PNGs"
-        " with classes.txt; of results of segment that were reviewed, the accepted ones",
+        help="masks that a person corrected, in place of the pseudo labels of their images: a .json of COCO or Label Studio, a folder of"
+        " VOC (CVAT) or YOLO, PNGs with classes.txt, or results of segment (if reviewed, the accepted ones)",
     )
     sub.add_argument(
         "--out",
         type=Path,
         metavar="FILE.safetensors",
-        help="where the module is written, its record beside it (default: the profile's place in the cache)",
+        help="file of the module; its record is written beside it (default: the profile's module in the cache)",
     )
 
     sub = command(
@@ -371,8 +371,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
     sub.add_argument("--limit", dest="eval_limit", type=int, help="how many images a benchmark, evenly spread")
     sub.add_argument("--workers", type=int, help="processes of one thread each")
-    sub.add_argument("--shard", type=int, help="count this part of the images only, from 0 ...")
-    sub.add_argument("--num-shards", type=int, help="... of so many")
+    sub.add_argument("--shard", type=int, help="count only this part of the images, from 0 ...")
+    sub.add_argument("--num-shards", type=int, help="... to this number minus 1")
     sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help="who works: this machine, or a Ray cluster")
 
     sub = command(
@@ -404,7 +404,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporting(sub)
     sub.add_argument("--least-similarity", type=float, metavar="X", help="pixels less similar to their class are unlabelled (255)")
-    sub.add_argument("--least-margin", type=float, metavar="X", help="pixels whose class is less than this above the next are unlabelled")
+    sub.add_argument(
+        "--least-margin", type=float, metavar="X", help="pixels whose class is less than this above the next class are unlabelled"
+    )
     sub.add_argument(
         "--detected-only", action="store_true", default=None, help="pixels of classes that Stage 1 does not detect are unlabelled"
     )
@@ -425,7 +427,7 @@ def _parser() -> argparse.ArgumentParser:
         "Encoder, module and words as one ONNX file, which onnxruntime runs without torch.",
         'fmbseg onnx --classes "cat, dog" --background "wall, floor" --out model.onnx',
     )
-    sub.add_argument("--profile", default="embedded", help="whose module, without --module (default embedded)")
+    sub.add_argument("--profile", default="embedded", help="the profile whose module is taken without --module (default embedded)")
     sub.add_argument("--classes", "--classes-file", dest="classes", required=True, help="as for segment")
     sub.add_argument("--background", help="words that together are class 0, background")
     sub.add_argument(
@@ -435,7 +437,11 @@ def _parser() -> argparse.ArgumentParser:
         help="trained module: a file, a folder of save_pretrained, or owner/name of the hub (default: the profile's)",
     )
     sub.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of its images, multiples of the encoder's patch (default 448 448)"
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of its input images, multiples of the encoder's patch (default 448 448)",
     )
     sub.add_argument("--out", type=Path, default=Path("model.onnx"), metavar="FILE.onnx", help="default model.onnx")
 
@@ -467,7 +473,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default: report.html in that folder)")
     sub.add_argument("--run", default="main", help="the run whose records it shows (default main)")
 
-    sub = command("doctor", doctor, "What is installed, which weights and data are here, and what brings what is missing.")
+    sub = command("doctor", doctor, "What is installed, which weights and data are here, and how to get the missing ones.")
     sub.add_argument("--data-root", "--data", help="folder of the benchmarks in their official layouts")
     return parser
 

@@ -1,4 +1,4 @@
-"""Masks that a person corrected, on their way back into a training: from COCO, Label Studio, VOC (as CVAT exports it), YOLO-seg, label PNGs."""
+"""Masks that a person corrected, for training: from COCO, Label Studio, VOC (as CVAT exports it), YOLO-seg and label PNGs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Masks = dict[str, Callable[[tuple[int, int]], np.ndarray]]
 
 
 class MixedStore(LabelStore):
-    """The pseudo labels of a store, with corrected masks in the place of those of some images.
+    """The pseudo labels of a store, with corrected masks in place of those of some images.
 
-    corrected: sample's name -> its label map, as ``take`` gives them.
+    corrected: sample's name -> file of its label map (``take``).
     """
 
     def __init__(self, store: LabelStore, corrected: dict[str, Path]):
@@ -44,12 +44,13 @@ class MixedStore(LabelStore):
 
 
 def take(source: Path, samples: Sequence[Sample], space: LabelSpace) -> dict[str, Path]:
-    """Write the corrected masks of a source that belong to samples as label maps of ``space``: {sample's name: file}.
+    """Write the corrected masks that belong to samples as label maps of ``space``: {sample's name: file}.
 
-    source: a .json of COCO or of Label Studio (brush masks); a folder with labelmap.txt and SegmentationClass/; one with data.yaml
-    and labels/ (YOLO-seg); or one with classes.txt and a PNG an image, such as results of ``fmbseg segment``, of which only the accepted ones are taken where there is a review. An image is found by its file's name
-    without suffix. Background is unlabelled. Raises DataError for another source, a class that is none of ``space``, and where
-    nothing belongs to a sample, ImageError for a mask of another size than its image.
+    source: a .json of COCO or of Label Studio (brush masks); a folder with labelmap.txt and SegmentationClass/; one with data.yaml and
+    labels/ (YOLO-seg); or one with classes.txt and a PNG an image, such as results of ``fmbseg segment``; of these, if they were
+    reviewed, only the accepted ones count. A mask belongs to the image of the same file name without suffix. Background becomes
+    unlabelled. Raises DataError for another source, for a class that is not in ``space`` and where no mask belongs to a sample,
+    ImageError for a mask whose size is not its image's.
     """
     names, masks = _read(source)
     words = {label_spaces.normal(word): k for k, own in enumerate(space.prompts) for word in (*own, space.names[k])}

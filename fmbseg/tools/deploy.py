@@ -57,11 +57,11 @@ def to_onnx(
     background: Sequence[str] | str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Path:
-    """Write a segmenter of these words as an ONNX file, once onnxruntime gives what torch gives (``CLOSE``).
+    """Write a segmenter of these words as an ONNX file, if onnxruntime gives the same as torch (``CLOSE``).
 
-    Its input and outputs are those of ``FixedWords``: any number of images of one size, in float32. Names, words and all that made the
-    file are in its metadata. classes, background: as ``Segmenter.segment`` takes them; size: (height, width) in pixels; none: the
-    segmenter's window. Raises ParameterError where a package or a fitting size is missing, DataError where the outputs differ.
+    Its input and outputs are those of ``FixedWords``, for any number of images of one size, in float32. Its metadata (``_about``) has
+    names, words and models. classes, background: those of ``Segmenter.segment``; size: (height, width) in pixels; None: the
+    segmenter's window. Raises ParameterError for a missing package or a size that does not fit, DataError where the outputs differ.
     """
     try:
         import onnxruntime
@@ -105,7 +105,7 @@ def to_onnx(
 
 
 def _about(segmenter: Segmenter, space: LabelSpace) -> dict:
-    """What the file says of itself; JSON each."""
+    """The metadata of the file, to be written as JSON."""
     described = segmenter.described
     return {
         "names": space.names,

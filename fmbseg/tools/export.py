@@ -1,7 +1,7 @@
 """Label maps in the formats that annotation tools and trainers open: COCO, YOLO-seg, VOC (CVAT's "Segmentation mask 1.1"), Label Studio,
 and GeoJSON.
 
-The class "background" and unlabelled pixels are no objects: COCO, YOLO and Label Studio leave them out, in VOC they are black.
+The class "background" and unlabelled pixels are not objects: COCO, YOLO and Label Studio leave them out; in VOC they are black.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Labelled:
     """An image and its label map.
 
     name: unique among the images, without folders; read: returns (height, width) class indices, IGNORED where unlabelled;
-    scores: how certain each class is, a mean margin, where that is known; regions: returns SAM's automatic masks, (height, width)
-    bool each, which instances "sam" are made of; large: the label map's file where it was made in tiles.
+    scores: the mean margin of each class, where it is known; regions: returns SAM's automatic masks, (height, width) bool each,
+    from which instances "sam" are made; large: the label map's file where it was made in tiles.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Labelled:
         return cls(Path(image).stem, Path(image), lambda: result.labels, scores, lambda: regions)
 
     def objects(self, space: LabelSpace, way: Way = "") -> tuple[tuple[int, int], Iterator[tuple[int, np.ndarray]]]:
-        """(height, width), and class and (height, width) bool mask of each instance (``split``) but those of the background."""
+        """(height, width), and the class and the (height, width) bool mask of each instance (``split``), without the background."""
         labels = self.read()
         regions = self.regions() if way == "sam" else ()
         classes = [k for k in np.unique(labels).tolist() if int(space.background) <= k < len(space)]
@@ -63,13 +63,13 @@ class Labelled:
 
 
 def of_store(samples: Sequence[Sample], store: LabelStore, regions: Mapping[Path, Regions] | None = None) -> list[Labelled]:
-    """The images that have a pseudo label in a store. regions: of images, as ``sam_regions`` gives them."""
+    """The images that have a pseudo label in a store. regions: those of ``sam_regions``."""
     given = regions or {}
     return [Labelled(s.name, s.image, lambda s=s: store.read(s), {}, given.get(s.image, tuple)) for s in samples if store.has(s)]
 
 
 def _simple(path: np.ndarray) -> np.ndarray:
-    """A closed path less repeated vertices and those between two others on a straight line; at least three vertices."""
+    """A closed path without repeated vertices and without vertices on a straight line; at least three vertices are kept."""
     path = path[(path != np.roll(path, 1, axis=0)).any(axis=1)] if len(path) > 1 and np.ptp(path, axis=0).any() else path[:1]
     before, after = path - np.roll(path, 1, axis=0), np.roll(path, -1, axis=0) - path
     straight = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0] == 0
@@ -221,10 +221,11 @@ def label_studio(items: Sequence[Labelled], space: LabelSpace, folder: Path, way
 
 
 def brush_rle(mask: np.ndarray) -> list[int]:
-    """A (height, width) bool mask as Label Studio's brush has it: the bytes of the run-length code of its RGBA values, 0 or 255.
+    """A (height, width) bool mask in Label Studio's brush format: the bytes of the run-length code of its RGBA values, 0 or 255.
 
-    The code: 32 bits number of values, 5 bits word size less one, four times 4 bits size of a run's length less one; then the
-    runs, here always 1 (a run), 3 (the fourth size), 16 bits length less one, 8 bits value.
+    The code begins with the number of values (32 bits), the word size minus one (5 bits) and four sizes of a run's length, each
+    minus one (4 bits). Then come the runs, here always: 1 (it is a run), 3 (the fourth size), the length minus one (16 bits), the
+    value (8 bits).
     """
     values = np.repeat(mask.ravel().astype(np.uint8) * 255, 4)
     starts = np.flatnonzero(np.diff(values, prepend=~values[:1]))
@@ -261,7 +262,7 @@ FORMATS: dict[str, Callable[[Sequence[Labelled], LabelSpace, Path, Way], Any]] =
 
 
 def formats(text: str) -> list[str]:
-    """Names of formats, separated by commas. Raises ParameterError for one that is none."""
+    """The formats in a text with commas between their names. Raises ParameterError for an unknown one."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in FORMATS]:
         raise ParameterError(f"--format {unknown[0]}: unknown; known are {', '.join(FORMATS)}")

@@ -25,22 +25,22 @@ MOSTLY = 0.8
 """Share of a SAM mask's pixels that have to be of one class (ours)."""
 
 SMALL = 0.001
-"""Share of the image under which what SAM's masks leave of a class joins the instance that it touches (ours)."""
+"""A part that SAM's masks leave over joins the instance that it touches if it covers less than this share of the image (ours)."""
 
 
 def split(mask: np.ndarray, way: Way, regions: Sequence[np.ndarray] = ()) -> Iterator[np.ndarray]:
     """The instances of one class (ours): (height, width) bool masks that share no pixel and together are ``mask``, one at a time.
 
-    "": the whole mask. "parts": its connected parts. "sam": of ``regions``, (height, width) bool each, the large ones first, those
-    of which at least MOSTLY lies in the mask and in no instance yet, less their other pixels; what they leave over are
-    connected parts, of which those under SMALL of the image join the instance that they touch most.
+    way "": the whole mask. "parts": its connected parts. "sam": each of ``regions``, (height, width) bool, large ones first, of
+    which at least the share MOSTLY is in the mask and in no instance yet, cut to these pixels. The rest of the mask is divided into
+    connected parts; those under the share SMALL of the image join the instance that they touch most.
     """
     if not way or not mask.any():
         yield from [mask] if mask.any() else []
     elif way == "parts":
         yield from _parts(mask)
     else:
-        owner = np.zeros(mask.shape, np.int32)  # 0: of no instance yet
+        owner = np.zeros(mask.shape, np.int32)  # 0: in no instance yet
         free, count = mask.copy(), 0
         for region in sorted(regions, key=lambda region: -int(region.sum())):
             inside = region & free
@@ -74,7 +74,7 @@ def _make(work: Callable[[Path], object], path: Path) -> None:
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
-    """With every pixel's eight neighbours."""
+    """The mask with the eight neighbours of every pixel."""
     wide = np.pad(mask, 1)
     tall = wide[:, :-2] | wide[:, 1:-1] | wide[:, 2:]
     return tall[:-2] | tall[1:-1] | tall[2:]
@@ -89,8 +89,8 @@ def _parts(mask: np.ndarray) -> Iterator[np.ndarray]:
 def outlines(mask: np.ndarray, level: float = 0.5) -> list[np.ndarray]:
     """The parts of a (height, width) bool mask, one closed polygon of (x, y) vertices each; pixel centres have whole numbers.
 
-    Holes are joined to their outline by a line that is passed twice. level: how far from the pixels outside to those inside the
-    outline runs. Painted by the rule of pixel centres, as pycocotools does, the polygons give back the mask.
+    A line that is passed twice joins a hole to its outline. level: where the outline runs, from 0 at the centres of the pixels
+    outside to 1 at those inside. Filled by the rule of pixel centres, as pycocotools does, the polygons give back the mask.
     """
     padded = np.pad(mask, 1)
     found = []
@@ -107,7 +107,7 @@ def outlines(mask: np.ndarray, level: float = 0.5) -> list[np.ndarray]:
             return path
 
         rings = [np.roll(hole, -hole[:, 1].argmin(), axis=0) for hole in holes]
-        for ring in sorted(rings, key=lambda ring: -ring[0, 1]):  # what is joined to a hole lies below its top
+        for ring in sorted(rings, key=lambda ring: -ring[0, 1]):  # holes that are joined to another hole are below its top
             column, row = round(ring[0, 0]), int(ring[0, 1])
             above = np.flatnonzero(~padded[:row, column])[-1]  # straight up through the mask to the next outline
             hooks.setdefault(_key((column, above + level)), []).append(joined(ring))

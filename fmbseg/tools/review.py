@@ -17,9 +17,9 @@ SHOWN = {"segmentation": ".overlay.png", "margin": ".margin.png"}
 
 
 def results(folder: Path) -> dict[str, dict]:
-    """What ``segment`` says of each image, by the name of its result relative to ``folder``, the least mean margin first.
+    """The JSON that ``segment`` wrote for each image, by the name of the result relative to ``folder``, the least mean margin first.
 
-    Raises DataError where there is none.
+    Raises DataError where the folder holds no result.
     """
     found = {}
     for path in sorted(Path(folder).rglob("*.json")):
@@ -31,9 +31,9 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 def write(folder: Path) -> Path:
-    """Write the page of a folder of results, with the verdicts that are there; returns its path.
+    """Write the page of a folder of results, with the verdicts so far; returns its path.
 
-    It is one file without a server: verdicts stay in the browser, and a button saves them as ``VERDICTS``, which belongs into the folder.
+    It is one file and needs no server: verdicts stay in the browser, and a button saves them as ``VERDICTS``, to be put into the folder.
     """
     known, items = verdicts(folder), []
     for name, said in results(folder).items():
@@ -56,9 +56,9 @@ def write(folder: Path) -> Path:
 
 
 def verdicts(folder: Path) -> dict[str, str]:
-    """ "accept" or "reject" of each result that was reviewed; empty where there is no ``VERDICTS``.
+    """The verdict, "accept" or "reject", of each reviewed result; empty where there is no ``VERDICTS``.
 
-    Raises DataError for a file that is none of the page's.
+    Raises DataError for a file that the page did not write.
     """
     path = Path(folder) / VERDICTS
     if not path.is_file():

@@ -1,5 +1,5 @@
-"""``fmbseg segment``: which images a command line names, where the results of each go (no two in one place, nothing overwritten),
-and the loop over them."""
+"""``fmbseg segment``: the images that a command line names, a place for the results of each (never the same for two, nothing of
+the user's is overwritten), and the loop over them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from fmbseg.tools.export import Labelled
 from fmbseg.tools.instances import Regions
 
 EXPORT, SUMMARY, CLASSES = "fmbseg-export", "fmbseg-summary.csv", "fmbseg-classes.txt"
-"""In a folder of results, the folder of other tools' formats, the table of all images and classes, and the classes, a line each."""
+"""In a folder of results: the folder for the formats of other tools, the table of all images and classes, and the classes, one a line."""
 
 
 def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
-    """The images that a command line names, each with the path of its results under ``out``, less their suffixes.
+    """The images that a command line names, each with the path of its results under ``out``, without suffix.
 
-    given: files, folders, and patterns such as "photos/*.jpg"; an image that is named twice counts once, and those that
-    ``fmbseg segment`` wrote are not taken. Results of a folder keep its sub-folders. Where images of several folders have one
-    name, the results of all keep their folders, from the one that all have in common.
+    given: files, folders, and patterns such as "photos/*.jpg". An image that is named twice counts once; images that
+    ``fmbseg segment`` wrote do not count. Results of a folder keep its sub-folders. Where images of several folders have the same
+    name, all results keep their folders, below the folder that all images share.
     Raises ParameterError for a pattern without an image, and where a result would replace a file of the user's or of another image.
     """
     found: dict[str, tuple[Path, Path]] = {}  # of an absolute path, the path as it was given and the short name
@@ -85,10 +85,10 @@ def run(
 ) -> list[Path]:
     """Segment every image into its place, and write a summary of all to ``out``; returns the images that have a result.
 
-    An image whose results are there, made of the same bytes, words, module and parameters, is left as it is. overlay: writes
-    (path, image, labels, space) as a picture. Raises ParameterError where no image can be segmented.
+    Results that are there, of the same bytes, words, module and parameters, are not made again. overlay: writes an overlay to a
+    path, given image, labels and space. Raises ParameterError where no image can be segmented.
     """
-    modules.load(module)  # says so where there is none
+    modules.load(module)  # raises before any work where there is none
     key = files.digest(files.sha256_of(module), space.names, space.prompts, params.content(*_CONTENT))
     tiled = {path for path in places if tiles.is_tiled(path, params.largest_whole)}
     if tiled and params.regions != "none":
@@ -142,7 +142,7 @@ def _one(
         image = images.read_image(path)
         result = _loaded(module, params).segment(image, space, masks=cache.regions(path, Models.of(params), params))
         said = {"image": os.path.abspath(path)} | segmenter.describe(result)
-        files.write_json(described, said)  # the files beside it are ours from now on; with its key, they are whole
+        files.write_json(described, said)  # marks the files beside it as ours; the key, written last, as complete
         images.write_label_map(beside(place, ".labels.png"), result.labels, space.palette)
         with files.atomic_path(beside(place, ".margin.png")) as part:
             Image.fromarray(result.confidence.levels).save(part, format="PNG")
@@ -165,7 +165,7 @@ def _rows(path: Path, described: Path) -> list[dict]:
 
 
 def labelled(paths: Sequence[Path], places: dict[Path, Path], out: Path, regions: Mapping[Path, Regions] | None = None) -> list[Labelled]:
-    """The results of images, for ``export``; a class's score is its mean margin. regions: as ``sam_regions`` gives them."""
+    """The results of images, for ``export``; a class's score is its mean margin. regions: those of ``sam_regions``."""
     given = regions or {}
     names = files.flat_names([Path(f"{places[path].relative_to(out)}{path.suffix}") for path in paths])
     found = []

@@ -31,13 +31,13 @@ from fmbseg.stage1.windows import Window, windows
 from fmbseg.stage2.segmenter import Confidence, Segmenter, describe_totals, totals
 
 GEO_KEYS = 34735
-"""Number of the TIFF tag that a GeoTIFF has and another TIFF has not: its reference."""
+"""Number of the TIFF tag that only a GeoTIFF has: its reference."""
 
 BLOCK = 256
 """Side in pixels of the blocks in which label maps are stored."""
 
 SHOWN = 1024
-"""Long side in pixels of what shows all of a tiled image."""
+"""Long side in pixels of the overlay of a tiled image."""
 
 CACHE = 256
 """Megabytes of blocks that the library for GeoTIFFs keeps in memory."""
@@ -45,7 +45,7 @@ CACHE = 256
 
 @contextmanager
 def _raster(path: Path) -> Iterator[Any]:
-    """The library for GeoTIFFs; what it raises is an ImageError that names the file."""
+    """The library for GeoTIFFs. Its errors become an ImageError that names the file."""
     try:
         import rasterio
     except ImportError:
@@ -65,7 +65,7 @@ def is_tiled(path: Path, largest_whole: int) -> bool:
             return opened.width * opened.height > largest_whole or (opened.format == "TIFF" and GEO_KEYS in opened.tag_v2)
     except Image.DecompressionBombError:
         return True
-    except Exception:  # PIL's plugins raise any of a damaged file, and of TIFFs with many bands
+    except Exception:  # PIL's plugins raise any exception for damaged files and TIFFs with many bands
         return path.suffix.lower() in (".tif", ".tiff") and path.is_file()
 
 
@@ -73,8 +73,8 @@ def is_tiled(path: Path, largest_whole: int) -> bool:
 class Raster:
     """An image that is read in parts.
 
-    size: (height, width); bands: the three that are red, green and blue; colours: (256, 3) ``uint8`` of an image with a palette;
-    darkest, brightest: of each band, what becomes 0 and 255, where it is not ``uint8``.
+    size: (height, width); bands: numbers of the red, green and blue band; colours: (256, 3) ``uint8`` palette, if it has one;
+    darkest, brightest: for bands that are not ``uint8``, the values of each band that become 0 and 255.
     """
 
     path: Path
@@ -107,8 +107,8 @@ class Raster:
         return source.read(self.bands, **part), source.dataset_mask(**part) > 0
 
     def read(self, window: Window | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(height, width, 3) RGB ``uint8``, and (height, width) bool: where the file has a value. window: a part; none: all of
-        it, its long side reduced to SHOWN pixels."""
+        """(height, width, 3) RGB ``uint8``, and (height, width) bool: where the file has a value. window: the part to read; None:
+        the whole image, with its long side reduced to SHOWN pixels."""
         with _raster(self.path) as rasterio, rasterio.open(self.path) as source:
             if window is None:
                 pixels, known = self._read(rasterio, source, out_shape=_reduced(self.size))
@@ -139,8 +139,10 @@ def tiles(size: tuple[int, int], side: int) -> list[Window]:
 
 
 def around(tile: Window, size: tuple[int, int], params: SegmentParams) -> Window:
-    """The part of an image of (height, width) = ``size`` that decides the labels of a tile: all sliding windows of the whole image that
-    meet it. The windows of the part are these windows, so that its labels inside the tile are those of the whole image."""
+    """The part of an image of (height, width) = ``size`` that decides the labels of a tile: all sliding windows that meet the tile.
+
+    The windows of the part are those windows of the whole image, so its labels inside the tile are those of the whole image.
+    """
 
     def reach(start: int, length: int, whole: int) -> tuple[int, int]:
         met = [w for w in windows(1, whole, params.window, params.window_stride) if w.left < start + length and start < w.left + w.width]
@@ -151,9 +153,9 @@ def around(tile: Window, size: tuple[int, int], params: SegmentParams) -> Window
 
 
 def segment_tile(tile: Window, raster: Raster, space: LabelSpace, load: Callable[[], Segmenter]) -> tuple[np.ndarray, Confidence]:
-    """Labels of a tile and their confidence, as ``Segmentation`` has them, from the image's own pixels, not scaled.
+    """Labels of a tile and their confidence, as in ``Segmentation``, at the image's own resolution.
 
-    Pixels without a value in the file are IGNORED. load: returns the segmenter; it is kept by its process.
+    Pixels without a value in the file are IGNORED. load: returns the segmenter, which each process keeps.
     """
     own = copy.copy(load())
     part = around(tile, raster.size, own.params)
@@ -176,10 +178,10 @@ def segment(
 ) -> None:
     """Segment an image tile by tile into ``files.TILED_SUFFIXES`` at ``place``.
 
-    Label map and margin keep the image's reference: class indices, ``uint8`` up to 255 classes and ``uint16`` above, no value where
-    unlabelled, with colours and names; and ``Confidence.levels``. Tiles that are done are kept in a hidden folder until the image is,
-    so that a run that was stopped goes on. key: of everything that decides the labels; load: as in ``segment_tile``; overlay: as in
-    ``segmenting.run``. Raises ImageError where the image or one of its tiles cannot be read.
+    Label map and margin keep the image's reference. The label map has class indices, ``uint8`` up to 255 classes and ``uint16`` above,
+    no value where unlabelled, and the classes' colours and names; the margin is ``Confidence.levels``. Finished tiles are kept in a
+    hidden folder until the image is finished, so that a run that was stopped goes on. key: covers everything that decides the labels;
+    load: as in ``segment_tile``; overlay: as in ``segmenting.run``. Raises ImageError where the image or a tile cannot be read.
     """
     raster = Raster.of(path)
     kept, every = place.with_name(f".{place.name}.tiles"), tiles(raster.size, params.tile)
@@ -192,7 +194,7 @@ def segment(
     )
     said = {"image": os.path.abspath(path)}
     said |= describe_totals(np.sum([counted for _, (counted, _) in done.results], axis=0), raster.size, space)
-    files.write_json(described, said)  # the files beside it are ours from now on; with its key, they are whole
+    files.write_json(described, said)  # marks the files beside it as ours; the key, written last, as complete
     with _raster(path) as rasterio:
         with rasterio.open(path) as source:
             layout = {"height": raster.size[0], "width": raster.size[1], "crs": source.crs, "transform": source.transform, "count": 1}
@@ -237,11 +239,11 @@ def _kept(tile: Window, raster: Raster, folder: Path, space: LabelSpace, load: C
 
 
 def geojson(labels: np.ndarray | Path, space: LabelSpace, path: Path) -> None:
-    """Write the connected parts of a label map as GeoJSON polygons, with their holes; background and unlabelled pixels are none.
+    """Write the connected parts of a label map as GeoJSON polygons with holes, without background and unlabelled pixels.
 
-    labels: (height, width) class indices, or a label map that ``segment`` wrote, which is not read at once. Coordinates are WGS 84
-    (longitude, latitude) where the file has a reference, else pixels from the upper left corner, y down, which the member
-    "coordinates" says. Each feature has its class's name and index.
+    labels: (height, width) class indices, or the file of a label map that ``segment`` wrote, which is read in parts. Coordinates are
+    WGS 84 (longitude, latitude) where the file has a reference, else pixels from the upper left corner, y down; the member
+    "coordinates" says which. Each feature has its class's name and index.
     """
     first, last = int(space.background), len(space)
     with _raster(path) as rasterio, ExitStack() as opened:
