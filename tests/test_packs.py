@@ -85,3 +85,17 @@ def test_the_latest_tar_counts_and_the_same_files_give_the_same_bytes(tmp_path):
 def _written(path, content):
     path.write_bytes(content)
     return path
+
+
+def test_a_tar_is_looked_into_once_however_many_images_have_no_label_yet(tmp_path, monkeypatch):
+    looked, members = [], packs._members
+    monkeypatch.setattr(packs, "_members", lambda path, changed: looked.append(path) or members(path, changed))
+    here = packs.Packs(tmp_path / "packed")
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(b"%d" % i)
+        here.add([tmp_path / f"{i}.png"])
+        assert here.read(f"{i + 1}.png") is None and here.read("none") is None
+    assert len(looked) == len(set(looked)) == 8
+    (tmp_path / "3.png").write_bytes(b"again")
+    here.add([tmp_path / "3.png"])  # over the older file of the same names
+    assert [here.read(f"{i}.png").read() for i in range(8)] == [b"again" if i == 3 else b"%d" % i for i in range(8)]

@@ -31,7 +31,7 @@ class Packs:
 
     def read(self, name: str) -> Member | None:
         """A file's bytes by its name; None where no tar file holds it."""
-        for look in (lambda: _found.get(self.folder, {}), self._look):  # again where another process may have added it
+        for look in (lambda: _found.get(self.folder, ([], {}))[1], self._look):  # again where another process may have added it
             path, changed, start, size = look().get(name, (None, 0, 0, 0))
             if path and path.is_file() and path.stat().st_mtime_ns == changed:
                 with open(path, "rb") as stream:
@@ -43,8 +43,13 @@ class Packs:
 
     def _look(self) -> dict[str, tuple[Path, int, int, int]]:
         there = sorted((path.stat().st_mtime_ns, path) for path in self.folder.glob("*.tar"))
-        _found[self.folder] = {name: place for changed, path in there for name, place in _members(path, changed).items()}
-        return _found[self.folder]
+        known, found = _found.get(self.folder, ([], {}))
+        if there[: len(known)] != known:
+            known, found = [], {}
+        for changed, path in there[len(known) :]:  # each once, or a collection would cost the square of its size
+            found |= _members(path, changed)
+        _found[self.folder] = there, found
+        return found
 
     def add(self, paths: Sequence[Path]) -> None:
         """Move files into one new tar file, which is complete before any of them is removed."""
@@ -52,7 +57,7 @@ class Packs:
         with files.atomic_path(target) as part, tarfile.open(part, "w") as tar:
             for path in paths:
                 tar.add(path, path.name, filter=_plain)
-        _found.pop(self.folder, None)
+        self._look()
         for path in paths:
             path.unlink(missing_ok=True)
 
@@ -63,8 +68,8 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-_found: dict[Path, dict[str, tuple[Path, int, int, int]]] = {}
-"""Of a folder: name -> (tar file, its time of change, first byte, number of bytes)."""
+_found: dict[Path, tuple[list[tuple[int, Path]], dict[str, tuple[Path, int, int, int]]]] = {}
+"""Of a folder: its tar files that were looked into, and name -> (tar file, its time of change, first byte, number of bytes)."""
 
 
 @functools.lru_cache(maxsize=4096)
