@@ -75,7 +75,7 @@ def test_scaling_measures_growth_and_draws_it(capsys, monkeypatch, tmp_path):
         for n in (4, 8, 16):
             yield n, lambda n=n: held.clear() or held.append(torch.ones(n, 2**20).sum())
 
-    monkeypatch.setattr(scaling, "MEASURED", {"ones": ("make ones", "millions", sizes)})
+    monkeypatch.setattr(scaling, "MEASURED", {"ones": ("make ones", "millions", sizes, False)})
     out = tmp_path / "scaling.json"
     scaling.main(["--out", str(out)])
     (row,) = files.read_json(out)["protocol"]["growth"]
