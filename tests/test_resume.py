@@ -77,7 +77,7 @@ def run_until_done(function, kill_at):
 
 def contents(folder, *leave_out):
     """Path -> bytes of every file under a folder, which itself is HOME; temporary files of killed runs are no files of the run."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"]
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part" and path.name != "hashes.txt"]
     found = {str(path.relative_to(folder)): path.read_bytes().replace(bytes(folder), b"HOME") for path in paths}
     return {name: data for name, data in found.items() if not name.endswith(leave_out)}
 
