@@ -220,9 +220,9 @@ def segment(options: argparse.Namespace) -> None:
     options.format = export.formats(options.format)
     space = segmenter.words_space(options.classes, options.background)
     files.check_place(options.out, folder=True, name="--out")
-    places = segmenting.find(options.images, options.out)
+    places = segmenting.find(options.images, options.out, options.video)
     module = _own_module(options, space) if options.train_on else hub.find(options.module_file or modules.default(p.profile))
-    made = segmenting.run(places, space, module, p, figures.save_overlay, options.out)
+    made = segmenting.run(places, space, module, p, figures.save_overlay, options.out, figures.overlay)
     if options.format:
         whole = [path for path in made if segmenting.beside(places[path], ".labels.png").is_file()]
         regions = instances.sam_regions(whole, p) if options.instances == "sam" else None
@@ -385,7 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "images",
         nargs="+",
-        help="images, folders of images, or patterns such as 'photos/*.jpg'; large ones and GeoTIFFs are segmented in tiles",
+        help="images, folders of images, videos, or patterns such as 'photos/*.jpg'; large images and GeoTIFFs are segmented in tiles",
     )
     sub.add_argument(
         "--classes",
@@ -410,6 +410,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--detected-only", action="store_true", default=None, help="pixels of classes that Stage 1 does not detect are unlabelled"
     )
+    sub.add_argument("--video", action="store_true", help="a folder is a video, its images the frames in the order of their names")
+    sub.add_argument("--every", type=int, metavar="N", help="videos: segment every N-th frame")
+    sub.add_argument("--average", type=int, metavar="A", help="videos: average similarities over A frames before and after each")
     sub.add_argument("--workers", type=int, help="processes of one thread each (default 1)")
     which = sub.add_mutually_exclusive_group()
     which.add_argument(

@@ -206,13 +206,17 @@ RESULT_SUFFIXES = (".json", ".labels.png", ".overlay.png", ".margin.png")
 TILED_SUFFIXES = (*(".json", ".labels.tif", ".margin.tif"), *(".overlay.png", ".margin.png"))
 """What it writes of an image that is segmented in tiles; the PNGs are of a reduced size."""
 
-ALL_SUFFIXES = tuple(dict.fromkeys((*RESULT_SUFFIXES, *TILED_SUFFIXES)))
+VIDEO_SUFFIXES = (".json", ".overlay.mp4")
+"""What it writes of a video, beside a folder of label maps."""
+
+ALL_SUFFIXES = tuple(dict.fromkeys((*RESULT_SUFFIXES, *TILED_SUFFIXES, *VIDEO_SUFFIXES)))
 
 
 def is_result(path: Path) -> bool:
-    """Whether ``fmbseg segment`` wrote this image, beside a JSON; such images are never inputs."""
+    """Whether ``fmbseg segment`` wrote this image or video, beside a JSON; such images are never inputs."""
     stem = next((path.name.removesuffix(suffix) for suffix in ALL_SUFFIXES if path.name.endswith(suffix)), None)
-    return stem is not None and bool(result(path.with_name(f"{stem}.json")))
+    beside = (path.with_name(f"{stem}.json"), Path(f"{path.absolute().parent}.json"))  # the other: of a video's frames
+    return stem is not None and any(result(file) for file in beside)
 
 
 def result(path: Path) -> dict[str, Any]:

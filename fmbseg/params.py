@@ -321,6 +321,13 @@ class TileParams(Params):
     tile: Count = Field(1792, description="side of a tile in pixels; the label map does not depend on it, time and memory do")
 
 
+class VideoParams(Params):
+    """Videos (ours)."""
+
+    every: Count = Field(1, description="every so many-th frame is segmented")
+    average: int = Field(0, ge=0, description="similarities are averaged over so many of these frames before and after each; 0: not")
+
+
 class CollectionParams(DataParams):
     """Unlabelled images and the words looked for in them."""
 

@@ -25,6 +25,7 @@ from fmbseg.params import (
     SegmentParams,
     TileParams,
     UnlabelledParams,
+    VideoParams,
     make,
 )
 
@@ -64,7 +65,7 @@ class EvaluateRun(RunParams, EvaluateParams, BenchmarkParams):
     examples: Count = Field(2, description="images shown a benchmark")
 
 
-class SegmentRun(RunParams, SegmentParams, UnlabelledParams, MaskParams, SamParams, TileParams):
+class SegmentRun(RunParams, SegmentParams, UnlabelledParams, MaskParams, SamParams, TileParams, VideoParams):
     """Any image into any words, with a trained module (Sec. 3.3)."""
 
 

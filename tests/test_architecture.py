@@ -78,7 +78,13 @@ def test_house_rules_of_the_code():
         assert ast.get_docstring(ast.parse(text)), path
 
 
-OPTIONAL = {"ray": "runs/cluster.py", "onnxruntime": "tools/deploy.py", "onnxscript": "tools/deploy.py", "rasterio": "tools/tiles.py"}
+OPTIONAL = {
+    "ray": "runs/cluster.py",
+    "onnxruntime": "tools/deploy.py",
+    "onnxscript": "tools/deploy.py",
+    "rasterio": "tools/tiles.py",
+    "av": "tools/video.py",
+}
 
 
 @pytest.mark.parametrize(("package", "module"), OPTIONAL.items())

@@ -222,7 +222,7 @@ def test_memory_does_not_grow_with_the_image(toy, tmp_path):
 def test_what_tiles_cannot_do_is_said(geotiff, tmp_path, capsys, monkeypatch):
     arguments = ["segment", str(geotiff), "--classes", "person, dog", "--out", str(tmp_path / "cut")]
     assert cli.main([*arguments, "--set", "regions=sam"]) == 2
-    assert "masks do not vote in images that are segmented in tiles" in capsys.readouterr().err
+    assert "masks do not vote in videos and in tiles" in capsys.readouterr().err
     turned = Image.Exif()
     turned[274] = 6
     Image.open(geotiff).save(tmp_path / "turned.jpg", exif=turned)

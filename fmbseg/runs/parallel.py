@@ -87,7 +87,7 @@ def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def progress(total: int, title: str, unit: str = "image", done: int = 0) -> tqdm:
+def progress(total: int | None, title: str, unit: str = "image", done: int = 0) -> tqdm:
     """A progress bar from ``done``; under torchrun only the first process shows one. tqdm's bar for notebooks freezes under papermill."""
     return tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0)
 

@@ -125,6 +125,25 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """An image compared with words: its (height, width), similarities of the classes, and those of all words where they decide
+    (``word_maximum`` "after"; else the same)."""
+
+    size: tuple[int, int]
+    placed: Placed
+    words: Placed
+
+    @classmethod
+    def mean(cls, several: Sequence[Compared]) -> Compared:
+        """The mean similarities of images of one size."""
+
+        def one(parts: Sequence[Placed]) -> Placed:
+            return dataclasses.replace(parts[0], patches=torch.stack([part.patches for part in parts]).mean(dim=0))
+
+        return cls(several[0].size, one([each.placed for each in several]), one([each.words for each in several]))
+
+
+@dataclass(frozen=True)
 class Confidence:
     """(height, width) ``float32`` each: a pixel's similarity to its class, and its margin, that similarity minus the similarity to
     the most similar other class. The margin is negative where a mask's vote decided against it; with one class it is the similarity.
@@ -268,13 +287,21 @@ class Segmenter:
         repeated list. Pixels are unlabelled (IGNORED) only where parameters of ``UnlabelledParams`` make them so.
         """
         space = classes if isinstance(classes, LabelSpace) else words_space(classes, background)
-        p = self.params if isinstance(self.params, UnlabelledParams) else UnlabelledParams()
+        return self.decide(image, self.compare(image, space), space, masks)
+
+    def compare(self, image: np.ndarray, space: LabelSpace) -> Compared:
+        """The expensive part of ``segment``: the image's patches compared with the words of a label space."""
         embedded, texts = self.embed(image), self.texts(space)
         placed = self.place(embedded, texts, space.rule)
         words = self.place(embedded, texts, space.rule, True) if self.params.word_maximum == "after" else placed
-        labels = self._decide(words, embedded.size, space.rule, masks).cpu().numpy()
-        placed = dataclasses.replace(placed, patches=placed.patches.cpu())
-        measure = functools.cache(lambda: confidence(placed.at(embedded.size, self.params.interpolation), labels))
+        return Compared(embedded.size, placed, words)
+
+    def decide(self, image: np.ndarray, compared: Compared, space: LabelSpace, masks: Sequence[np.ndarray] = ()) -> Segmentation:
+        """The rest of ``segment``: the classes of the pixels, from the similarities of the patches."""
+        p = self.params if isinstance(self.params, UnlabelledParams) else UnlabelledParams()
+        labels = self._decide(compared.words, compared.size, space.rule, masks).cpu().numpy()
+        placed = dataclasses.replace(compared.placed, patches=compared.placed.patches.cpu())
+        measure = functools.cache(lambda: confidence(placed.at(compared.size, self.params.interpolation), labels))
         kept = np.isin(labels, self.detected(image, space, p)) if p.detected_only else True
         result = Segmentation(np.where(kept, labels, IGNORED).astype(labels.dtype), space, placed, measure)
         return result.unlabelled(p.least_similarity, p.least_margin)

@@ -23,7 +23,7 @@ def results(folder: Path) -> dict[str, dict]:
     """
     found = {}
     for path in sorted(Path(folder).rglob("*.json")):
-        if (said := files.result(path)).get("key"):
+        if (said := files.result(path)).get("key") and "frames" not in said:  # not a video
             found[path.relative_to(folder).as_posix().removesuffix(".json")] = said
     if not found:
         raise DataError(f"{folder}: holds no result of fmbseg segment; give the folder that it wrote to (--out)")

@@ -23,7 +23,7 @@ from fmbseg.runs import cache, modules, parallel
 from fmbseg.runs.cache import Models
 from fmbseg.schemas import SegmentRun
 from fmbseg.stage2 import segmenter
-from fmbseg.tools import tiles
+from fmbseg.tools import tiles, video
 from fmbseg.tools.export import Labelled
 from fmbseg.tools.instances import Regions
 
@@ -31,23 +31,24 @@ EXPORT, SUMMARY, CLASSES = "fmbseg-export", "fmbseg-summary.csv", "fmbseg-classe
 """In a folder of results: the folder for the formats of other tools, the table of all images and classes, and the classes, one a line."""
 
 
-def find(given: Sequence[str], out: Path) -> dict[Path, Path]:
-    """The images that a command line names, each with the path of its results under ``out``, without suffix.
+def find(given: Sequence[str], out: Path, as_video: bool = False) -> dict[Path, Path]:
+    """The images and videos that a command line names, each with the path of its results under ``out``, without suffix.
 
     given: files, folders, and patterns such as "photos/*.jpg". An image that is named twice counts once; images that
     ``fmbseg segment`` wrote do not count. Results of a folder keep its sub-folders. Where images of several folders have the same
-    name, all results keep their folders, below the folder that all images share.
+    name, all results keep their folders, below the folder that all images share. as_video: a folder is one video, its images the frames.
     Raises ParameterError for a pattern without an image, and where a result would replace a file of the user's or of another image.
     """
     found: dict[str, tuple[Path, Path]] = {}  # of an absolute path, the path as it was given and the short name
     for name in given:
         if "://" in name:
             raise ParameterError(f"{name}: is an address on the web; download it and give the file")
-        paths, is_folder = [Path(name)], Path(name).is_dir()
+        paths, is_folder = [Path(name)], Path(name).is_dir() and not as_video
         if is_folder:
             paths = images.find_images(name)
         elif not Path(name).exists() and any(c in name for c in "*?["):
-            paths = sorted(Path(match) for match in glob(name, recursive=True) if Path(match).suffix.lower() in images.SUFFIXES)
+            suffixes = (*images.SUFFIXES, *video.SUFFIXES)
+            paths = sorted(Path(match) for match in glob(name, recursive=True) if Path(match).suffix.lower() in suffixes)
             if not paths:
                 raise ParameterError(f"{name}: no image matches it; give files, folders, or a pattern such as 'photos/*.jpg'")
         exported = (out / EXPORT).resolve()
@@ -82,23 +83,33 @@ def run(
     params: SegmentRun,
     overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
     out: Path,
+    paint: Callable[[np.ndarray, np.ndarray, LabelSpace], np.ndarray] | None = None,
 ) -> list[Path]:
-    """Segment every image into its place, and write a summary of all to ``out``; returns the images that have a result.
+    """Segment every image and video into its place, and write a summary of all to ``out``; returns those that have a result.
 
     Results that are there, of the same bytes, words, module and parameters, are not made again. overlay: writes an overlay to a
-    path, given image, labels and space. Raises ParameterError where no image can be segmented.
+    path, given image, labels and space; paint: returns a frame of a video's overlay, given the same. Raises ParameterError where no
+    image can be segmented.
     """
     modules.load(module)  # raises before any work where there is none
     key = files.digest(files.sha256_of(module), space.names, space.prompts, params.content(*_CONTENT))
-    tiled = {path for path in places if tiles.is_tiled(path, params.largest_whole)}
-    if tiled and params.regions != "none":
-        raise ParameterError(
-            f"regions = {params.regions!r}: masks do not vote in images that are segmented in tiles ({min(tiled)}); leave it out"
-        )
-    work = functools.partial(_one, places=places, space=space, key=key, module=module, params=params, overlay=overlay)
-    failures = parallel.each(work, [path for path in places if path not in tiled], "segmenting", params.workers).failures
-    for path in tiled:
-        outcome = parallel.guarded(functools.partial(work, tiled=True), path)
+    load = functools.partial(_loaded, module, params)
+    work = functools.partial(_one, places=places, space=space, key=key, load=load, params=params, overlay=overlay)
+    videos = [path for path in places if video.is_video(path)]
+    tiled = [path for path in places if path not in videos and tiles.is_tiled(path, params.largest_whole)]
+    if (several := [*videos, *tiled]) and params.regions != "none":
+        raise ParameterError(f"regions = {params.regions!r}: masks do not vote in videos and in tiles ({several[0]}); leave it out")
+
+    def large(path: Path) -> None:
+        if path in tiled:
+            work(path, tiled=True)
+        else:
+            video.segment(path, places[path], files.digest(key, video.content(path)), space, load, params, paint)
+            tqdm.write(f"{path} -> {places[path]}/, {places[path]}.overlay.mp4, .json")
+
+    failures = parallel.each(work, [path for path in places if path not in several], "segmenting", params.workers).failures
+    for path in several:
+        outcome = parallel.guarded(large, path)
         if isinstance(outcome, parallel.Failure):
             parallel.leave_out(outcome)
             failures.append(outcome)
@@ -124,7 +135,7 @@ def _one(
     places: dict[Path, Path],
     space: LabelSpace,
     key: str,
-    module: Path,
+    load: Callable[[], modules.Segmenter],
     params: SegmentRun,
     overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
     tiled: bool = False,
@@ -137,10 +148,10 @@ def _one(
     for suffix in set(files.ALL_SUFFIXES) - set(suffixes):  # of the same image, made the other way
         beside(place, suffix).unlink(missing_ok=True)
     if tiled:
-        tiles.segment(path, place, key, space, functools.partial(_loaded, module, params), params, overlay)
+        tiles.segment(path, place, key, space, load, params, overlay)
     else:
         image = images.read_image(path)
-        result = _loaded(module, params).segment(image, space, masks=cache.regions(path, Models.of(params), params))
+        result = load().segment(image, space, masks=cache.regions(path, Models.of(params), params))
         said = {"image": os.path.abspath(path)} | segmenter.describe(result)
         files.write_json(described, said)  # marks the files beside it as ours; the key, written last, as complete
         images.write_label_map(beside(place, ".labels.png"), result.labels, space.palette)
@@ -159,14 +170,15 @@ def _loaded(module: Path, params: SegmentRun) -> modules.Segmenter:
 def _rows(path: Path, described: Path) -> list[dict]:
     """One row for the image, with its mean margin, and one for each of its classes."""
     said = files.read_json(described)
-    whole = {"image": str(path), "class": "", "share": 1 - said["unlabelled"], "mean_margin": said["mean_margin"]}
+    whole = {"image": str(path), "class": "", "share": 1 - said["unlabelled"], "mean_margin": said.get("mean_margin")}
     keys = ("share", "mean_similarity", "mean_margin")
-    return [whole, *({"image": str(path), "class": one["name"]} | {k: one[k] for k in keys} for one in said["classes"])]
+    return [whole, *({"image": str(path), "class": one["name"]} | {k: one.get(k) for k in keys} for one in said["classes"])]
 
 
 def labelled(paths: Sequence[Path], places: dict[Path, Path], out: Path, regions: Mapping[Path, Regions] | None = None) -> list[Labelled]:
     """The results of images, for ``export``; a class's score is its mean margin. regions: those of ``sam_regions``."""
     given = regions or {}
+    paths = [path for path in paths if not video.is_video(path)]
     names = files.flat_names([Path(f"{places[path].relative_to(out)}{path.suffix}") for path in paths])
     found = []
     for name, path in zip(names, paths):
