@@ -19,7 +19,7 @@ from fmbseg.data import benchmarks, fetch, label_spaces
 from fmbseg.runs import modules
 from fmbseg.tools import instances
 
-UNKNOWN_FORMAT = "--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio"
+UNKNOWN_FORMAT = "--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio, geojson"
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "review", "reproduce", "report", "doctor")
 
 
