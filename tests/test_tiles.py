@@ -158,19 +158,9 @@ def test_depths_palettes_and_pixels_without_a_value(real_image, tmp_path):
 def test_polygons_give_back_the_label_map(geotiff, real_image, tmp_path, capsys, monkeypatch):
     plain = tmp_path / "plain.png"
     Image.fromarray(real_image).save(plain)
-    arguments = ["segment", str(geotiff), str(plain), "--classes", "person, dog, tree, street", "--background", "sky, wall", "--out"]
-    arguments += [
-        str(tmp_path / "cut"),
-        "--format",
-        "geojson,coco",
-        "--set",
-        "tile=500",
-        "--set",
-        "window=128",
-        "--set",
-        "window_stride=128",
-    ]
-    assert cli.main([*arguments, "--least-margin", "0.002"]) == 0
+    arguments = ["segment", str(geotiff), str(plain), "--classes", "person, dog, tree, street", "--background", "sky, wall"]
+    arguments += ["--module", str(modules.SHIPPED), "--out", str(tmp_path / "cut"), "--format", "geojson,coco", "--least-margin", "0.002"]
+    assert cli.main([*arguments, "--set", "tile=500", "--set", "window=128", "--set", "window_stride=128"]) == 0
     assert "1 images that were segmented in tiles are written as geojson alone" in capsys.readouterr().err
     for name, suffix, reference in (("land", "tif", "EPSG:32631"), ("plain", "png", None)):
         with warnings.catch_warnings(action="ignore"), rasterio.open(tmp_path / f"cut/{name}.labels.{suffix}") as made:
@@ -184,7 +174,8 @@ def test_polygons_give_back_the_label_map(geotiff, real_image, tmp_path, capsys,
             assert 2 < west < 2.1 and 48.8 < south < 48.9  # 431 km, 5412 km of zone 31: near Paris
             shapes = [(transform_geom("EPSG:4326", reference, shape), k) for shape, k in shapes]
         back = rasterize(shapes, labels.shape, fill=255, dtype="uint8", **where)
-        assert (back == np.where(labels == 0, 255, labels)).all() and {f["properties"]["class"] for f in said["features"]} > {"person"}
+        assert (back == np.where(labels == 0, 255, labels)).all()
+        assert len({f["properties"]["class"] for f in said["features"]}) >= 2  # which ones depends on the module's numbers, not on this
     assert len(files.read_json(tmp_path / "cut/fmbseg-export/coco.json")["images"]) == 1
 
 
