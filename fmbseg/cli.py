@@ -116,14 +116,22 @@ def label(options: argparse.Namespace) -> None:
     from fmbseg import files
     from fmbseg.runs import label, parallel
     from fmbseg.tools import export, instances, segmenting
+    from fmbseg.viz import figures
 
     p = _params(options, "label")
     options.format = export.formats(options.format)
+    if options.results:
+        if options.out and options.results.resolve() == options.out.resolve():
+            raise ParameterError(f"--results {options.results}: is the folder of --out, whose records have the same names; give another")
+        files.check_place(options.results, folder=True, name="--results")
     if options.coco:
         files.check_place(options.coco, folder=False, name="--coco")
     samples = parallel.shard(label.collection(p), options.shard, options.num_shards)
     store, failures = label.label(samples, p, options.out, options.engine, options.gpus_per_worker)
     print(f"{len(samples) - len(failures)} of {len(samples)} images labelled in {store.folder}")
+    if options.results:
+        made = segmenting.of_labels(samples, store, p, figures.save_overlay, options.results)
+        print(f"{len(made)} of them with overlay and margin in {options.results}; look at them with: fmbseg review {options.results}")
     if options.coco or options.format:
         paths = [sample.image for sample in samples if store.has(sample)]
         items = export.of_store(samples, store, instances.sam_regions(paths, p) if options.instances == "sam" else None)
@@ -331,6 +339,12 @@ def _parser() -> argparse.ArgumentParser:
     common(sub, collection=True)
     sub.add_argument("--out", type=Path, help="folder for the label maps (default: in the cache)")
     sub.add_argument("--coco", type=Path, metavar="FILE.json", help="also write the labels as COCO annotations (run-length encoded)")
+    sub.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="also write label map, overlay, margin and JSON of every image there, as segment does, for fmbseg review",
+    )
     exporting(sub)
     sub.add_argument("--shard", type=int, default=0, help="label only this part of the images, from 0 ...")
     sub.add_argument("--num-shards", type=int, default=1, help="... to this number minus 1")

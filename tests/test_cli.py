@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 
 from fmbseg import cli, files, profiles
-from fmbseg.data import benchmarks, fetch, label_spaces
+from fmbseg.data import benchmarks, fetch, images, label_spaces
 from fmbseg.runs import modules
-from fmbseg.tools import instances
+from fmbseg.runs.cache import Models
+from fmbseg.stage1 import features, query_sam
+from fmbseg.tools import corrected, instances, review
 
 UNKNOWN_FORMAT = "--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio, geojson"
 COMMANDS = ("fetch", "label", "train", "evaluate", "segment", "review", "reproduce", "report", "doctor")
@@ -238,6 +241,41 @@ def test_label_and_evaluate_also_in_shards(trained, capsys, monkeypatch, tmp_pat
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "dense", "--shard", "1", "--num-shards", "3")
     assert status == 0 and "shard 1 of 3 is counted and kept" in out and "shard 1 of 3 alone" in out
     assert len(list(kept.iterdir())) == 2  # a shard writes no record
+
+
+def test_results_of_labels_have_the_margins_of_clips_features_and_are_reviewed(trained, capsys, monkeypatch, tmp_path):
+    home, _, _ = trained
+    monkeypatch.setenv("FMBSEG_HOME", str(home))
+    looked, arguments = tmp_path / "looked", ["label", "--profile", "smoke", "--out", str(tmp_path / "labels"), "--limit", "3"]
+    status, out, _ = told(capsys, *arguments, "--results", str(looked))
+    assert status == 0 and f"3 of them with overlay and margin in {looked}; look at them with: fmbseg review {looked}" in out
+    p = profiles.load("label", "smoke")
+    space, models = label_spaces.vocabulary(p.vocabulary, p.words), Models.of(p)
+    samples = benchmarks.load_benchmark("drawn").samples[::2]
+    assert len(list(looked.glob("*.json"))) == len(samples) == 3
+    for sample in samples:
+        labels = np.array(Image.open(tmp_path / f"labels/{sample.image.stem}.png"))
+        assert (np.array(Image.open(looked / f"{sample.image.stem}.labels.png")) == labels).all()
+        maps = query_sam.class_similarity(features.extract(images.read_image(sample.image), models.clip, p), models.texts(space))
+        maps = torch.nn.functional.interpolate(maps[None], labels.shape, mode="bilinear", align_corners=False)[0].numpy()
+        classes = {one["name"]: one for one in files.read_json(looked / f"{sample.image.stem}.json")["classes"]}
+        assert set(classes) == {space.names[k] for k in np.unique(labels[labels != 255])} and classes
+        levels = np.array(Image.open(looked / f"{sample.image.stem}.margin.png"))
+        for name, one in classes.items():
+            k = space.names.index(name)
+            margins = maps[k] - np.delete(maps, k, axis=0).max(axis=0)
+            assert one["mean_margin"] == pytest.approx(margins[labels == k].mean(), abs=1e-4)
+            assert abs(levels[labels == k] - (1000 * margins[labels == k]).clip(0, 255)).max() < 1
+        assert (levels[labels == 255] == 0).all()
+    assert told(capsys, "review", str(looked))[0] == 0 and (looked / review.PAGE).is_file()
+    assert len(corrected.take(looked, samples, space)) == 3
+    (image,) = looked.glob(f"{samples[0].image.stem}.overlay.png")
+    before = image.stat().st_mtime_ns
+    assert told(capsys, *arguments, "--results", str(looked))[0] == 0 and image.stat().st_mtime_ns == before
+    (looked / f"{samples[0].image.stem}.margin.png").unlink()
+    assert told(capsys, *arguments, "--results", str(looked))[0] == 0 and image.stat().st_mtime_ns > before
+    status, _, error = told(capsys, *arguments, "--results", str(tmp_path / "labels"))
+    assert status == 2 and "is the folder of --out" in error
 
 
 def test_label_says_how_many_failed_and_where_the_reasons_are(trained, capsys, monkeypatch, tmp_path):

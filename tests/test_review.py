@@ -36,6 +36,8 @@ def test_verdicts_are_kept_in_the_browser_and_saved_as_csv(folder, browser):  # 
     page.goto(review.write(folder).as_uri())
     names = ['sub/a "quoted", 100% <b>', "猫 #1", "sure"]
     assert page.eval_on_selector_all("article", "all => all.map((a) => a.dataset.result)") == names  # the least certain first
+    links = page.eval_on_selector_all("article h2 a", "all => all.map((a) => decodeURIComponent(new URL(a.href).pathname))")
+    assert links == [str(folder.parent / "in" / f"{name}.png") for name in names]
     assert page.locator("article p").first.text_content() == "margin 0.010: cat 0.010, </script> 0.005"
     for image in page.locator("article img").all():
         image.scroll_into_view_if_needed()

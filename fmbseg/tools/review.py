@@ -13,7 +13,7 @@ from fmbseg import files
 from fmbseg.errors import DataError
 
 PAGE, VERDICTS = "fmbseg-review.html", "fmbseg-review.csv"
-SHOWN = {"segmentation": ".overlay.png", "margin": ".margin.png"}
+SHOWN = {"image and segmentation": ".overlay.png", "margin": ".margin.png"}
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -37,12 +37,12 @@ def write(folder: Path) -> Path:
     """
     known, items = verdicts(folder), []
     for name, said in results(folder).items():
-        shown = {"image": os.path.relpath(said["image"], folder)} | {title: f"{name}{suffix}" for title, suffix in SHOWN.items()}
         items.append(
             {
                 "result": name,
                 "image": said["image"],
-                "images": [[title, quote(source.replace(os.sep, "/"))] for title, source in shown.items()],
+                "link": _link(os.path.relpath(said["image"], folder)),
+                "images": [[title, _link(f"{name}{suffix}")] for title, suffix in SHOWN.items()],
                 "margin": said["mean_margin"],
                 "classes": [[one["name"], one["mean_margin"]] for one in said["classes"]],
                 "verdict": known.get(name, ""),
@@ -53,6 +53,10 @@ def write(folder: Path) -> Path:
     with files.atomic_path(Path(folder) / PAGE) as part:
         part.write_text(page.replace("$data", data), encoding="utf-8")
     return Path(folder) / PAGE
+
+
+def _link(path: str) -> str:
+    return quote(path.replace(os.sep, "/"))
 
 
 def verdicts(folder: Path) -> dict[str, str]:

@@ -16,16 +16,25 @@ from tqdm import tqdm
 
 from fmbseg import files
 from fmbseg.data import images
+from fmbseg.data.images import resampling
 from fmbseg.data.label_spaces import LabelSpace
+from fmbseg.data.samples import Sample
 from fmbseg.errors import ParameterError
-from fmbseg.params import MaskParams, SamParams, SegmentParams, UnlabelledParams
+from fmbseg.params import LabelParams, MaskParams, SamParams, SegmentParams, UnlabelledParams
 from fmbseg.runs import cache, modules, parallel
 from fmbseg.runs.cache import Models
+from fmbseg.runs.label import LabelStore
+from fmbseg.runs.parallel import Failure
 from fmbseg.schemas import SegmentRun
+from fmbseg.stage1 import query_sam
 from fmbseg.stage2 import segmenter
+from fmbseg.stage2.segmenter import Placed, Segmentation
 from fmbseg.tools import tiles, video
 from fmbseg.tools.export import Labelled
 from fmbseg.tools.instances import Regions
+
+Overlay = Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None]
+"""Writes an overlay to a path, given image, labels and space."""
 
 EXPORT, SUMMARY, CLASSES = "fmbseg-export", "fmbseg-summary.csv", "fmbseg-classes.txt"
 """In a folder of results: the folder for the formats of other tools, the table of all images and classes, and the classes, one a line."""
@@ -81,14 +90,14 @@ def run(
     space: LabelSpace,
     module: Path,
     params: SegmentRun,
-    overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
+    overlay: Overlay,
     out: Path,
     paint: Callable[[np.ndarray, np.ndarray, LabelSpace], np.ndarray] | None = None,
 ) -> list[Path]:
     """Segment every image and video into its place, and write a summary of all to ``out``; returns those that have a result.
 
-    Results that are there, of the same bytes, words, module and parameters, are not made again. overlay: writes an overlay to a
-    path, given image, labels and space; paint: returns a frame of a video's overlay, given the same. Raises ParameterError where no
+    Results that are there, of the same bytes, words, module and parameters, are not made again. paint: returns a frame
+    of a video's overlay, given image, labels and space. Raises ParameterError where no
     image can be segmented.
     """
     modules.load(module)  # raises before any work where there is none
@@ -113,6 +122,11 @@ def run(
         if isinstance(outcome, parallel.Failure):
             parallel.leave_out(outcome)
             failures.append(outcome)
+    return _summarised(places, failures, space, out)
+
+
+def _summarised(places: dict[Path, Path], failures: list[Failure], space: LabelSpace, out: Path) -> list[Path]:
+    """Write the summary of all results and the list of classes; returns the images that have a result."""
     failed = {failure.item for failure in failures}
     made = [path for path in places if str(path) not in failed]
     if not made:
@@ -137,29 +151,77 @@ def _one(
     key: str,
     load: Callable[[], modules.Segmenter],
     params: SegmentRun,
-    overlay: Callable[[Path, np.ndarray, np.ndarray, LabelSpace], None],
+    overlay: Overlay,
     tiled: bool = False,
 ) -> None:
     place, key = places[path], files.digest(key, files.sha256_of(path))
-    suffixes, described = files.TILED_SUFFIXES if tiled else files.RESULT_SUFFIXES, beside(place, ".json")
-    whole = all(beside(place, suffix).is_file() for suffix in suffixes)
-    if whole and files.result(described).get("key") == key:
+    if _is_whole(place, key, files.TILED_SUFFIXES if tiled else files.RESULT_SUFFIXES):
         return
-    for suffix in set(files.ALL_SUFFIXES) - set(suffixes):  # of the same image, made the other way
-        beside(place, suffix).unlink(missing_ok=True)
     if tiled:
         tiles.segment(path, place, key, space, load, params, overlay)
+        tqdm.write(f"{path} -> {place}{', '.join(files.TILED_SUFFIXES[1:])}, .json")
     else:
         image = images.read_image(path)
         result = load().segment(image, space, masks=cache.regions(path, Models.of(params), params))
-        said = {"image": os.path.abspath(path)} | segmenter.describe(result)
-        files.write_json(described, said)  # marks the files beside it as ours; the key, written last, as complete
-        images.write_label_map(beside(place, ".labels.png"), result.labels, space.palette)
-        with files.atomic_path(beside(place, ".margin.png")) as part:
-            Image.fromarray(result.confidence.levels).save(part, format="PNG")
-        overlay(beside(place, ".overlay.png"), image, result.labels, space)
-        files.write_json(described, said | {"key": key})
-    tqdm.write(f"{path} -> {place}{', '.join(suffixes[1:])}, .json")
+        _write(place, path, image, result, key, overlay)
+        tqdm.write(f"{path} -> {place}{', '.join(files.RESULT_SUFFIXES[1:])}, .json")
+
+
+def _is_whole(place: Path, key: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether all of a result is there, made with this key; if not, what was made of the image in another way is deleted."""
+    whole = all(beside(place, suffix).is_file() for suffix in suffixes)
+    if whole and files.result(beside(place, ".json")).get("key") == key:
+        return True
+    for suffix in set(files.ALL_SUFFIXES) - set(suffixes):
+        beside(place, suffix).unlink(missing_ok=True)
+    return False
+
+
+def _write(place: Path, path: Path, image: np.ndarray, result: Segmentation, key: str, overlay: Overlay) -> None:
+    said = {"image": os.path.abspath(path)} | segmenter.describe(result)
+    files.write_json(beside(place, ".json"), said)  # marks the files beside it as ours; the key, written last, as complete
+    images.write_label_map(beside(place, ".labels.png"), result.labels, result.space.palette)
+    with files.atomic_path(beside(place, ".margin.png")) as part:
+        Image.fromarray(result.confidence.levels).save(part, format="PNG")
+    overlay(beside(place, ".overlay.png"), image, result.labels, result.space)
+    files.write_json(beside(place, ".json"), said | {"key": key})
+
+
+def of_labels(samples: Sequence[Sample], store: LabelStore, params: LabelParams, overlay: Overlay, out: Path) -> list[Path]:
+    """The same files of the pseudo labels of images, for people to look at and for ``review``; returns the images that have them.
+
+    A pixel's similarity and margin are those of CLIP's dense features to the words, from which Stage 1 queried SAM. Images
+    without a label are left out. Raises ParameterError where none has one, and as ``find``.
+    """
+    labelled = {sample.image: sample for sample in samples if store.has(sample)}
+    if not labelled:
+        raise ParameterError(f"{store.folder}: holds no label of these images; the reasons are in {store.failed}")
+    places = find([str(path) for path in labelled], out)
+    given = {"labelled": labelled, "places": places, "store": store, "models": Models.of(params), "params": params, "overlay": overlay}
+    workers = 1 if parallel.on_gpu(params.device) else params.workers
+    failures = parallel.each(functools.partial(_of_label, **given), list(places), "results of labels", workers).failures
+    return _summarised(places, failures, store.space, out)
+
+
+def _of_label(
+    path: Path,
+    labelled: dict[Path, Sample],
+    places: dict[Path, Path],
+    store: LabelStore,
+    models: Models,
+    params: LabelParams,
+    overlay: Overlay,
+) -> None:
+    place, sample = places[path], labelled[path]
+    key = files.digest(store.key, files.sha256_of(path), store.sha256(sample))
+    if _is_whole(place, key, files.RESULT_SUFFIXES):
+        return
+    image, labels = images.read_image(path), store.read(sample)
+    similarity = query_sam.class_similarity(cache.clip_features(path, models, params), models.texts(store.space))
+    down, across = (resampling(n, m, "bilinear") for n, m in zip(labels.shape, similarity.shape[1:]))
+    placed = Placed(similarity, down, across)
+    result = Segmentation(labels, store.space, placed, functools.cache(lambda: segmenter.confidence(placed, labels)))
+    _write(place, path, image, result, key, overlay)
 
 
 @functools.lru_cache(maxsize=1)
