@@ -73,8 +73,8 @@ def build(out: Path) -> list[str]:
             file.parent.mkdir(exist_ok=True)
             file.write_text(render.html_module(module, modules), encoding="utf-8")
         (out / "search.js").write_text(render.search_index(modules), encoding="utf-8")
-    for drawing in DOCS.glob("*.svg"):
-        shutil.copy(drawing, out)
+    for picture in (*DOCS.glob("*.svg"), *DOCS.glob("*.png")):
+        shutil.copy(picture, out)
     return [*(f"warning: {w.message}" for w in told), *(f"broken link: {link}" for link in broken_links(out))]
 
 

@@ -9,6 +9,8 @@ import yaml
 from conftest import ROOT
 
 import fmbseg
+from fmbseg import files
+from fmbseg.data import fetch
 from fmbseg.params import EvaluateParams, make
 
 EQUATIONS = (ROOT / "docs" / "equations.md").read_text()
@@ -86,3 +88,14 @@ def test_broken_links_are_found(builder, tmp_path):
     (tmp_path / "a.html").write_text('<p id="here"><a href="b.html#there">b</a><a href="#here">a</a><a href="https://x.org/y">x</a></p>')
     (tmp_path / "b.html").write_text('<a href="a.html#here">a</a><a href="c.html">c</a><img src="d.svg">')
     assert sorted(builder.broken_links(tmp_path)) == ["a.html: b.html#there", "b.html: c.html", "b.html: d.svg"]
+
+
+def test_photographs_in_the_documentation_may_be_published():
+    """Each image that the scripts draw is CC BY 2.0 by COCO's own table, and the page that shows it credits it."""
+    used = {n for script in ("example_image", "screens") for n in re.findall(r"0{6}\d{6}", (ROOT / f"scripts/{script}.py").read_text())}
+    table = files.read_json(fetch.require("coco_panoptic_20") / "panoptic.json")
+    licences = {one["file_name"].removesuffix(".jpg"): one["license"] for one in table["images"]}
+    (free,) = [one["id"] for one in table["licenses"] if one["url"] == "http://creativecommons.org/licenses/by/2.0/"]
+    assert len(used) >= 4 and {licences[name] for name in used} == {free}
+    credited = "".join((ROOT / page).read_text() for page in ("README.md", "docs/explore.md", "docs/tools.md"))
+    assert "311303" in credited and "356387" in credited and "393226" in credited
