@@ -88,8 +88,11 @@ def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
 
 
 def progress(total: int | None, title: str, unit: str = "image", done: int = 0) -> tqdm:
-    """A progress bar from ``done``; under torchrun only the first process shows one. tqdm's bar for notebooks freezes under papermill."""
-    return tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0)
+    """A progress bar from ``done``, where there is anything to do; under torchrun only the first process shows one.
+
+    tqdm's bar for notebooks freezes under papermill.
+    """
+    return tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=2.0, disable=rank() > 0 or total == 0)
 
 
 def progress_over(items: Sequence[T], title: str) -> Iterator[T]:
