@@ -30,6 +30,8 @@ exit status:
   130  stopped by Ctrl-C; what was computed is kept
 """
 
+MODULE = "trained module: a file, a folder of save_pretrained, or owner/name of the hub (default: the profile's)"
+
 LEFT_OUT = 3
 MOST_TOLD = 20
 
@@ -382,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-root", "--data", help="folder of the benchmarks in their official layouts")
     sub.add_argument("--benchmarks", nargs="+", help="such as voc20 voc21 folder:NAME")
     sub.add_argument("--methods", nargs="+", help="dense, dense_high_resolution, stage1.1, stage1.2, stage1, fmbseg")
-    sub.add_argument("--module", dest="module_file", type=Path, help="trained module (default: the profile's)")
+    sub.add_argument("--module", dest="module_file", type=Path, help=MODULE)
     sub.add_argument("--limit", dest="eval_limit", type=int, help="how many images a benchmark, evenly spread")
     sub.add_argument("--workers", type=int, help="processes of one thread each")
     sub.add_argument("--shard", type=int, help="count only this part of the images, from 0 ...")
@@ -429,12 +431,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--average", type=int, metavar="A", help="videos: average similarities over A frames before and after each")
     sub.add_argument("--workers", type=int, help="processes of one thread each (default 1)")
     which = sub.add_mutually_exclusive_group()
-    which.add_argument(
-        "--module",
-        dest="module_file",
-        type=Path,
-        help="trained module: a file, a folder of save_pretrained, or owner/name of the hub (default: the profile's)",
-    )
+    which.add_argument("--module", dest="module_file", type=Path, help=MODULE)
     which.add_argument("--train-on", type=Path, metavar="FOLDER", help="first train a module for these words on your unlabelled images")
     sub.add_argument("--limit", type=int, help="with --train-on: how many of them, evenly spread")
 
@@ -447,12 +444,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--profile", default="embedded", help="the profile whose module is taken without --module (default embedded)")
     sub.add_argument("--classes", "--classes-file", dest="classes", required=True, help="as for segment")
     sub.add_argument("--background", help="words that together are class 0, background")
-    sub.add_argument(
-        "--module",
-        dest="module_file",
-        type=Path,
-        help="trained module: a file, a folder of save_pretrained, or owner/name of the hub (default: the profile's)",
-    )
+    sub.add_argument("--module", dest="module_file", type=Path, help=MODULE)
     sub.add_argument(
         "--size",
         type=int,

@@ -241,6 +241,10 @@ def test_label_and_evaluate_also_in_shards(trained, capsys, monkeypatch, tmp_pat
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "dense", "--shard", "1", "--num-shards", "3")
     assert status == 0 and "shard 1 of 3 is counted and kept" in out and "shard 1 of 3 alone" in out
     assert len(list(kept.iterdir())) == 2  # a shard writes no record
+    folder = modules.Segmenter.load(module).save_pretrained(tmp_path / "shared")
+    of_file = files.read_json(kept / "evaluate-fmbseg-drawn-n2.json")
+    assert told(capsys, "evaluate", "--profile", "smoke", "--methods", "fmbseg", "--limit", "2", "--module", str(folder))[0] == 0
+    assert files.read_json(kept / "evaluate-fmbseg-drawn-n2.json")["iou"] == of_file["iou"]
 
 
 def test_results_of_labels_have_the_margins_of_clips_features_and_are_reviewed(trained, capsys, monkeypatch, tmp_path):

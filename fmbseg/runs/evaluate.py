@@ -39,7 +39,7 @@ from fmbseg.params import (
     SegmentParams,
     TextParams,
 )
-from fmbseg.runs import cache, cluster, label, modules, parallel, records, train
+from fmbseg.runs import cache, cluster, hub, label, modules, parallel, records, train
 from fmbseg.runs.cache import Cache, Models
 from fmbseg.runs.records import Record
 from fmbseg.stage1.features import ImageFeatures
@@ -362,12 +362,12 @@ def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
 def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | None = None, engine: str = "processes") -> pd.DataFrame:
     """Measure every method on every benchmark, write one record each, and return the records as a frame.
 
-    module: the trained module's file; None: the profile's. With several shards it keeps this shard's counts and returns a frame
+    module: the trained module, as ``hub.find`` takes it; None: the profile's. With several shards it keeps this shard's counts and returns a frame
     of them, but writes no record.
     """
     files_of = {
         "prealigned": train.prealigned_path(params),
-        "fmbseg": module or modules.default(params.profile),
+        "fmbseg": hub.find(module or modules.default(params.profile)),
         "shipped": modules.SHIPPED,
     }
     methods = [Method(name, str(files_of.get(name.removesuffix(VOTE), ""))) for name in params.methods]
