@@ -1,4 +1,4 @@
-"""What a profile costs: FLOPs counted on its architectures (no weights, no images), and time and memory computed from them.
+"""What a profile costs: FLOPs counted on its architectures (no weights, no images), and time, memory and disk computed from them.
 
     python benchmarks/costs.py                       the tables of docs/costs.md
     python benchmarks/costs.py paper --set precision=bf16
@@ -23,21 +23,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmbseg import cli, profiles
-from fmbseg.data import images
+from fmbseg.data import fetch, images
 from fmbseg.models.clip import LIT, ImageText, load_clip
 from fmbseg.models.encoders import Encoder, load_encoder
-from fmbseg.models.sam import load_sam
+from fmbseg.models.sam import SCALED_PIXELS, load_sam
 from fmbseg.params import ModuleParams
 from fmbseg.schemas import EvaluateRun
 from fmbseg.stage1 import features, windows
 from fmbseg.stage2 import alignment
+from fmbseg.stage2.losses import BLOCK
 
 from throughput import random_weights  # isort: skip
 
 T = TypeVar("T")
 HEIGHT, WIDTH = 480, 640  # COCO's commonest size
+LABEL = 20_000  # bytes of a pseudo label on disk: assumed; Stage 1.1 alone takes 5,600 in the embedded profile
 DETECTED = 5  # classes of an image that Stage 1.1 queries: assumed
-SIZES = {"paper": 118_287, "base": 20_000, "embedded": 80, "smoke": 6}  # training images
+SIZES = {"paper": 118_287, "base": 20_000, "embedded": 128, "smoke": 6}  # training images
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def models(p: EvaluateRun) -> tuple[ImageText, nn.Module, Encoder]:
 
 
 def cost(profile: str, settings: dict) -> dict:
-    """FLOPs an image of each step, parameters and memory of a profile."""
+    """FLOPs an image of each step, parameters, memory and disk of a profile."""
     p = params_of(profile, settings)
     clip, sam, encoder = models(p)
     crops, side = crops_of(clip, p), p.crop_input or clip.image_size
@@ -160,7 +162,7 @@ def cost(profile: str, settings: dict) -> dict:
 
     with torch.no_grad():
         embed, one, many = count(lambda: sam.image_encoder(empty(1, 3, size, size))), decode(1), decode(p.points_per_batch)
-    masks = p.points_per_batch * 3 * HEIGHT * WIDTH * 4  # SAM scales each batch's masks to the image's size
+    masks = min(p.points_per_batch * 3 * HEIGHT * WIDTH, SCALED_PIXELS) * 4  # masks that are scaled at once
 
     square, window = (n // encoder.patch * encoder.patch for n in (p.image_size, p.window))
     with torch.no_grad():
@@ -174,6 +176,11 @@ def cost(profile: str, settings: dict) -> dict:
     with torch.no_grad():
         align = count(lambda: module(empty(1, encoder.width, window // encoder.patch, window // encoder.patch)))
     places = len(windows.windows(*images.target_size(HEIGHT, WIDTH, p.segment_short_side, p.segment_long_limit), p.window, p.window_stride))
+
+    cell = features.crop_grid(clip, p)[0]
+    height, width_ = (side // cell for side in images.target_size(HEIGHT, WIDTH, p.short_side, p.long_limit, cell))
+    kept = 2 * ((height * width_ + crops) * dimensions + patches**2 * encoder.width) if p.keep_features else 0  # fp16
+    kept += 2 * width * grid**2 if p.keep_embeddings else 0
 
     weights = 4 * parameters(clip.model, sam)
     trained = 4 * 4 * parameters(module)  # weights, gradients, two moments
@@ -198,8 +205,13 @@ def cost(profile: str, settings: dict) -> dict:
         },
         "memory": {
             "labels": weights + max(p.crop_batch * crop.memory, embed.memory, many.memory + masks),
-            "training": 4 * parameters(encoder) + trained + step.memory + 4 * 4 * n * n,
+            "training": 4 * parameters(encoder) + trained + step.memory + 4 * 3 * (BLOCK + n * dimensions),  # Eq. 1, blockwise
             "segmentation": 4 * parameters(encoder, module) + encode_window.memory,
+        },
+        "disk": {
+            "weights and images": 1e6 * sum(weight.megabytes for weight in fetch.TABLE if profile in weight.profiles),
+            "kept of images": SIZES[profile] * kept,
+            "pseudo labels": SIZES[profile] * LABEL,
         },
     }
 
@@ -212,7 +224,7 @@ def duration(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="FLOPs, time and memory of profiles, computed.")
+    parser = argparse.ArgumentParser(description="FLOPs, time, memory and disk of profiles, computed.")
     parser.add_argument("profiles", nargs="*", default=list(SIZES), help=f"of {', '.join(SIZES)} (default: all)")
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any parameter; may be given again")
     options = parser.parse_args(arguments)
@@ -237,6 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             frozen = [c["precision"], c["precision"], "fp32", c["precision"]]  # the module trains in fp32
             times = " | ".join(duration(machine.seconds(w, q)) for w, q in zip(work, frozen))
             print(f"| {profile}, {c['precision']} | {machine.name} | {times} | {memory} |")
+    print("\n| disk, GB, computed | fetched | features, patches, embeddings | pseudo labels |\n| --- | --- | --- | --- |")
+    for profile, c in made.items():
+        print(f"| {profile} | {' | '.join(f'{b / 1e9:.1f}' for b in c['disk'].values())} |")
 
 
 if __name__ == "__main__":

@@ -96,9 +96,8 @@ def run(
 ) -> list[Path]:
     """Segment every image and video into its place, and write a summary of all to ``out``; returns those that have a result.
 
-    Results that are there, of the same bytes, words, module and parameters, are not made again. paint: returns a frame
-    of a video's overlay, given image, labels and space. Raises ParameterError where no
-    image can be segmented.
+    Results that are there, of the same bytes, words, module and parameters, are not made again. paint: returns a frame of a
+    video's overlay, given image, labels and space. Raises ParameterError where no image can be segmented.
     """
     modules.load(module)  # raises before any work where there is none
     key = files.digest(files.sha256_of(module), space.names, space.prompts, params.content(*_CONTENT))
@@ -193,11 +192,11 @@ def of_labels(samples: Sequence[Sample], store: LabelStore, params: LabelParams,
     A pixel's similarity and margin are those of CLIP's dense features to the words, from which Stage 1 queried SAM. Images
     without a label are left out. Raises ParameterError where none has one, and as ``find``.
     """
-    labelled = {sample.image: sample for sample in samples if store.has(sample)}
-    if not labelled:
+    sample_of = {sample.image: sample for sample in samples if store.has(sample)}
+    if not sample_of:
         raise ParameterError(f"{store.folder}: holds no label of these images; the reasons are in {store.failed}")
-    places = find([str(path) for path in labelled], out)
-    given = {"labelled": labelled, "places": places, "store": store, "models": Models.of(params), "params": params, "overlay": overlay}
+    places = find([str(path) for path in sample_of], out)
+    given = {"sample_of": sample_of, "places": places, "store": store, "models": Models.of(params), "params": params, "overlay": overlay}
     workers = 1 if parallel.on_gpu(params.device) else params.workers
     failures = parallel.each(functools.partial(_of_label, **given), list(places), "results of labels", workers).failures
     return _summarised(places, failures, store.space, out)
@@ -205,14 +204,14 @@ def of_labels(samples: Sequence[Sample], store: LabelStore, params: LabelParams,
 
 def _of_label(
     path: Path,
-    labelled: dict[Path, Sample],
+    sample_of: dict[Path, Sample],
     places: dict[Path, Path],
     store: LabelStore,
     models: Models,
     params: LabelParams,
     overlay: Overlay,
 ) -> None:
-    place, sample = places[path], labelled[path]
+    place, sample = places[path], sample_of[path]
     key = files.digest(store.key, files.sha256_of(path), store.sha256(sample))
     if _is_whole(place, key, files.RESULT_SUFFIXES):
         return
