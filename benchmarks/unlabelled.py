@@ -1,10 +1,14 @@
 """What is right among the pixels that ``segment`` still labels, as more of them are left out ("none of these").
 
     python benchmarks/unlabelled.py --data-root DATA voc21 folder:coco_object folder:msrc
+    python benchmarks/unlabelled.py --labels --every 1 embedded_coco_object80
 
 Every fourth image of each benchmark, sorted by path, in the module that comes with the repository. The words are the benchmark's classes but
 the background: a pixel of the background is right only where it is left out. Thresholds are those at which the named share of
 pixels stays. Written as the table of docs/measurements.md.
+
+--labels: how well the margins of pseudo labels (Stage 1) tell right pixels and images from wrong ones: that of CLIP's dense
+features, which ``label --results`` writes, and that of the masks.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ from tqdm import tqdm
 
 from fmbseg import profiles
 from fmbseg.data import benchmarks, images
-from fmbseg.data.images import IGNORED
-from fmbseg.runs import modules
-from fmbseg.stage1 import features
+from fmbseg.data.images import IGNORED, resampling
+from fmbseg.runs import cache, label, modules
+from fmbseg.runs.cache import Models
+from fmbseg.stage1 import features, query_sam
 from fmbseg.stage1.detection import detect
-from fmbseg.stage2.segmenter import best_class, confidence
+from fmbseg.stage2.segmenter import Placed, best_class, confidence
 
 SHARES = (0.9, 0.75, 0.5, 0.25)
 STEP = 5  # every so many pixels along each side are counted
@@ -77,12 +82,46 @@ def table(found: pd.DataFrame) -> list[tuple[str, float, float]]:
     return rows
 
 
+def margins_of_labels(name: str, data_root: str, every: int) -> str:
+    """A row: area under the ROC curve over the labelled pixels, and rank correlation of an image's mean margin with its precision."""
+    found = benchmarks.load_benchmark(name, data_root)
+    params = profiles.load("label", "embedded")
+    models = Models.of(params)
+    texts, frames = models.texts(found.space), []
+    for sample in tqdm(sorted(found.samples, key=lambda sample: str(sample.image))[::every], desc=name):
+        made, truth = label.label_cached(sample.image, found.space, models, params), sample.truth()
+        maps = query_sam.class_similarity(cache.clip_features(sample.image, models, params), texts)
+        down, across = (resampling(n, m) for n, m in zip(made.labels.shape, maps.shape[1:]))
+        of_mask = np.full(made.labels.shape, np.nan)
+        for mask in sorted(made.query_masks, key=lambda one: -int(one.mask.sum())):
+            of_mask[mask.mask] = mask.margin
+        known = (made.labels != IGNORED) & (truth != IGNORED)
+        margins = {"dense": confidence(Placed(maps, down, across), made.labels).margin, "masks": of_mask}
+        frame = {key: value[known] for key, value in margins.items()} | {"right": (made.labels == truth)[known], "image": sample.name}
+        frames.append(pd.DataFrame(frame))
+    pixels, right = pd.concat(frames, ignore_index=True), pd.concat(frames)["right"].to_numpy()
+    images_ = pixels.groupby("image").mean()
+    said = []
+    for what in ("dense", "masks"):
+        ranks = pixels[what].rank().to_numpy()
+        area = (ranks[right].mean() - (right.sum() + 1) / 2) / (~right).sum()
+        said.append(f"{area:.2f} | {images_[what].corr(images_['right'], method='spearman'):.2f}")
+    return f"| {name} (n={len(images_)}) | {100 * right.mean():.1f} | {' | '.join(said)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", nargs="+")
     parser.add_argument("--data-root", default="")
     parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--labels", action="store_true")
     options = parser.parse_args()
+    if options.labels:
+        print("| benchmark | precision % | dense margin: ROC area | rank correlation | margin of the masks: ROC area | rank correlation |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for name in options.benchmarks:
+            print(margins_of_labels(name, options.data_root, options.every), flush=True)
+        return
     print("| benchmark | left out | coverage % | precision % |\n| --- | --- | --- | --- |")
     for name in options.benchmarks:
         many, found = pixels(name, options.data_root, options.every)
