@@ -69,9 +69,25 @@ def _params(options: argparse.Namespace, step: str, beside: str = "", **given: A
         other = STEPS[beside].schema.model_fields
         chosen = {name: value for name, value in chosen.items() if name in own or name not in other}
     named = {name: value for name, value in vars(options).items() if name in own and value is not None}
+    if "vocabulary" in own and getattr(options, "own_words", None):
+        named["vocabulary"] = str(_word_file(options.own_words))
     loaded = profiles.load(step, options.profile, named | given | chosen)
     params.check_device(loaded.device)
     return loaded
+
+
+def _word_file(classes: str | Sequence[str]) -> Path:
+    """A file in FMBSEG_HOME with these classes, one a line, as ``--classes-file`` takes it; its name is a key of them."""
+    from fmbseg import files
+    from fmbseg.data import label_spaces
+
+    space = label_spaces.own_words(classes, "classes")
+    lines = [f"{name}: {', '.join(words)}\n" for name, words in zip(space.names, space.prompts)]
+    path = files.home() / "words" / f"{files.digest(lines)}.txt"
+    if not path.is_file():
+        with files.atomic_path(path) as part:
+            part.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def _counting(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
@@ -131,6 +147,10 @@ def label(options: argparse.Namespace) -> None:
     samples = parallel.shard(label.collection(p), options.shard, options.num_shards)
     store, failures = label.label(samples, p, options.out, options.engine, options.gpus_per_worker)
     print(f"{len(samples) - len(failures)} of {len(samples)} images labelled in {store.folder}")
+    if empty := sum(store.coverage(sample) == 0 for sample in samples):
+        print(
+            f"{empty} of them have no labelled pixel: no word was found, or no mask is clearly nearer to its word than to others (min_margin)"
+        )
     if options.results:
         made = segmenting.of_labels(samples, store, p, figures.save_overlay, options.results)
         print(f"{len(made)} of them with overlay and margin in {options.results}; look at them with: fmbseg review {options.results}")
@@ -183,6 +203,9 @@ def evaluate(options: argparse.Namespace) -> None:
     from fmbseg.runs import evaluate, records
 
     p = _params(options, "evaluate")
+    if p.eval_limit and "run" not in settings(options.set):
+        p = p.model_copy(update={"run": f"limit-{p.eval_limit}"})
+        print(f"a part of the images: the records are those of the run {p.run!r}, not of the tables (--set run=main: of the tables)")
     files.check_place(records.results_folder(p), folder=True, name="results_dir")
     frame = evaluate.evaluate(evaluate.find_benchmarks(p.benchmarks, p.data_root), p, options.module_file, options.engine)
     if p.num_shards > 1:
@@ -201,11 +224,7 @@ def _own_module(options: argparse.Namespace, space: LabelSpace) -> Path:
     from fmbseg.runs import label, train
 
     words = [word for prompts in space.prompts for word in prompts]
-    file = files.home() / "words" / f"{files.digest(words)}.txt"
-    if not file.is_file():
-        with files.atomic_path(file) as part:
-            part.write_text("\n".join(words) + "\n", encoding="utf-8")
-    p = _params(options, "train", "segment", collection=str(options.train_on), vocabulary=str(file))
+    p = _params(options, "train", "segment", collection=str(options.train_on), vocabulary=str(_word_file(words)))
     samples = label.collection(p)
     store, _ = label.label(samples, p)
     seen = sorted(files.sha256_of(sample.image) for sample in samples if store.has(sample))
@@ -296,7 +315,9 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, function, help: str, epilog: str = "") -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = subparsers.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
         sub.set_defaults(function=function)
         return sub
 
@@ -306,7 +327,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="any parameter of the step; may be given again")
         if collection:
             sub.add_argument("collection", metavar="images", nargs="?", help="folder of unlabelled images (default: the profile's)")
-            sub.add_argument(
+            words = sub.add_mutually_exclusive_group()
+            words.add_argument("--classes", dest="own_words", metavar="WORDS", help="classes to look for: 'person=person|man|woman, cat'")
+            words.add_argument(
                 "--classes-file",
                 dest="vocabulary",
                 metavar="FILE.txt",
@@ -457,10 +480,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "review",
         review,
-        "One page of the results of segment, the least certain first, to accept or reject each.",
+        "One page of the results of segment or label, the least certain first, to accept or reject each.",
         "Its button saves fmbseg-review.csv; put it into the folder, where train --labels and this command read it.",
     )
-    sub.add_argument("folder", type=Path, help="folder of results (segment --out)")
+    sub.add_argument("folder", type=Path, help="folder of results (segment --out, label --results)")
 
     sub = command(
         "reproduce",

@@ -178,7 +178,8 @@ class CombineParams(Params):
     min_margin: Float | None = Field(
         None,
         description="ours: keep only masks that are more similar to their class than to every other class of the vocabulary by MORE than"
-        " this (in standard deviations where votes are standardised, else in cosine similarity); none: keep all masks",
+        " this (in standard deviations of the standardised votes; in cosine similarity where reference_images is 0); none, or a collection"
+        " smaller than reference_images: keep all masks",
     )
 
 

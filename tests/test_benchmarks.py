@@ -46,7 +46,12 @@ def test_the_cost_table_marks_what_is_computed(capsys):
 
     costs.main(["smoke"])
     out = capsys.readouterr().out
-    assert "| computed, not measured |" in out and out.count("| smoke, fp32 |") == 3 and "| smoke | 6 |" in out and "| disk, GB, computed |" in out
+    assert (
+        "| computed, not measured |" in out
+        and out.count("| smoke, fp32 |") == 3
+        and "| smoke | 6 |" in out
+        and "| disk, GB, computed |" in out
+    )
     disk = costs.cost("paper", {})["disk"]
     assert disk["weights and images"] == pytest.approx((1710 + 1217 + 2564) * 1e6) and disk["kept of images"] == 0
     assert sum(disk.values()) < 20e9

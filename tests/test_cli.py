@@ -236,7 +236,7 @@ def test_label_and_evaluate_also_in_shards(trained, capsys, monkeypatch, tmp_pat
     assert len(list((tmp_path / "labels").glob("*.png"))) == 6
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "fmbseg", "dense", "--limit", "2", "--module", str(module))
     assert status == 0 and "random weights: the number means nothing" in out
-    kept = tmp_path / "project/results/smoke/records/main"
+    kept = tmp_path / "project/results/smoke/records/limit-2"
     assert sorted(p.name for p in kept.iterdir()) == ["evaluate-dense-drawn-n2.json", "evaluate-fmbseg-drawn-n2.json"]
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "dense", "--shard", "1", "--num-shards", "3")
     assert status == 0 and "shard 1 of 3 is counted and kept" in out and "shard 1 of 3 alone" in out

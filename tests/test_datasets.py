@@ -375,7 +375,7 @@ def test_evaluation_images_are_left_out_of_a_folder(sample, tmp_path, capsys):
     assert f"{folder}: left out 1 of 6 images, which are evaluated on (the same bytes)" in capsys.readouterr().err
     for one in found:
         one.image.unlink()
-    with pytest.raises(DataError, match="every image in it is an evaluation image"):
+    with pytest.raises(DataError, match="every image in it is one of a benchmark that fmbseg evaluates on"):
         collections.load_collection(str(folder))
 
 

@@ -66,7 +66,7 @@ def test_verdicts_are_kept_in_the_browser_and_saved_as_csv(folder, browser):  # 
 
 def test_what_is_no_review_is_said(folder, tmp_path):
     os.makedirs(tmp_path / "empty")
-    with pytest.raises(DataError, match="holds no result of fmbseg segment"):
+    with pytest.raises(DataError, match="holds no result; give the folder that fmbseg segment"):
         review.write(tmp_path / "empty")
     (folder / review.VERDICTS).write_text("result,image,verdict\nsure,x,maybe\n")
     with pytest.raises(DataError, match="holds the verdict 'maybe'; it is accept or reject"):

@@ -12,7 +12,7 @@ from fmbseg.models import texts as texts_of
 from fmbseg.models.clip import load_clip
 from fmbseg.models.sam import AutomaticMask, load_sam
 from fmbseg.models.texts import ClassTexts
-from fmbseg.params import CombineParams, DetectParams
+from fmbseg.params import CombineParams, DetectParams, LabelParams
 from fmbseg.stage1 import detection, features, label_masks, pseudo_labels, query_sam
 from fmbseg.stage1.detection import Detected, Scale
 from fmbseg.stage1.features import ImageFeatures
@@ -308,6 +308,13 @@ def test_the_more_similar_class_wins_either_way():
     assert (pseudo_labels.combine([], [], SIZE, CombineParams()) == IGNORED).all()
 
 
+def test_a_margin_in_the_unit_of_votes_that_are_not_standardised_drops_nothing():
+    params = LabelParams(min_margin=0.2, reference_images=40)
+    assert pseudo_labels.least_margin(params, None) is None
+    assert pseudo_labels.least_margin(params, Scale(torch.zeros(3), torch.ones(3))) == 0.2
+    assert pseudo_labels.least_margin(params.model_copy(update={"reference_images": 0}), None) == 0.2  # cosine
+
+
 @pytest.mark.parametrize(
     "least, row", [(None, [1, 1, 1, 1, 1, 1]), (0.0, [1, 1, 1, 1, -1, -1]), (0.5, [1, 1, -1, -1, -1, -1]), (1.0, [-1] * 6)]
 )
@@ -317,7 +324,7 @@ def test_assemble_labels_both_stages_and_drops_small_margins(least, row):
     maps[1, 0, 0], maps[:, 0, 1], maps[:, 0, 2] = 1, torch.tensor([1.0, 2, 0]), torch.tensor([9.0, 1, 0])
     query = QueryMask(Detected(1, "b", 2), np.zeros((5, 2)), np.zeros((3, *SIZE), bool), np.zeros(3), block(SIZE, 0, 0, 4, 2))
     automatic = [AutomaticMask(block(SIZE, 0, left, 4, 2), 1.0, 1.0, (0, 0)) for left in (2, 4)]
-    made = pseudo_labels.assemble([query], automatic, hand_made(SIZE, maps), unit_texts(3), CombineParams(min_margin=least))
+    made = pseudo_labels.assemble([query], automatic, hand_made(SIZE, maps), unit_texts(3), LabelParams(min_margin=least))
     assert made.labels[0].tolist() == row and made.detected == [query.detected]
     if least is None:
         assert [m.margin for m in made.automatic_masks] == pytest.approx([1 / 5**0.5, -8 / 82**0.5])

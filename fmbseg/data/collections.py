@@ -47,7 +47,7 @@ def load_collection(name: str, data_root: str = "", evaluated: Sequence[str] = (
     kept = [p for p, size in sizes.items() if size not in both or files.sha256_of(p) not in hashes]
     _left_out[name, data_root, tuple(evaluated)] = len(sizes) - len(kept)
     if not kept:
-        raise DataError(f"{name}: every image in it is an evaluation image; give others to train on")
+        raise DataError(f"{name}: every image in it is one of a benchmark that fmbseg evaluates on; pseudo labels are made of others only")
     if len(kept) < len(sizes):
         tell(f"{name}: left out {len(sizes) - len(kept)} of {len(sizes)} images, which are evaluated on (the same bytes)")
     names = files.flat_names(

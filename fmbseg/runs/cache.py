@@ -39,7 +39,7 @@ from fmbseg.stage2.distributed import rank
 
 T = TypeVar("T")
 
-VERSIONS = {"clip": 3, "sam": 3, "votes": 2, "queries": 3, "masks": 3, "encoder": 2, "labels": 3, "counts": 3, "module": 3}
+VERSIONS = {"clip": 3, "sam": 3, "votes": 2, "queries": 3, "masks": 3, "encoder": 2, "labels": 4, "counts": 3, "module": 3}
 """Version of each product on disk: raise it when the code of its step computes something else."""
 
 MADE_FROM = {
@@ -303,7 +303,8 @@ def prepare_votes(params: LabelParams, workers: int | None = None) -> None:
         found, path = collections.load_collection(params.collection, params.data_root), _reference_path(params)
         chosen = parallel.evenly_spaced(found, params.reference_images) if len(found) >= params.reference_images else []
         if not chosen:
-            print(f"votes are taken as they are: {len(found)} images, and reference_images = {params.reference_images}")
+            also = "" if params.min_margin is None else f", and masks of every margin stay (min_margin = {params.min_margin})"
+            print(f"votes are not standardised{also}: {len(found)} images are fewer than reference_images = {params.reference_images}")
         content = [files.sha256_of(sample.image) for sample in chosen]
         found = kept(path, _reference)
         if found is None or found[1] != content:

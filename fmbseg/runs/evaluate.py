@@ -362,15 +362,17 @@ def find_benchmarks(names: Sequence[str], data_root: str = "") -> list[Dataset]:
 def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | None = None, engine: str = "processes") -> pd.DataFrame:
     """Measure every method on every benchmark, write one record each, and return the records as a frame.
 
-    module: the trained module, as ``hub.find`` takes it; None: the profile's. With several shards it keeps this shard's counts and returns a frame
-    of them, but writes no record.
+    module: the trained module, as ``hub.find`` takes it; None: the profile's, and where none was trained "fmbseg" gives way to
+    "shipped". With several shards it keeps this shard's counts and returns a frame of them, but writes no record.
     """
-    files_of = {
-        "prealigned": train.prealigned_path(params),
-        "fmbseg": hub.find(module or modules.default(params.profile)),
-        "shipped": modules.SHIPPED,
-    }
-    methods = [Method(name, str(files_of.get(name.removesuffix(VOTE), ""))) for name in params.methods]
+    path = hub.find(module or modules.default(params.profile))
+    names = list(params.methods)
+    if module is None and path == modules.SHIPPED and any(name.removesuffix(VOTE) == "fmbseg" for name in names):
+        tell = "no module of this profile was trained (fmbseg train, or notebook 04): in place of fmbseg stands shipped,"
+        print(tell, "the module that comes with the repository")
+        names = list(dict.fromkeys(name.replace("fmbseg", "shipped") for name in names))
+    files_of = {"prealigned": train.prealigned_path(params), "fmbseg": path, "shipped": modules.SHIPPED}
+    methods = [Method(name, str(files_of.get(name.removesuffix(VOTE), ""))) for name in names]
     aligned = [method for method in methods if method.base in ALIGNED]  # together: they share the encoder's pass
     made: list[Record] = []
     for group in [[method] for method in methods if method not in aligned] + ([aligned] if aligned else []):

@@ -207,6 +207,10 @@ class LabelStore:
         if (failed := self._failed(sample)).is_file():
             failed.unlink()
 
+    def coverage(self, sample: Sample) -> float | None:
+        """The labelled share of an image; None where it has no pseudo label."""
+        return (self._said(sample, "coverage") or [None])[0]
+
     def read(self, sample: Sample) -> np.ndarray:
         """(height, width) class indices, IGNORED where unlabelled."""
         return images.read_mask(self._map(sample))

@@ -179,7 +179,9 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
     data, models = PatchDataset(samples, store, params), Models.of(params)
     classes = data.classes()
     if not classes:
-        raise DataError(f"{store.folder}: no patch is labelled; lower min_votes or min_labelled, or give more images or other words")
+        raise DataError(
+            f"{store.folder}: no patch is labelled; lower min_margin, min_votes or min_labelled, or give more images or other words"
+        )
     texts = models.texts(store.space).prototypes()
     if initial:
         start = modules.load(initial)[0]

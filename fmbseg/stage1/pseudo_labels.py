@@ -65,7 +65,7 @@ def assemble(
     automatic: Sequence[AutomaticMask],
     found: ImageFeatures,
     texts: ClassTexts,
-    params: CombineParams,
+    params: LabelParams,
     scale: Scale | None = None,
 ) -> PseudoLabel:
     """Label the automatic masks with the detected classes, drop masks of too small a margin, and combine the stages.
@@ -74,9 +74,14 @@ def assemble(
     """
     query_masks = [m for q in queries for m in label_masks.label_masks([q.chosen], found, [q.detected], texts, scale)]
     labelled = label_masks.label_masks([a.mask for a in automatic], found, [q.detected for q in queries], texts, scale)
-    if params.min_margin is not None:
-        query_masks, labelled = ([m for m in masks if m.margin > params.min_margin] for masks in (query_masks, labelled))
+    if (least := least_margin(params, scale)) is not None:
+        query_masks, labelled = ([m for m in masks if m.margin > least] for masks in (query_masks, labelled))
     return PseudoLabel(combine(query_masks, labelled, found.size, params), list(queries), query_masks, labelled)
+
+
+def least_margin(params: LabelParams, scale: Scale | None) -> float | None:
+    """``min_margin``; None, so that every mask stays, where votes were to be standardised and are not, for it is in their unit (ours)."""
+    return params.min_margin if scale is not None or not params.reference_images else None
 
 
 def combine(query: list[LabelledMask], automatic: list[LabelledMask], size: tuple[int, int], params: CombineParams) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""``fmbseg review``: a page on which a person accepts or rejects the results of ``fmbseg segment``, the least certain first."""
+"""``fmbseg review``: a page on which a person accepts or rejects the results of ``segment`` and ``label``, the least certain first."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def results(folder: Path) -> dict[str, dict]:
 
     Raises DataError where the folder holds no result.
     """
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder; give the one that fmbseg segment or label --results wrote to")
     found = {}
     for path in sorted(Path(folder).rglob("*.json")):
         if (said := files.result(path)).get("key") and "frames" not in said:  # not a video
             found[path.relative_to(folder).as_posix().removesuffix(".json")] = said
     if not found:
-        raise DataError(f"{folder}: holds no result of fmbseg segment; give the folder that it wrote to (--out)")
+        raise DataError(f"{folder}: holds no result; give the folder that fmbseg segment (--out) or label (--results) wrote to")
     return dict(sorted(found.items(), key=lambda pair: pair[1]["mean_margin"]))
 
 

@@ -23,7 +23,7 @@ from fmbseg.runs import cache, modules
 from fmbseg.runs.cache import Models
 from fmbseg.runs.modules import Segmenter
 from fmbseg.schemas import ExploreRun
-from fmbseg.stage1 import detection, features, label_masks, query_sam
+from fmbseg.stage1 import detection, features, label_masks, pseudo_labels, query_sam
 from fmbseg.stage1.detection import Detected, Scale
 from fmbseg.stage1.features import ImageFeatures
 from fmbseg.stage1.label_masks import LabelledMask
@@ -190,8 +190,9 @@ class Explorer:
 
     def labelled(self, space: LabelSpace) -> list[LabelledMask]:
         """The automatic masks, each with the detected class nearest to it (``min_margin`` as in the parameters)."""
-        found, texts, least = self.detected(space), self.texts(space), self.params.min_margin
-        labelled = label_masks.label_masks([m.mask for m in self.masks()], self.seen().features, found, texts, self._scale(space))
+        found, texts, scale = self.detected(space), self.texts(space), self._scale(space)
+        least = pseudo_labels.least_margin(self.params, scale)
+        labelled = label_masks.label_masks([m.mask for m in self.masks()], self.seen().features, found, texts, scale)
         return [one for one in labelled if least is None or one.margin > least]
 
 
