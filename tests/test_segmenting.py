@@ -7,6 +7,9 @@ import pytest
 
 from fmbseg import files
 from fmbseg.errors import ImageError, ParameterError
+from fmbseg.params import make
+from fmbseg.schemas import SegmentRun
+from fmbseg.stage2.segmenter import words_space
 from fmbseg.tools import segmenting
 
 
@@ -102,3 +105,32 @@ def test_only_names_that_meet_are_spelled_again(monkeypatch):
     monkeypatch.setattr(files, "_spelled", lambda path, level: spelled.append((path.name, level)) or plain(path, level))
     assert files.flat_names([Path(name) for name in ("a.jpg", "b.jpg", "b.png", "c.jpg")]) == ["a", "b.jpg", "b.png", "c"]
     assert spelled == [("a.jpg", 0), ("b.jpg", 0), ("b.png", 0), ("c.jpg", 0), ("b.jpg", 1), ("b.png", 1)]
+
+
+@pytest.fixture
+def at_home(toy, monkeypatch):
+    monkeypatch.setenv("FMBSEG_HOME", str(toy.home))
+    return toy
+
+
+def segment(toy, given, out, words="sun, house, tree"):
+    """What ``segment`` makes of paths: the images that have a result, and the places of all."""
+    places = segmenting.find([str(path) for path in given], out)
+    params = make(SegmentRun, {"profile": "smoke"})
+    return segmenting.run(places, words_space(words), toy.path, params, lambda path, *_: path.touch(), out), places
+
+
+def look(toy, samples, out, **values):
+    """What ``label --results`` makes of samples."""
+    return segmenting.of_labels(samples, toy.store, toy.params.model_copy(update=values), lambda path, *_: path.touch(), out)
+
+
+def test_a_result_says_its_words(at_home, tmp_path):
+    (sample,) = at_home.samples[:1]
+    (image,), places = segment(at_home, [sample.image], tmp_path / "cut")
+    look(at_home, [sample], tmp_path / "looked")
+    for file, space in (
+        (segmenting.beside(places[image], ".json"), words_space("sun, house, tree")),
+        (tmp_path / f"looked/{sample.image.stem}.json", at_home.store.space),
+    ):
+        assert files.read_json(file)["words_key"] == files.digest(space.names, space.prompts)

@@ -130,6 +130,7 @@ def test_what_counts_as_large(real_image, geotiff, tmp_path):
     assert tiles.is_tiled(many, pixels)  # six bands of 16 bits, which PIL does not read
     said = run(tmp_path / "plain.tif", tmp_path / "cut", params(largest_whole=pixels - 1))
     assert said["classes"] and (tmp_path / "cut/plain.labels.tif").is_file()
+    assert said["words_key"] == files.digest(WORDS.names, WORDS.prompts)
     run(tmp_path / "plain.tif", tmp_path / "cut", params())  # now all at once: nothing is left of the tiles
     assert {p.name for p in (tmp_path / "cut").glob("plain.*")} == {f"plain{s}" for s in files.RESULT_SUFFIXES}
 

@@ -177,7 +177,8 @@ def _is_whole(place: Path, key: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def _write(place: Path, path: Path, image: np.ndarray, result: Segmentation, key: str, overlay: Overlay) -> None:
-    said = {"image": os.path.abspath(path)} | segmenter.describe(result)
+    words = files.digest(result.space.names, result.space.prompts)
+    said = {"image": os.path.abspath(path), "words_key": words} | segmenter.describe(result)
     files.write_json(beside(place, ".json"), said)  # marks the files beside it as ours; the key, written last, as complete
     images.write_label_map(beside(place, ".labels.png"), result.labels, result.space.palette)
     with files.atomic_path(beside(place, ".margin.png")) as part:

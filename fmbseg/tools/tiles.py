@@ -192,7 +192,7 @@ def segment(
     labels_file, margin_file, shown_margin, shown, described = (
         place.with_name(f"{place.name}{suffix}") for suffix in (".labels.tif", ".margin.tif", ".margin.png", ".overlay.png", ".json")
     )
-    said = {"image": os.path.abspath(path)}
+    said = {"image": os.path.abspath(path), "words_key": files.digest(space.names, space.prompts)}
     said |= describe_totals(np.sum([counted for _, (counted, _) in done.results], axis=0), raster.size, space)
     files.write_json(described, said)  # marks the files beside it as ours; the key, written last, as complete
     with _raster(path) as rasterio:
