@@ -1,8 +1,9 @@
 """The losses of Eq. 1-4 and of Table 2, as pure functions.
 
 Throughout: z is (n, D), the unit-norm patch embeddings of the labelled patches of a whole batch (n = B*N);
-labels is (n,) int64 in [0, K); texts is (K, D), the unit-norm text features. All return a scalar.
+labels is (n,) int64 in [0, K); texts is (K, D), the unit-norm text features. The losses return a scalar.
 With temperature 1 and no weights they are the equations as written; the temperature divides every dot product (ours).
+In the formulas, N_k is the number of patches of class k among the n.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _row_blocks(z: torch.Tensor, temperature: float) -> Iterator[tuple[slice, to
 def patch_text_terms(
     z: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, temperature: float = 1.0, others: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Eq. 3, l_t(z_i, t_yi) of every patch: (n,).
+    """Eq. 3, of every patch, (n,): l_t(z_i, t_yi) = -z_i.t_yi + log(sum_k exp(z_i.t_k) + sum_{j != i} exp(z_i.z_j)).
 
     Minus the similarity to its own text, plus the log of the sum over all K texts and all OTHER patches.
     others: ``log_sum_others(z)``, if it has been computed already.
@@ -75,13 +76,16 @@ def patch_text_terms(
 
 
 def text_terms(per_patch: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Eq. 2, l_t(t_k) of every class: the mean of Eq. 3 over its patches, (K,); 0 for a class without patches."""
+    """Eq. 2, of every class, (K,): l_t(t_k) = (1 / N_k) sum_{i: y_i = k} l_t(z_i, t_k).
+
+    The mean of Eq. 3 over the patches of the class; 0 for a class without patches. per_patch: ``patch_text_terms``, (n,).
+    """
     sums = per_patch.new_zeros(classes).index_add(0, labels, per_patch)
     return sums / labels.bincount(minlength=classes).clamp(min=1)
 
 
 def patch_patch_terms(z: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, others: torch.Tensor | None = None) -> torch.Tensor:
-    """Eq. 4, l_im(z_i) of every patch: (n,).
+    """Eq. 4, of every patch, (n,): l_im(z_i) = (1 / N_yi) sum_{l: y_l = y_i} (-z_i.z_l + log sum_{j != i} exp(z_i.z_j)).
 
     Minus the mean similarity to the patches l of its class (itself included, as Eq. 4 is written), which is the similarity
     to the mean of these patches, plus the log of the sum over all OTHER patches. For a lone patch it is 0.
