@@ -79,6 +79,11 @@ def test_of_reviewed_results_the_accepted_ones_are_taken(toy, own_home, tmp_path
     names = [f"sub/{sample.name}.x" for sample in toy.samples[:3]]
     (tmp_path / review.VERDICTS).write_text(f"result,image,verdict\n{names[0]},,reject\n{names[1]},,accept\n")
     assert set(corrected.take(tmp_path, toy.samples, SPACE)) == {toy.samples[1].name}
+    (tmp_path / review.VERDICTS).write_text(f"result,image,verdict,key\n{names[0]},,accept,k\n{names[1]},,accept,another\n")
+    assert set(corrected.take(tmp_path, toy.samples, SPACE)) == {toy.samples[0].name}
+    (tmp_path / review.VERDICTS).write_text(f"result,image,verdict,key\n{names[1]},,accept,another\n")
+    with pytest.raises(DataError, match="none of its 0 masks"):  # all were made again since: nobody accepted what is there
+        corrected.take(tmp_path, toy.samples, SPACE)
 
 
 def test_what_cannot_be_taken_is_said(toy, exported, tmp_path):

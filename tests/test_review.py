@@ -64,6 +64,33 @@ def test_verdicts_are_kept_in_the_browser_and_saved_as_csv(folder, browser):  # 
     page.close()
 
 
+def test_a_verdict_is_on_the_result_that_was_seen(folder, browser):  # noqa: F811
+    def again(name, key):
+        files.write_json(folder / f"{name}.json", files.read_json(folder / f"{name}.json") | {"key": key})
+
+    def shown():
+        page.goto(review.write(folder).as_uri())
+        return page.eval_on_selector_all("article", "all => all.map((a) => a.className)")
+
+    page = browser.new_page()
+    shown()
+    for k in (1, 2):
+        page.locator("article").nth(k).get_by_role("button", name="accept").click()
+    with page.expect_download() as download:
+        page.click("#save")
+    download.value.save_as(folder / review.VERDICTS)
+    again("sure", "of another threshold")
+    assert review.verdicts(folder) == {"猫 #1": "accept"} and shown() == ["", "accept", ""]
+    with open(folder / review.VERDICTS, "a") as stream:
+        stream.write("sure,,reject,of another threshold\n")
+    assert shown() == ["", "accept", "reject"]  # this browser has no verdict on it
+    page.locator("article").nth(2).get_by_role("button", name="accept").click()
+    assert shown() == ["", "accept", "accept"]  # now it has
+    (folder / review.VERDICTS).write_text("result,image,verdict\nsure,,reject\n")
+    assert review.verdicts(folder) == {"sure": "reject"}  # a file from before keys were written
+    page.close()
+
+
 def test_what_is_no_review_is_said(folder, tmp_path):
     os.makedirs(tmp_path / "empty")
     with pytest.raises(DataError, match="holds no result; give the folder that fmbseg segment"):

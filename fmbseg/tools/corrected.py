@@ -215,7 +215,7 @@ def _maps(folder: Path) -> tuple[list[str], Masks]:
         return list(names), {path.stem: lambda _, path=path: images.read_mask(path) for path in sorted(folder.rglob("*.png"))}
     verdicts, results = review.verdicts(folder), review.results(folder)
     accepted = [name for name in results if (folder / f"{name}.labels.png").is_file()]  # not one of a tiled image
-    accepted = [name for name in accepted if not verdicts or verdicts.get(name) == "accept"]
+    accepted = [name for name in accepted if not (folder / review.VERDICTS).is_file() or verdicts.get(name) == "accept"]
     return list(names), {
         Path(results[name]["image"]).stem: lambda _, name=name: images.read_mask(folder / f"{name}.labels.png") for name in accepted
     }

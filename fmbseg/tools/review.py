@@ -48,6 +48,7 @@ def write(folder: Path) -> Path:
                 "margin": said["mean_margin"],
                 "classes": [[one["name"], one["mean_margin"]] for one in said["classes"]],
                 "verdict": known.get(name, ""),
+                "key": said["key"],
             }
         )
     data = json.dumps({"folder": str(Path(folder).absolute()), "items": items}).replace("<", "\\u003c")
@@ -64,7 +65,7 @@ def _link(path: str) -> str:
 def verdicts(folder: Path) -> dict[str, str]:
     """The verdict, "accept" or "reject", of each reviewed result; empty where there is no ``VERDICTS``.
 
-    Raises DataError for a file that the page did not write.
+    A verdict on a result that was made again since, in another way, does not count; a file without keys, from before, is believed. Raises DataError for a file that the page did not write.
     """
     path = Path(folder) / VERDICTS
     if not path.is_file():
@@ -76,4 +77,6 @@ def verdicts(folder: Path) -> dict[str, str]:
         raise DataError(f"{path}: no file of the review page ({error}); save it there again") from error
     if unknown := set(found.values()) - {"accept", "reject", ""}:
         raise DataError(f"{path}: holds the verdict {sorted(unknown)[0]!r}; it is accept or reject")
-    return {name: verdict for name, verdict in found.items() if verdict}
+    keys = dict(zip(frame["result"], frame.get("key", ())))
+    now = {name: files.result(Path(folder) / f"{name}.json").get("key") for name in keys}
+    return {name: verdict for name, verdict in found.items() if verdict and keys.get(name) == now.get(name)}
