@@ -86,6 +86,30 @@ def test_of_reviewed_results_the_accepted_ones_are_taken(toy, own_home, tmp_path
         corrected.take(tmp_path, toy.samples, SPACE)
 
 
+def result_of(toy, sample, folder, **said):
+    """A sample's label map as ``segment`` leaves it in a folder."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(toy.store.path(sample), folder / f"{sample.name}.labels.png")
+    whole = {"image": str(sample.image), "key": "k", "height": 1, "width": 1, "mean_margin": 0.0, "classes": []}
+    files.write_json(folder / f"{sample.name}.json", whole | said)
+
+
+def test_a_result_that_was_made_with_other_words_is_refused(toy, own_home, tmp_path):
+    names, prompts = ["sky", "light: red", "sun", "house"], [["sky", "heavens"], ["light: red"], ["sun"], ["house", "sun"]]
+    (tmp_path / "fmbseg-classes.txt").write_text("sky: sky, heavens\nlight: red: light: red\nsun: sun\nhouse: house, sun\n")
+    space = own_words("house, sky, sun, light: red")
+    result_of(toy, toy.samples[0], tmp_path, words_key=files.digest(names, prompts))
+    result_of(toy, toy.samples[1], tmp_path)  # of before there was a key
+    found = corrected.take(tmp_path, toy.samples, space)
+    read = corrected.MixedStore(toy.store, found).read(toy.samples[0])
+    np.testing.assert_array_equal(read, np.array([1, 3, 2, 0, IGNORED])[toy.store.read(toy.samples[0])])
+    result_of(toy, toy.samples[2], tmp_path, words_key=files.digest(["sea", *names], [["sea"], *prompts]))
+    with pytest.raises(
+        DataError, match="was made with other words than fmbseg-classes.txt lists; segment it again into a folder of its own"
+    ):
+        corrected.take(tmp_path, toy.samples, space)
+
+
 def test_what_cannot_be_taken_is_said(toy, exported, tmp_path):
     plain, samples = exported / "plain", toy.samples
     with pytest.raises(DataError, match="'sun' is none of the words that are trained; add it"):

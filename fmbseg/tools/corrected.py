@@ -53,7 +53,8 @@ def take(source: Path, samples: Sequence[Sample], space: LabelSpace) -> dict[str
     ImageError for a mask whose size is not its image's.
     """
     names, masks = _read(source)
-    words = {label_spaces.normal(word): k for k, own in enumerate(space.prompts) for word in (*own, space.names[k])}
+    words = {label_spaces.normal(word): k for k, own in enumerate(space.prompts) for word in own}
+    words |= {label_spaces.normal(name): k for k, name in enumerate(space.names)}  # a name counts before a word of another class
     table = [IGNORED if label_spaces.is_background(name) else words.get(label_spaces.normal(name), -2) for name in names]
     if -2 in table:
         raise DataError(f"{source}: {names[table.index(-2)]!r} is none of the words that are trained; add it to --classes-file")
@@ -210,12 +211,26 @@ def _maps(folder: Path) -> tuple[list[str], Masks]:
         raise DataError(
             f"{folder}: no corrected masks; give a .json of COCO or Label Studio, or a folder with labelmap.txt, data.yaml or classes.txt"
         )
-    names = label_spaces.own_words(label_spaces.read_words(classes, numbered=True), str(classes), lines=True).names
+    lines = label_spaces.read_words(classes, numbered=True)
     if classes.name != segmenting.CLASSES:
+        names = label_spaces.own_words(lines, str(classes), lines=True).names
         return list(names), {path.stem: lambda _, path=path: images.read_mask(path) for path in sorted(folder.rglob("*.png"))}
     verdicts, results = review.verdicts(folder), review.results(folder)
     accepted = [name for name in results if (folder / f"{name}.labels.png").is_file()]  # not one of a tiled image
     accepted = [name for name in accepted if not (folder / review.VERDICTS).is_file() or verdicts.get(name) == "accept"]
+    names, prompts = zip(*map(_class, lines))
+    for name in accepted:
+        if results[name].get("words_key", key := files.digest(names, prompts)) != key:
+            raise DataError(
+                f"{folder}: {name} was made with other words than {classes.name} lists; segment it again into a folder of its own"
+            )
     return list(names), {
         Path(results[name]["image"]).stem: lambda _, name=name: images.read_mask(folder / f"{name}.labels.png") for name in accepted
     }
+
+
+def _class(line: str) -> tuple[str, list[str]]:
+    """Name and words of a line "name: word, word" of fmbseg-classes.txt; a name may have colons, and two classes may share words."""
+    half = line[: len(line) // 2 - 1]
+    name, _, words = (half, "", half) if line == f"{half}: {half}" else line.rpartition(": ")
+    return (name, words.split(", ")) if name else (words, [words])
