@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ def _params(options: argparse.Namespace, step: str, beside: str = "", **given: A
         other = STEPS[beside].schema.model_fields
         chosen = {name: value for name, value in chosen.items() if name in own or name not in other}
     named = {name: value for name, value in vars(options).items() if name in own and value is not None}
+    if "limit" in own and (named | given).get("collection"):
+        named.setdefault("limit", None)  # a profile's limit is for its own images
     if "vocabulary" in own and getattr(options, "own_words", None):
         named["vocabulary"] = str(_word_file(options.own_words))
     loaded = profiles.load(step, options.profile, named | given | chosen)
@@ -203,9 +206,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from fmbseg.runs import evaluate, records
 
     p = _params(options, "evaluate")
-    if p.eval_limit and "run" not in settings(options.set):
-        p = p.model_copy(update={"run": f"limit-{p.eval_limit}"})
-        print(f"a part of the images: the records are those of the run {p.run!r}, not of the tables (--set run=main: of the tables)")
+    parts = ([f"limit-{p.eval_limit}"] if p.eval_limit else []) + ([options.module_file.stem] if options.module_file else [])
+    if parts and "run" not in settings(options.set):
+        p = p.model_copy(update={"run": re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(parts))})
+        print(f"another module or a part of the images: the records are those of the run {p.run}; --set run=main: those of the tables")
     files.check_place(records.results_folder(p), folder=True, name="results_dir")
     frame = evaluate.evaluate(evaluate.find_benchmarks(p.benchmarks, p.data_root), p, options.module_file, options.engine)
     if p.num_shards > 1:

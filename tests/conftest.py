@@ -97,11 +97,12 @@ def own_home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_home_with_weights(tmp_path, monkeypatch):
-    """The same, with the fetched weights in it."""
-    fetched, own_home = fetch.require("mobile_sam").parent, tmp_path / "home"
+    """The same, with the fetched weights and images in it."""
+    fetched, pools, own_home = fetch.require("mobile_sam").parent, fetch.require("coco_panoptic_20").parent, tmp_path / "home"
     own_home.mkdir()
     monkeypatch.setenv("FMBSEG_HOME", str(own_home))
     (own_home / "weights").symlink_to(fetched)
+    (own_home / "images").symlink_to(pools)
     return own_home
 
 

@@ -236,7 +236,7 @@ def test_label_and_evaluate_also_in_shards(trained, capsys, monkeypatch, tmp_pat
     assert len(list((tmp_path / "labels").glob("*.png"))) == 6
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "fmbseg", "dense", "--limit", "2", "--module", str(module))
     assert status == 0 and "random weights: the number means nothing" in out
-    kept = tmp_path / "project/results/smoke/records/limit-2"
+    kept = tmp_path / "project/results/smoke/records/limit-2-toy"
     assert sorted(p.name for p in kept.iterdir()) == ["evaluate-dense-drawn-n2.json", "evaluate-fmbseg-drawn-n2.json"]
     status, out, _ = told(capsys, "evaluate", "--profile", "smoke", "--methods", "dense", "--shard", "1", "--num-shards", "3")
     assert status == 0 and "shard 1 of 3 is counted and kept" in out and "shard 1 of 3 alone" in out
@@ -244,7 +244,21 @@ def test_label_and_evaluate_also_in_shards(trained, capsys, monkeypatch, tmp_pat
     folder = modules.Segmenter.load(module).save_pretrained(tmp_path / "shared")
     of_file = files.read_json(kept / "evaluate-fmbseg-drawn-n2.json")
     assert told(capsys, "evaluate", "--profile", "smoke", "--methods", "fmbseg", "--limit", "2", "--module", str(folder))[0] == 0
-    assert files.read_json(kept / "evaluate-fmbseg-drawn-n2.json")["iou"] == of_file["iou"]
+    assert files.read_json(kept.parent / "limit-2-shared/evaluate-fmbseg-drawn-n2.json")["iou"] == of_file["iou"]
+
+
+def test_without_a_trained_module_evaluate_says_whose_module_it_is(capsys, own_home_with_weights, tmp_path):
+    arguments = ["evaluate", "--methods", "fmbseg", "shipped", "--limit", "1", "--benchmarks", "embedded_coco_object80"]
+    status, out, _ = told(capsys, *arguments, "--set", "workers=1")
+    assert status == 0 and "in place of fmbseg stands shipped" in out and "records are those of the run limit-1" in out
+    (record,) = (tmp_path / "project/results/embedded/records/limit-1").glob("*.json")
+    assert record.name == "evaluate-shipped-embedded_coco_object80-n1.json"
+
+
+def test_a_profiles_limit_is_not_that_of_a_folder(monkeypatch, tmp_path):
+    parser = cli._parser()
+    limit = lambda *words: cli._params(parser.parse_args(["label", *words]), "label").limit  # noqa: E731
+    assert limit() == 128 and limit(str(tmp_path)) is None and limit(str(tmp_path), "--limit", "3") == limit("--set", "limit=3") == 3
 
 
 def test_results_of_labels_have_the_margins_of_clips_features_and_are_reviewed(trained, capsys, monkeypatch, tmp_path):
@@ -402,7 +416,7 @@ def test_a_read_only_home_with_everything_in_it_serves_label_evaluate_and_segmen
         for command in (label, evaluate, segment):
             status, _, err = told(capsys, *command)
             assert status == 0, err
-        records = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "smoke" / "records" / "main").glob("*.json"))}
+        records = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "smoke" / "records").glob("*/*.json"))}
         written = {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
         return {stem: (record["miou"], record["iou"]) for stem, record in records.items()}, written
 

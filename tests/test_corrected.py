@@ -60,7 +60,7 @@ def test_a_training_takes_them_in_the_place_of_pseudo_labels_and_says_so(toy, ex
     for wrong, same in ((False, True), (True, False)):
         if wrong:
             Image.fromarray(np.where(labels == 0, 3, labels).astype(np.uint8)).save(found[toy.samples[0].name])
-        path = tmp_path / f"mixed-{wrong}.safetensors"
+        path = tmp_path / f"{'mixed' if wrong else 'plain'}.safetensors"  # of the same masks, but without the note, is there
         made = train.fit(toy.samples, corrected.MixedStore(toy.store, found), params, path)
         pairs = zip(made.alignment.state_dict().values(), plain.alignment.state_dict().values())
         assert all(bool((one == other).all()) for one, other in pairs) == same

@@ -365,13 +365,13 @@ def evaluate(found: Sequence[Dataset], params: RunParams, module: str | Path | N
     module: the trained module, as ``hub.find`` takes it; None: the profile's, and where none was trained "fmbseg" gives way to
     "shipped". With several shards it keeps this shard's counts and returns a frame of them, but writes no record.
     """
-    path = hub.find(module or modules.default(params.profile))
-    names = list(params.methods)
-    if module is None and path == modules.SHIPPED and any(name.removesuffix(VOTE) == "fmbseg" for name in names):
+    names, path = list(params.methods), module or modules.default(params.profile)
+    trained = any(name.removesuffix(VOTE) == "fmbseg" for name in names)
+    if trained and path == modules.SHIPPED:
         tell = "no module of this profile was trained (fmbseg train, or notebook 04): in place of fmbseg stands shipped,"
         print(tell, "the module that comes with the repository")
         names = list(dict.fromkeys(name.replace("fmbseg", "shipped") for name in names))
-    files_of = {"prealigned": train.prealigned_path(params), "fmbseg": path, "shipped": modules.SHIPPED}
+    files_of = {"prealigned": train.prealigned_path(params), "fmbseg": hub.find(path) if trained else path, "shipped": modules.SHIPPED}
     methods = [Method(name, str(files_of.get(name.removesuffix(VOTE), ""))) for name in names]
     aligned = [method for method in methods if method.base in ALIGNED]  # together: they share the encoder's pass
     made: list[Record] = []

@@ -167,9 +167,10 @@ def fit(samples: Sequence[Sample], store: LabelStore, params: RunParams, path: P
     maps = [store.sha256(sample) for sample in samples]
     schemas = (AlignParams, FeatureParams) if params.dense_weight else (AlignParams,)
     on_cuda = ["deterministic"] if params.deterministic and params.device.startswith("cuda") else []
-    key = _key(params, schemas, samples, maps, words, files.sha256_of(initial) if initial else "", several, *on_cuda)
+    notes = [store.notes] if store.notes else []  # such as corrected masks, which the module's file has to tell
+    key = _key(params, schemas, samples, maps, words, files.sha256_of(initial) if initial else "", several, *on_cuda, *notes)
     if (made := _read(path, key)) is not None:
-        print(f"read {path}: trained before on the same pseudo labels with the same parameters")
+        print(f"read {path}: trained before on the same labels with the same parameters")
         modules.checkpoint(path).unlink(missing_ok=True)
         return made
     state = modules.load_state(modules.checkpoint(path), key)
