@@ -200,11 +200,15 @@ def windows_figure(image: np.ndarray, places: Sequence[Window]) -> Figure:
     return figure
 
 
-def query_figure(image: np.ndarray, query: QueryMask) -> Figure:
-    """Figures 2 and 5: the query points as stars, and SAM's three masks with their confidence; the chosen one is marked."""
+def query_figure(image: np.ndarray, query: QueryMask, similarity: torch.Tensor | None = None) -> Figure:
+    """Figures 2 and 5: the query points as stars, and SAM's three masks with their confidence; the chosen one is marked.
+
+    similarity: (h, w), of the class; if given, the first panel shows it in place of the image.
+    """
     figure, axes = panels(1 + len(query.masks), columns=4, size=3)
+    first = image if similarity is None else resize_map(similarity[None, None].float(), image.shape[:2])[0, 0].numpy()
     for i, axis in enumerate(axes):
-        axis.imshow(image)
+        axis.imshow(image if i else first, cmap=SIMILARITY)
         axis.scatter(*query.points.T, **STARS)
         if i == 0:
             axis.set_title(f"{query.detected.name} ({query.detected.votes} votes)", fontsize=9)
