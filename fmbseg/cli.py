@@ -164,7 +164,8 @@ def label(options: argparse.Namespace) -> None:
             count = len(export.coco(items, store.space, options.coco, way=options.instances)["images"])
             print(f"{count} of them written to {options.coco} as COCO annotations (run-length encoded)")
         if options.format:
-            export.export(items, store.space, options.format, store.folder / segmenting.EXPORT, options.instances)
+            alone = options.num_shards == 1  # others may write there too
+            export.export(items, store.space, options.format, store.folder / segmenting.EXPORT, options.instances, alone)
             print(f"{', '.join(options.format)} in {store.folder / segmenting.EXPORT}")
     if failures:
         print(f"{len(failures)} failed; the reasons are in {store.failed}, and the same command tries them again")
@@ -260,7 +261,7 @@ def segment(options: argparse.Namespace) -> None:
         whole = [path for path in made if segmenting.beside(places[path], ".labels.png").is_file()]
         regions = instances.sam_regions(whole, p) if options.instances == "sam" else None
         items = segmenting.labelled(made, places, options.out, regions)
-        export.export(items, space, options.format, options.out / segmenting.EXPORT, options.instances)
+        export.export(items, space, options.format, options.out / segmenting.EXPORT, options.instances, fresh=True)
         print(f"{', '.join(options.format)} in {options.out / segmenting.EXPORT}")
     print(f"{len(made)} of {len(places)} images segmented in {options.out}")
 

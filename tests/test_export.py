@@ -164,3 +164,21 @@ def test_an_unknown_format_is_refused():
     assert export.formats("coco, yolo") == ["coco", "yolo"]
     with pytest.raises(ParameterError, match="^--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio, geojson$"):
         export.formats("coco,png")
+
+
+def test_what_an_earlier_call_wrote_is_removed_and_nothing_else(items, tmp_path):
+    pytest.importorskip("rasterio")
+    formats = ["yolo", "voc", "geojson"]
+    export.export(items, SPACE, formats, tmp_path, "parts")
+    own = [tmp_path / name for name in ("yolo/images/own.png", "yolo/notes.txt", "voc/SegmentationClass/own.txt", "geojson/own.json")]
+    for path in own:
+        path.write_bytes(items[0].image.read_bytes())
+    export.export(items[1:], SPACE, formats, tmp_path)
+    assert len(list(tmp_path.rglob("one.*"))) == 5  # others may write there, too
+    export.export(items[1:], SPACE, formats, tmp_path, fresh=True)
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(own) <= left and not [path for path in left if path.stem == "one" or path.parent.name == "SegmentationObject"]
+    assert {path.stem for path in (tmp_path / "voc/SegmentationClass").glob("*.png")} == {item.name for item in items[1:]}
+    copy = tmp_path / "yolo/images/two.png"
+    export.export([Labelled("new", copy, items[1].read)], SPACE, ["yolo"], tmp_path, fresh=True)
+    assert copy.is_file()  # it is an image of the call

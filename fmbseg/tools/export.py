@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -269,10 +269,32 @@ def formats(text: str) -> list[str]:
     return names
 
 
-def export(items: Sequence[Labelled], space: LabelSpace, names: Sequence[str], folder: str | Path, way: Way = "") -> None:
-    """Write label maps in every format of ``names`` (keys of ``FORMATS``) into one folder. way: what an instance is (``split``)."""
+_FORMER = {
+    "yolo": ("images/*", "labels/*.txt"),
+    "voc": ("SegmentationClass/*.png", "SegmentationObject/*.png", "ImageSets/Segmentation/default.txt"),
+    "geojson": ("*.geojson",),
+}
+"""What an earlier call wrote into the folder of a format, and this one would not replace."""
+
+
+def export(
+    items: Sequence[Labelled], space: LabelSpace, names: Sequence[str], folder: str | Path, way: Way = "", fresh: bool = False
+) -> None:
+    """Write label maps in every format of ``names`` (keys of ``FORMATS``) into one folder. way: what an instance is (``split``).
+
+    fresh: first remove what an earlier call wrote there in these formats, of other images or words.
+    """
     whole = [item for item in items if not item.large]
     if len(whole) < len(items) and set(names) != {"geojson"}:
         tell(f"{len(items) - len(whole)} images that were segmented in tiles are written as geojson alone")
     for name in names:
+        if fresh:
+            _remove_former(Path(folder) / name, _FORMER.get(name, ()), {item.image.resolve() for item in items})
         FORMATS[name](items if name == "geojson" else whole, space, Path(folder), way)
+
+
+def _remove_former(folder: Path, patterns: Sequence[str], kept: Collection[Path]) -> None:
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        without_label = path.parent.name == "images" and not (folder / "labels" / f"{path.stem}.txt").is_file()
+        if path.is_file() and not without_label and path.resolve() not in kept:
+            path.unlink()
