@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fmbseg import files
@@ -134,3 +135,35 @@ def test_a_result_says_its_words(at_home, tmp_path):
         (tmp_path / f"looked/{sample.image.stem}.json", at_home.store.space),
     ):
         assert files.read_json(file)["words_key"] == files.digest(space.names, space.prompts)
+
+
+def test_a_label_map_that_a_person_changed_is_not_replaced(at_home, tmp_path):
+    one, two = at_home.samples[:2]
+
+    def changed(folder):
+        (map_,) = (tmp_path / folder).glob(f"{one.image.stem}.labels.png")
+        map_.write_bytes(map_.read_bytes() + b"painted over")
+        return map_, map_.read_bytes()
+
+    def told():
+        table = pd.read_csv(tmp_path / folder / segmenting.SUMMARY)
+        return table[table["image"] == str(one.image)]["failed"].iloc[0]
+
+    for folder, again in (
+        ("cut", lambda words: segment(at_home, [one.image, two.image], tmp_path / "cut", words)[0]),
+        ("looked", lambda points: look(at_home, [one, two], tmp_path / "looked")),
+    ):
+        again("sun, house")
+        map_, painted = changed(folder)
+        assert again("sun, house") == [one.image, two.image] and map_.read_bytes() == painted  # of the same words: nothing to do
+        margin = map_.with_name(f"{one.image.stem}.margin.png")
+        margin.unlink()
+        assert again("sun, house, tree") == [two.image] and map_.read_bytes() == painted
+        assert told() == f"its label map {map_} was changed by hand; move it away, or give another folder for results"
+        map_.rename(tmp_path / "mine.png")
+        assert again("sun, house, tree") == [one.image, two.image] and margin.is_file()
+        described = files.read_json(tmp_path / folder / f"{one.image.stem}.json")
+        del described["labels_sha256"]  # of a result from before hashes were kept
+        files.write_json(tmp_path / folder / f"{one.image.stem}.json", described | {"key": "another"})
+        changed(folder)
+        assert again("sun, house, tree") == [one.image, two.image]

@@ -14,6 +14,7 @@ from PIL import Image
 from fmbseg import cli, files
 from fmbseg.data import images
 from fmbseg.data.images import IGNORED
+from fmbseg.errors import ParameterError
 from fmbseg.runs import modules
 from fmbseg.schemas import SegmentRun
 from fmbseg.stage1.windows import Window
@@ -131,6 +132,12 @@ def test_what_counts_as_large(real_image, geotiff, tmp_path):
     said = run(tmp_path / "plain.tif", tmp_path / "cut", params(largest_whole=pixels - 1))
     assert said["classes"] and (tmp_path / "cut/plain.labels.tif").is_file()
     assert said["words_key"] == files.digest(WORDS.names, WORDS.prompts)
+    labels = tmp_path / "cut/plain.labels.tif"
+    made = labels.read_bytes()
+    labels.write_bytes(made + b" ")
+    with pytest.raises(ParameterError, match="no image could be segmented"):  # a person changed it
+        run(tmp_path / "plain.tif", tmp_path / "cut", params())
+    labels.write_bytes(made)
     run(tmp_path / "plain.tif", tmp_path / "cut", params())  # now all at once: nothing is left of the tiles
     assert {p.name for p in (tmp_path / "cut").glob("plain.*")} == {f"plain{s}" for s in files.RESULT_SUFFIXES}
 

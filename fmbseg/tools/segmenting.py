@@ -19,7 +19,7 @@ from fmbseg.data import images
 from fmbseg.data.images import resampling
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Sample
-from fmbseg.errors import ParameterError
+from fmbseg.errors import DataError, ParameterError
 from fmbseg.params import LabelParams, MaskParams, SamParams, SegmentParams, UnlabelledParams
 from fmbseg.runs import cache, modules, parallel
 from fmbseg.runs.cache import Models
@@ -167,10 +167,16 @@ def _one(
 
 
 def _is_whole(place: Path, key: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether all of a result is there, made with this key; if not, what was made of the image in another way is deleted."""
-    whole = all(beside(place, suffix).is_file() for suffix in suffixes)
-    if whole and files.result(beside(place, ".json")).get("key") == key:
+    """Whether all of a result is there, made with this key; if not, what was made of the image in another way is deleted.
+
+    Raises DataError where a label map that would be made again was changed since.
+    """
+    said, whole = files.result(beside(place, ".json")), all(beside(place, suffix).is_file() for suffix in suffixes)
+    if whole and said.get("key") == key:
         return True
+    for file in (beside(place, ".labels.png"), beside(place, ".labels.tif")):
+        if "labels_sha256" in said and file.is_file() and files.file_sha256(file) != said["labels_sha256"]:
+            raise DataError(f"{said['image']}: its label map {file} was changed by hand; move it away, or give another folder for results")
     for suffix in set(files.ALL_SUFFIXES) - set(suffixes):
         beside(place, suffix).unlink(missing_ok=True)
     return False
@@ -184,7 +190,7 @@ def _write(place: Path, path: Path, image: np.ndarray, result: Segmentation, key
     with files.atomic_path(beside(place, ".margin.png")) as part:
         Image.fromarray(result.confidence.levels).save(part, format="PNG")
     overlay(beside(place, ".overlay.png"), image, result.labels, result.space)
-    files.write_json(beside(place, ".json"), said | {"key": key})
+    files.write_json(beside(place, ".json"), said | {"labels_sha256": files.file_sha256(beside(place, ".labels.png")), "key": key})
 
 
 def of_labels(samples: Sequence[Sample], store: LabelStore, params: LabelParams, overlay: Overlay, out: Path) -> list[Path]:

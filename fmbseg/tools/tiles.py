@@ -222,7 +222,7 @@ def segment(
     overlay(shown, raster.read()[0], np.where(labels == none, IGNORED, labels.astype(np.int32)), space)
     with files.atomic_path(shown_margin) as part:
         Image.fromarray(margin).save(part, format="PNG")
-    files.write_json(described, said | {"key": key})
+    files.write_json(described, said | {"labels_sha256": files.file_sha256(labels_file), "key": key})
     shutil.rmtree(kept)
 
 
