@@ -68,7 +68,7 @@ def test_every_file_that_the_readme_names_is_there():
 
 def test_the_readmes_python_runs(own_home, tmp_path, monkeypatch, smoke):
     """As it stands, on an image of that name, with a module in the embedded profile's place."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    block, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     described = {"key": "toy", "encoder": "random:efficientnet_lite2", "clip": "random:ViT-S-32", "crop_input": None, "templates": "one"}
     width = load_encoder(described["encoder"]).width
     modules.save(modules.place(), Alignment(width, 384, ModuleParams(module="linear")), described)
@@ -77,3 +77,12 @@ def test_the_readmes_python_runs(own_home, tmp_path, monkeypatch, smoke):
     names = {}
     exec(block, names)
     assert names["labels"].shape == (128, 160) and names["labels"].max() <= 3
+
+
+def test_the_readmes_python_of_stage_1_runs(tmp_path, monkeypatch, real_image):
+    _, block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    Image.fromarray(real_image).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["made"].labels.shape == real_image.shape[:2] and names["made"].detected

@@ -48,8 +48,9 @@ def label_image(
 ) -> PseudoLabel:
     """Stage 1 of one image, all in memory: features, detection, Stage 1.1, Stage 1.2, combination (Sec. 3.2).
 
-    image: (height, width, 3) RGB ``uint8``; texts: those of the vocabulary, ``class_texts(clip, space)``;
-    given: image-level labels (class indices) in place of detection; scale: standardises the votes (ours).
+    image: (height, width, 3) RGB ``uint8``; texts: those of the vocabulary, ``class_texts(clip, own_words("cat, sofa"))``;
+    params: by default the paper's; ``profiles.load("label", "embedded")`` gives those of that profile; given: image-level labels
+    (class indices) in place of detection; scale: standardises the votes (ours).
     Raises ImageError for an array that is no such image.
     """
     params = params or LabelParams()
