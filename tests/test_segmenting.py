@@ -37,6 +37,13 @@ def test_a_folders_results_keep_its_subfolders(place):
     assert found("in/a", "./in/a/x.jpg") == {"in/a/x.jpg": "cut/x"}  # named twice, taken once
 
 
+def test_a_folder_that_is_a_video_has_its_own_name(place, monkeypatch):
+    place("frames/inside/x.jpg")
+    monkeypatch.chdir("frames/inside")
+    for given, name in ((".", "inside"), ("..", "frames"), ("../inside", "inside")):
+        assert segmenting.find([given], Path("cut"), as_video=True) == {Path(given): Path("cut") / name}
+
+
 def test_one_name_in_several_folders_keeps_the_folders(place):
     place("site/monday/x.jpg", "site/tuesday/x.jpg", "site/tuesday/y.jpg")
     kept = {"site/monday/x.jpg": "cut/monday/x", "site/tuesday/x.jpg": "cut/tuesday/x", "site/tuesday/y.jpg": "cut/tuesday/y"}

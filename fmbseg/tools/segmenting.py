@@ -61,9 +61,10 @@ def find(given: Sequence[str], out: Path, as_video: bool = False) -> dict[Path, 
             if not paths:
                 raise ParameterError(f"{name}: no image matches it; give files, folders, or a pattern such as 'photos/*.jpg'")
         exported = (out / EXPORT).resolve()
-        paths = [path for path in paths if not (files.is_result(path) or path.resolve().is_relative_to(exported))]
         for path in paths:
-            found.setdefault(os.path.abspath(path), (path, path.relative_to(name) if is_folder else Path(path.name)))
+            whole = Path(os.path.abspath(path))  # the folder of a video may be given as "." or ".."
+            if not (files.is_result(whole) or path.resolve().is_relative_to(exported)):
+                found.setdefault(str(whole), (path, path.relative_to(name) if is_folder else Path(whole.name)))
     if not found:
         raise ParameterError(f"{', '.join(given)}: only results of fmbseg segment; give the images themselves")
     short = [name for _, name in found.values()]
