@@ -13,6 +13,7 @@ from test_export import items, objects  # noqa: F401
 from fmbseg import files
 from fmbseg.data.images import IGNORED
 from fmbseg.data.label_spaces import own_words
+from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, ImageError
 from fmbseg.runs import modules, train
 from fmbseg.tools import corrected, export, review
@@ -110,6 +111,90 @@ def test_a_result_that_was_made_with_other_words_is_refused(toy, own_home, tmp_p
         corrected.take(tmp_path, toy.samples, space)
 
 
+PLACES = {"1": "1.jpg", "x__1": "x/1.jpg", "y__1": "y/1.jpg", "y__2": "y/2.jpg"}
+
+
+def placed(folder, *names):
+    """Images of the same file name in several folders: samples, and a label map each whose pixels are all of one class of SPACE."""
+    samples = []
+    for k, (name, path) in enumerate(PLACES.items()):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), 50 * k, np.uint8)).save(folder / path)
+        if not names or name in names:
+            samples.append(Sample(name, folder / path))
+    return samples
+
+
+def classes_of(found):
+    return {name: SPACE.names[np.array(Image.open(path))[0, 0]] for name, path in found.items()}
+
+
+EACH = dict(zip(PLACES, ("sky", "sun", "lawn", "house")))
+
+
+def everywhere(samples):
+    return [export.Labelled(s.name, s.image, lambda s=s: np.full((4, 4), SPACE.names.index(EACH[s.name]), np.int16)) for s in samples]
+
+
+@pytest.mark.parametrize("source", ["coco.json", "voc", "yolo", "yolo/train", "label-studio.json", "plain", "flat", "results"])
+def test_a_mask_belongs_to_the_image_of_its_path(own_home, tmp_path, source):
+    samples = placed(tmp_path / "photos")
+    export.export(everywhere(samples), SPACE, ["coco", "voc", "yolo", "label-studio"], tmp_path)
+    tasks = files.read_json(tmp_path / "label-studio/tasks.json")
+    files.write_json(tmp_path / "label-studio.json", [task | {"annotations": task["predictions"]} for task in tasks])
+    for name, path in PLACES.items():
+        pixels = Image.fromarray(np.full((4, 4), SPACE.names.index(EACH[name]), np.uint8))
+        for place in (f"plain/{path}.png".replace(".jpg", ""), f"flat/{name}.png", f"results/{name}.labels.png"):
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            pixels.save(tmp_path / place)
+        said = {"image": str(tmp_path / "photos" / path), "key": "k", "height": 4, "width": 4, "mean_margin": 0.0, "classes": []}
+        files.write_json(tmp_path / f"results/{name}.json", said)
+    for folder, name in (("plain", "classes.txt"), ("flat", "classes.txt"), ("results", "fmbseg-classes.txt")):
+        (tmp_path / folder / name).write_text("".join(f"{name}: {name}\n" for name in SPACE.names))
+    if source == "yolo/train":  # a part of it, as trainers divide them
+        (tmp_path / "yolo/labels").rename(tmp_path / "yolo/part")
+        (tmp_path / "yolo/labels").mkdir()
+        (tmp_path / "yolo/part").rename(tmp_path / "yolo/labels/train")
+    assert classes_of(corrected.take(tmp_path / source.split("/")[0], samples, SPACE)) == EACH
+    if source in ("coco.json", "label-studio.json", "results"):  # these say which image it is: never that of another folder
+        for one in samples[1:3]:
+            lone = [Sample("1", one.image)]
+            assert classes_of(corrected.take(tmp_path / source, lone, SPACE)) == {"1": EACH[one.name]}
+            if source != "results":
+                continue
+            (tmp_path / "results" / f"{one.name}.json").unlink()
+            with pytest.raises(DataError, match="none of its"):
+                corrected.take(tmp_path / source, lone, SPACE)
+        if source == "results":  # the images were moved
+            (tmp_path / "photos").rename(tmp_path / "moved")
+            assert classes_of(corrected.take(tmp_path / source, placed(tmp_path / "moved", "y__2", "x__1"), SPACE)) == {"y__2": "house"}
+
+
+def test_masks_that_may_be_of_several_images_and_two_of_one_are_refused(own_home, tmp_path):
+    samples = placed(tmp_path / "photos")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/classes.txt").write_text("sky\n")
+    pixels = Image.fromarray(np.zeros((4, 4), np.uint8))
+    pixels.save(tmp_path / "plain/1.png")
+    with pytest.raises(DataError, match="1 may be .*x/1.jpg or .*y/1.jpg; give images of different names"):
+        corrected.take(tmp_path / "plain", samples[1:], SPACE)
+    assert list(corrected.take(tmp_path / "plain", samples[1:2], SPACE)) == ["x__1"]
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "plain/1.png")
+    pixels.save(tmp_path / "plain/x__1.png")  # fits better
+    assert list(corrected.take(tmp_path / "plain", samples[1:2], SPACE)) == ["x__1"]
+    for folder in ("plain/a", "plain/b"):
+        (tmp_path / folder).mkdir()
+        pixels.save(tmp_path / folder / "2.png")
+    with pytest.raises(DataError, match="has two masks of .*y/2.jpg, a/2 and b/2; take one of them away"):
+        corrected.take(tmp_path / "plain", [Sample("2", samples[3].image)], SPACE)
+    export.export(everywhere(samples[2:3] + samples[:1]), SPACE, ["coco"], tmp_path)
+    made = files.read_json(tmp_path / "coco.json")
+    assert made["images"][0]["file_name"] == "y/1.jpg"
+    files.write_json(tmp_path / "coco.json", made | {"images": made["images"][:1], "annotations": made["annotations"][:1]})
+    with pytest.raises(DataError, match="none of its 1 masks belongs to an image of the collection; names of files and folders have"):
+        corrected.take(tmp_path / "coco.json", samples[1:2], SPACE)
+
+
 def test_what_cannot_be_taken_is_said(toy, exported, tmp_path):
     plain, samples = exported / "plain", toy.samples
     with pytest.raises(DataError, match="'sun' is none of the words that are trained; add it"):
@@ -148,7 +233,8 @@ def test_brush_masks_of_label_studio_and_polygons_of_yolo_come_back(items, tmp_p
     )
     export.export(items, TOOLS, ["yolo"], tmp_path)
     names, masks = corrected._yolo(tmp_path / "yolo")
-    assert names == ["person", "cat", "bird"] and set(masks) == {"one", "two", "three"}
+    assert names == ["person", "cat", "bird"] and [str(mask.image) for mask in masks] == ["one", "three", "two"]
+    masks = {str(mask.image): mask.read for mask in masks}
     for item in items[:3]:
         read = masks[item.name](item.read().shape)
         np.testing.assert_array_equal(np.where(read == IGNORED, 0, read + 1), objects(item))
