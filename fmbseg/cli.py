@@ -198,7 +198,9 @@ def train(options: argparse.Namespace) -> None:
         result = train.train(samples, store, p, path)
         if rank() == 0:
             many, steps = f"trained on {result.images} of {len(samples)} images", result.steps[-1]["step"] + 1
-            print(f"{many}: {len(result.classes)} classes, {steps} steps, {result.seconds:.0f} s; the module is {path}")
+            none = p.epochs * -(-result.images // p.images_per_batch) - steps
+            empty = f" ({none} batches had no label)" if none > 0 else ""
+            print(f"{many}: {len(result.classes)} classes, {steps} steps{empty}, {result.seconds:.0f} s; the module is {path}")
 
 
 @_counting
