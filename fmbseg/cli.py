@@ -135,12 +135,13 @@ def fetch(options: argparse.Namespace) -> None:
 @_counting
 def label(options: argparse.Namespace) -> None:
     from fmbseg import files
+    from fmbseg.data import label_spaces
     from fmbseg.runs import label, parallel
     from fmbseg.tools import export, instances, segmenting
     from fmbseg.viz import figures
 
     p = _params(options, "label")
-    options.format = export.formats(options.format)
+    options.format = export.formats(options.format, label_spaces.vocabulary(p.vocabulary, p.words))
     if options.results:
         if options.out and options.results.resolve() == options.out.resolve():
             raise ParameterError(f"--results {options.results}: is the folder of --out, whose records have the same names; give another")
@@ -247,19 +248,21 @@ def segment(options: argparse.Namespace) -> None:
     from fmbseg import files
     from fmbseg.runs import hub, modules
     from fmbseg.stage2 import segmenter
-    from fmbseg.tools import export, instances, segmenting
+    from fmbseg.tools import export, instances, segmenting, video
     from fmbseg.viz import figures
 
     if options.limit is not None and not options.train_on:
         raise ParameterError(f"--limit {options.limit}: is the number of images to train on; give it with --train-on, or leave it out")
     p = _params(options, "segment", "train" if options.train_on else "", workers=options.workers or 1)
-    options.format = export.formats(options.format)
     space = segmenter.words_space(options.classes, options.background)
+    options.format = export.formats(options.format, space)
     files.check_place(options.out, folder=True, name="--out")
     places = segmenting.find(options.images, options.out, options.video)
     module = _own_module(options, space) if options.train_on else hub.find(options.module_file or modules.default(p.profile))
     made = segmenting.run(places, space, module, p, figures.save_overlay, options.out, figures.overlay)
-    if options.format:
+    if options.format and all(video.is_video(path) for path in places):
+        print(f"--format {','.join(options.format)}: is of images alone, so nothing was written; give frames as a folder without --video")
+    elif options.format:
         whole = [path for path in made if segmenting.beside(places[path], ".labels.png").is_file()]
         regions = instances.sam_regions(whole, p) if options.instances == "sam" else None
         items = segmenting.labelled(made, places, options.out, regions)

@@ -346,6 +346,8 @@ def test_labels_as_coco_annotations_read_by_pycocotools(trained, capsys, monkeyp
     assert {path.name for path in exported.iterdir()} == {"coco.json", "yolo", "voc", "label-studio"}
     assert (exported / "coco.json").read_bytes() == file.read_bytes() and len(list((exported / "yolo/labels").iterdir())) == 6
     assert told(capsys, "label", "--profile", "smoke", "--format", "png")[::2] == (2, f"fmbseg: {UNKNOWN_FORMAT}\n")
+    error = told(capsys, "segment", "missing.jpg", "--profile", "smoke", "--classes", "a:b", "--format", "voc")[2]
+    assert "names with a colon cannot be written to VOC's labelmap.txt" in error  # before anything is read
     coco = COCO(str(file))
     capsys.readouterr()
     classes = label_spaces.vocabulary("voc21").names

@@ -161,9 +161,31 @@ def test_label_studio_is_read_back_by_its_converter(items, tmp_path, way):
 
 
 def test_an_unknown_format_is_refused():
-    assert export.formats("coco, yolo") == ["coco", "yolo"]
+    assert export.formats("coco, yolo", SPACE) == ["coco", "yolo"]
     with pytest.raises(ParameterError, match="^--format png: unknown; known are coco, coco-polygons, yolo, voc, label-studio, geojson$"):
-        export.formats("coco,png")
+        export.formats("coco,png", SPACE)
+    with pytest.raises(ParameterError, match="^a:b: names with a colon cannot be written"):
+        export.formats("coco,voc", words_space(["a:b"]))
+    assert export.formats("coco", words_space(["a:b"])) == ["coco"]
+
+
+def test_a_class_of_the_user_that_is_called_background_is_no_object(items, tmp_path):
+    pytest.importorskip("rasterio")
+    space, formats = words_space("cat, Background, bird"), list(export.FORMATS)
+    labels = np.array([[0, 0, 1, 2], [IGNORED, 1, 1, 2]], np.int16)
+    export.export([Labelled("one", items[0].image, lambda: labels)], space, formats, tmp_path)
+    assert [one["category_id"] for one in files.read_json(tmp_path / "coco.json")["annotations"]] == [1, 3]
+    assert yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())["names"] == {0: "cat", 1: "bird"}
+    assert [line[0] for line in (tmp_path / "yolo/labels/one.txt").read_text().splitlines()] == ["0", "1"]
+    assert [line.split(":")[0] for line in (tmp_path / "voc/labelmap.txt").read_text().splitlines()[1:]] == ["background", "cat", "bird"]
+    shown = Image.open(tmp_path / "voc/SegmentationClass/one.png")
+    assert np.array(shown).tolist() == [[1, 1, 0, 2], [0, 0, 0, 2]]
+    config = ET.parse(tmp_path / "label-studio/config.xml")
+    assert [label.get("value") for label in config.iter("Label")] == ["cat", "bird"]
+    (task,) = files.read_json(tmp_path / "label-studio/tasks.json")
+    assert [one["value"]["brushlabels"] for one in task["predictions"][0]["result"]] == [["cat"], ["bird"]]
+    drawn = files.read_json(tmp_path / "geojson/one.geojson")["features"]
+    assert {one["properties"]["class"] for one in drawn} == {"cat", "bird"}
 
 
 def test_what_an_earlier_call_wrote_is_removed_and_nothing_else(items, tmp_path):

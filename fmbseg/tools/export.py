@@ -1,7 +1,7 @@
 """Label maps in the formats that annotation tools and trainers open: COCO, YOLO-seg, VOC (CVAT's "Segmentation mask 1.1"), Label Studio,
 and GeoJSON.
 
-The class "background" and unlabelled pixels are not objects: COCO, YOLO and Label Studio leave them out; in VOC they are black.
+A class "background" and unlabelled pixels are not objects: COCO, YOLO and Label Studio leave them out; in VOC they are black.
 """
 
 from __future__ import annotations
@@ -58,8 +58,14 @@ class Labelled:
         """(height, width), and the class and the (height, width) bool mask of each instance (``split``), without the background."""
         labels = self.read()
         regions = self.regions() if way == "sam" else ()
-        classes = [k for k in np.unique(labels).tolist() if int(space.background) <= k < len(space)]
+        there = set(np.unique(labels).tolist())
+        classes = [k for k in _objects(space) if k in there]
         return labels.shape, ((k, mask) for k in classes for mask in split(labels == k, way, regions))
+
+
+def _objects(space: LabelSpace) -> list[int]:
+    """The classes that are objects: all but one that is called background, a label space's own or the user's."""
+    return [k for k, name in enumerate(space.names) if not label_spaces.is_background(name)]
 
 
 def of_store(samples: Sequence[Sample], store: LabelStore, regions: Mapping[Path, Regions] | None = None) -> list[Labelled]:
@@ -111,20 +117,20 @@ def yolo(items: Sequence[Labelled], space: LabelSpace, folder: Path, way: Way = 
     lie a quarter of a pixel inside the pixels of the outline: readers that round, those that cut off, and OpenCV's ``fillPoly``
     meet the same pixels.
     """
-    first = int(space.background)
+    numbers = {k: number for number, k in enumerate(_objects(space))}
     for item in items:
         (height, width), objects = item.objects(space, way)
         lines = []
         for k, mask in objects:
             for ring in outlines(mask, level=0.999):
                 shares = (_simple(np.floor(ring + 0.25)) + 0.25) / (width, height)
-                lines.append(" ".join([str(k - first), *(f"{value:.7f}" for value in shares.ravel())]))
+                lines.append(" ".join([str(numbers[k]), *(f"{value:.7f}" for value in shares.ravel())]))
         with files.atomic_path(folder / "labels" / f"{item.name}.txt") as part:
             part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         with files.atomic_path(folder / "images" / f"{item.name}{item.image.suffix.lower()}") as part:
             shutil.copyfile(item.image, part)
     with files.atomic_path(folder / "data.yaml") as part:
-        described = {"train": "images", "val": "images", "names": dict(enumerate(space.names[first:]))}
+        described = {"train": "images", "val": "images", "names": {number: space.names[k] for k, number in numbers.items()}}
         part.write_text(yaml.safe_dump(described, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
@@ -136,15 +142,13 @@ def voc(items: Sequence[Labelled], space: LabelSpace, folder: Path, way: Way = "
     large ones first; those that 8 bits do not hold are left out of it, and told. Raises ParameterError for a class whose name has
     a colon, which ends names in labelmap.txt, and for more classes than 8 bits hold.
     """
-    names = space.names[int(space.background) :]
-    if bad := [name for name in names if ":" in name]:
-        raise ParameterError(f"{bad[0]}: names with a colon cannot be written to VOC's labelmap.txt; name that class otherwise")
-    if len(names) > 254:
-        raise ParameterError(f"--format voc: {len(names)} classes, and its palette holds 254; give fewer classes, or another format")
+    names = _voc_names(space)
     colours = np.concatenate([np.zeros((1, 3), np.uint8), label_spaces.palette(len(names))])
+    numbers = np.zeros(len(space) + 1, np.int16)
+    numbers[_objects(space)] = np.arange(1, len(names) + 1)
     for item in items:
         labels = item.read()
-        shown = np.where(labels == IGNORED, 0, labels + (not space.background)).astype(labels.dtype)
+        shown = numbers[labels]  # IGNORED is the last
         images.write_label_map(folder / "SegmentationClass" / f"{item.name}.png", shown, colours)
         if way:
             ids, left = _numbered(item, space, way)
@@ -158,6 +162,15 @@ def voc(items: Sequence[Labelled], space: LabelSpace, folder: Path, way: Way = "
     ):
         with files.atomic_path(folder / path) as part:
             part.write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
+
+
+def _voc_names(space: LabelSpace) -> list[str]:
+    names = [space.names[k] for k in _objects(space)]
+    if bad := [name for name in names if ":" in name]:
+        raise ParameterError(f"{bad[0]}: names with a colon cannot be written to VOC's labelmap.txt; name that class otherwise")
+    if len(names) > 254:
+        raise ParameterError(f"--format voc: {len(names)} classes, and its palette holds 254; give fewer classes, or another format")
+    return names
 
 
 MOST_IDS = 254
@@ -213,9 +226,8 @@ def label_studio(items: Sequence[Labelled], space: LabelSpace, folder: Path, way
     view = ET.Element("View")
     ET.SubElement(view, "Image", name="image", value="$image", zoom="true")
     brush = ET.SubElement(view, "BrushLabels", name="tag", toName="image")
-    first = int(space.background)
-    for name, colour in zip(space.names[first:], space.palette[first:].tolist()):
-        ET.SubElement(brush, "Label", value=name, background="#{:02x}{:02x}{:02x}".format(*colour))
+    for k in _objects(space):
+        ET.SubElement(brush, "Label", value=space.names[k], background="#{:02x}{:02x}{:02x}".format(*space.palette[k].tolist()))
     with files.atomic_path(folder / "config.xml") as part:
         ET.ElementTree(view).write(part, encoding="utf-8")
 
@@ -244,7 +256,10 @@ def brush_rle(mask: np.ndarray) -> list[int]:
 def geojson(items: Sequence[Labelled], space: LabelSpace, folder: Path) -> None:
     """Write a file an image (``tiles.geojson``)."""
     for item in items:
-        tiles.geojson(item.large or item.read(), space, folder / f"{item.name}.geojson")
+        labels = item.large or item.read()
+        if not item.large:
+            labels = np.where(np.isin(labels, _objects(space)), labels, IGNORED)
+        tiles.geojson(labels, space, folder / f"{item.name}.geojson")
 
 
 def _root(items: Sequence[Labelled]) -> str:
@@ -261,11 +276,14 @@ FORMATS: dict[str, Callable[[Sequence[Labelled], LabelSpace, Path, Way], Any]] =
 }
 
 
-def formats(text: str) -> list[str]:
-    """The formats in a text with commas between their names. Raises ParameterError for an unknown one."""
+def formats(text: str, space: LabelSpace) -> list[str]:
+    """The formats in a text with commas between their names. Raises ParameterError for an unknown one, and for one that cannot hold
+    the classes of ``space``."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in FORMATS]:
         raise ParameterError(f"--format {unknown[0]}: unknown; known are {', '.join(FORMATS)}")
+    if "voc" in names:
+        _voc_names(space)
     return names
 
 
