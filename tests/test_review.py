@@ -88,6 +88,15 @@ def test_a_verdict_is_on_the_result_that_was_seen(folder, browser):  # noqa: F81
     assert shown() == ["", "accept", "accept"]  # now it has
     (folder / review.VERDICTS).write_text("result,image,verdict\nsure,,reject\n")
     assert review.verdicts(folder) == {"sure": "reject"}  # a file from before keys were written
+    odd = os.fsdecode(b"caf\xe9\xe8")  # not UTF-8
+    files.write_json(folder / f"{odd}.json", files.read_json(folder / "sure.json"))
+    (folder / review.VERDICTS).unlink()
+    shown()
+    page.locator("article").nth(2).get_by_role("button", name="accept").click()
+    with page.expect_download() as download:
+        page.click("#save")
+    download.value.save_as(folder / review.VERDICTS)
+    assert review.verdicts(folder)[odd] == "accept" and odd in review.results(folder)
     page.close()
 
 

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from fmbseg import files
+from fmbseg.data.samples import Sample
 from fmbseg.errors import ImageError, ParameterError
 from fmbseg.params import make
 from fmbseg.schemas import SegmentRun
 from fmbseg.stage2.segmenter import words_space
-from fmbseg.tools import segmenting
+from fmbseg.tools import review, segmenting
 
 
 @pytest.fixture
@@ -174,3 +175,15 @@ def test_a_label_map_that_a_person_changed_is_not_replaced(at_home, tmp_path):
         files.write_json(tmp_path / folder / f"{one.image.stem}.json", described | {"key": "another"})
         changed(folder)
         assert again("sun, house, tree") == [one.image, two.image]
+
+
+def test_a_file_name_need_not_be_utf_8(at_home, tmp_path):
+    sample = at_home.samples[0]
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    image.write_bytes(sample.image.read_bytes())
+    for made, folder in (
+        (lambda: segment(at_home, [image], tmp_path / "cut")[0], "cut"),
+        (lambda: look(at_home, [Sample(sample.name, image)], tmp_path / "looked"), "looked"),
+    ):
+        assert made() == [image] and os.fsencode(image) in (tmp_path / folder / segmenting.SUMMARY).read_bytes()
+        assert "caf%E9.overlay.png" in review.write(tmp_path / folder).read_text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,8 @@ class Cache:
         """The path of the product of this image file, whether it is there or not."""
         key = files.digest(files.sha256_of(image), *self.content)
         rest = f"-{key}{self.suffix}"
-        return self.folder / f"{files.short_name(Path(image).stem[:80], files.WHOLE_NAME - len(rest))}{rest}"
+        stem = os.fsencode(Path(image).stem[:80]).decode(errors="ignore")  # safetensors writes no name that is not UTF-8
+        return self.folder / f"{files.short_name(stem, files.WHOLE_NAME - len(rest))}{rest}"
 
     def read(self, image: Path, make: Callable[[], T], write: Callable[[Path, T], Any], load: Callable[[Path], T], keep: bool = True) -> T:
         """The image's product, ``load``ed from its file. Where that is missing or damaged, ``make`` and ``write`` come first.

@@ -41,7 +41,7 @@ def write(folder: Path) -> Path:
     for name, said in results(folder).items():
         items.append(
             {
-                "result": name,
+                "result": _shown(name),
                 "image": said["image"],
                 "link": _link(os.path.relpath(said["image"], folder)),
                 "images": [[title, _link(f"{name}{suffix}")] for title, suffix in SHOWN.items()],
@@ -59,7 +59,12 @@ def write(folder: Path) -> Path:
 
 
 def _link(path: str) -> str:
-    return quote(path.replace(os.sep, "/"))
+    return quote(os.fsencode(path.replace(os.sep, "/")))
+
+
+def _shown(name: str) -> str:
+    """A name as a browser can save it: bytes that are not UTF-8 are replaced."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def verdicts(folder: Path) -> dict[str, str]:
@@ -78,5 +83,5 @@ def verdicts(folder: Path) -> dict[str, str]:
     if unknown := set(found.values()) - {"accept", "reject", ""}:
         raise DataError(f"{path}: holds the verdict {sorted(unknown)[0]!r}; it is accept or reject")
     keys = dict(zip(frame["result"], frame.get("key", ())))
-    now = {name: files.result(Path(folder) / f"{name}.json").get("key") for name in keys}
-    return {name: verdict for name, verdict in found.items() if verdict and keys.get(name) == now.get(name)}
+    names = {name: _shown(name) for name, said in results(folder).items() if keys.get(_shown(name), said["key"]) == said["key"]}
+    return {name: found[shown] for name, shown in names.items() if found.get(shown)}

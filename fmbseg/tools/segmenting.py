@@ -134,7 +134,7 @@ def _summarised(places: dict[Path, Path], failures: list[Failure], space: LabelS
     rows = [row for path in made for row in _rows(path, beside(places[path], ".json"))]
     rows += [{"image": failure.item, "failed": failure.why} for failure in failures]
     with files.atomic_path(out / SUMMARY) as part:
-        pd.DataFrame(rows).to_csv(part, index=False)
+        pd.DataFrame(rows, dtype=object).to_csv(part, index=False, errors="surrogateescape")  # names of files need not be UTF-8
     with files.atomic_path(out / CLASSES) as part:
         lines = [f"{name}: {', '.join(words)}\n" for name, words in zip(space.names, space.prompts)]
         part.write_text("".join(lines), encoding="utf-8")
