@@ -52,6 +52,20 @@ def test_masks_come_back_pixel_by_pixel(toy, exported, source):
         assert mixed.has(sample)
 
 
+@pytest.mark.parametrize("source", ["coco.json", "label-studio.json", "yolo"])
+def test_an_image_that_a_person_emptied_has_no_label(toy, exported, source):
+    first = toy.samples[0]
+    made, tasks = files.read_json(exported / "coco.json"), files.read_json(exported / "label-studio.json")
+    left = [{k: v for k, v in one.items() if k != "area"} for one in made["annotations"] if one["image_id"] != 1]
+    files.write_json(exported / "coco.json", made | {"annotations": left})
+    tasks[0]["annotations"] = [{"result": []}]
+    files.write_json(exported / "label-studio.json", tasks)
+    (exported / "yolo/labels" / f"{first.name}.txt").write_text("")
+    mixed = corrected.MixedStore(toy.store, corrected.take(exported / source, toy.samples, own_words(toy.store.space.names)))
+    assert mixed.has(first) and (mixed.read(first) == IGNORED).all() and (toy.store.read(first) != IGNORED).any()
+    np.testing.assert_array_equal(mixed.read(toy.samples[1]), toy.store.read(toy.samples[1]))  # also without areas
+
+
 def test_a_training_takes_them_in_the_place_of_pseudo_labels_and_says_so(toy, exported, tmp_path):
     params = toy.params.model_copy(update={"epochs": 1})
     turned = own_words(toy.store.space.names)
@@ -83,8 +97,14 @@ def test_of_reviewed_results_the_accepted_ones_are_taken(toy, own_home, tmp_path
     (tmp_path / review.VERDICTS).write_text(f"result,image,verdict,key\n{names[0]},,accept,k\n{names[1]},,accept,another\n")
     assert set(corrected.take(tmp_path, toy.samples, SPACE)) == {toy.samples[0].name}
     (tmp_path / review.VERDICTS).write_text(f"result,image,verdict,key\n{names[1]},,accept,another\n")
-    with pytest.raises(DataError, match="none of its 0 masks"):  # all were made again since: nobody accepted what is there
+    with pytest.raises(
+        DataError, match="fmbseg-review.csv accepts no result that is there; accept some on the page"
+    ):  # all were made again since: nobody accepted what is there
         corrected.take(tmp_path, toy.samples, SPACE)
+    for rows in ("", f"{names[0]},,reject\n{names[1]},,reject\n"):
+        (tmp_path / review.VERDICTS).write_text(f"result,image,verdict\n{rows}")
+        with pytest.raises(DataError, match="accepts no result that is there"):
+            corrected.take(tmp_path, toy.samples, SPACE)
 
 
 def result_of(toy, sample, folder, **said):
@@ -233,9 +253,9 @@ def test_brush_masks_of_label_studio_and_polygons_of_yolo_come_back(items, tmp_p
     )
     export.export(items, TOOLS, ["yolo"], tmp_path)
     names, masks = corrected._yolo(tmp_path / "yolo")
-    assert names == ["person", "cat", "bird"] and [str(mask.image) for mask in masks] == ["one", "three", "two"]
+    assert names == ["person", "cat", "bird"] and [str(mask.image) for mask in masks] == ["none", "one", "three", "two"]
     masks = {str(mask.image): mask.read for mask in masks}
-    for item in items[:3]:
+    for item in items:
         read = masks[item.name](item.read().shape)
         np.testing.assert_array_equal(np.where(read == IGNORED, 0, read + 1), objects(item))
 

@@ -97,17 +97,28 @@ def read_panoptic(path: Path, segments: tuple[tuple[int, int], ...]) -> np.ndarr
 def read_instances(size: tuple[int, int], instances: Iterable[tuple[int, Mapping]], background: int) -> np.ndarray:
     """Truth from COCO instances, large ones painted first: (height, width) ``int16`` of ``size``; the rest is ``background``.
 
-    instances: (class, COCO's annotation) of each; crowds are ignored. Raises DataError for an outline that is neither a polygon
-    nor a run-length code of that size.
+    instances: (class, COCO's annotation) of each; crowds are ignored, and an area that is not given is the mask's. Raises DataError
+    for an outline that is neither a polygon nor a run-length code of that size.
     """
     truth = np.full(size, background, dtype=np.int16)
-    for index, annotation in sorted(instances, key=lambda one: -one[1]["area"]):
-        try:
-            coded = annotation["segmentation"]
-            if isinstance(coded, list) or not isinstance(coded["counts"], str):  # else it is compressed already
-                coded = rle.frPyObjects(coded, *size)
-            coded = rle.merge(coded) if isinstance(coded, list) else coded
-            truth[rle.decode(coded).astype(bool)] = IGNORED if annotation["iscrowd"] else index
-        except Exception as error:  # pycocotools raises plain Exception too
-            raise DataError(f"instance of class {index}: its outline cannot be read ({error}); repair the annotations") from error
+    for index, annotation in sorted(instances, key=lambda one: -_area(size, *one)):
+        truth[_instance(size, index, annotation)] = IGNORED if annotation["iscrowd"] else index
     return truth
+
+
+def _area(size: tuple[int, int], index: int, annotation: Mapping) -> float:
+    return _instance(size, index, annotation).sum() if annotation.get("area") is None else annotation["area"]
+
+
+def _instance(size: tuple[int, int], index: int, annotation: Mapping) -> np.ndarray:
+    """(height, width) bool."""
+    try:
+        coded = annotation["segmentation"]
+        if isinstance(coded, list) or not isinstance(coded["counts"], str):  # else it is compressed already
+            coded = rle.frPyObjects(coded, *size)
+        mask = rle.decode(rle.merge(coded) if isinstance(coded, list) else coded).astype(bool)
+        if mask.shape != tuple(size):
+            raise ValueError(f"its size is {mask.shape[::-1]}, its image's {tuple(size)[::-1]}")
+        return mask
+    except Exception as error:  # pycocotools raises plain Exception too
+        raise DataError(f"instance of class {index}: its outline cannot be read ({error}); repair the annotations") from error

@@ -68,7 +68,8 @@ def take(source: Path, samples: Sequence[Sample], space: LabelSpace) -> dict[str
     source: a .json of COCO or of Label Studio (brush masks); a folder with labelmap.txt and SegmentationClass/; one with data.yaml and
     labels/ (YOLO-seg); or one with classes.txt and a PNG an image, such as results of ``fmbseg segment``; of these, if they were
     reviewed, only the accepted ones count. A mask belongs to the image of the same path, as far as the source has it, else of the
-    same name (x__1 is x/1), else of the same file name without suffix. Background becomes unlabelled.
+    same name (x__1 is x/1), else of the same file name without suffix. Background becomes unlabelled; so does an image that a person
+    left without any object.
 
     Raises DataError for another source, for a class that is not in ``space``, for two masks of a sample, for a mask that may be of
     several, and where no mask belongs to a sample; ImageError for a mask whose size is not its image's.
@@ -172,7 +173,7 @@ def _coco(path: Path, made: Any) -> tuple[list[str], list[Mask]]:
         given = [(str(one["file_name"]), (one["height"], one["width"]), outlines[one["id"]]) for one in made["images"]]
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: no COCO annotations ({error!r} is missing); export them again") from error
-    masks = [Mask.of(name, lambda _, of=of: read_instances(*of, IGNORED)) for name, *of in given if of[1]]
+    masks = [Mask.of(name, lambda _, of=of: read_instances(*of, IGNORED)) for name, *of in given]  # without outlines: a person emptied it
     return [one["name"] for one in made["categories"]], masks
 
 
@@ -194,15 +195,16 @@ def _label_studio(path: Path, tasks: list[Any]) -> tuple[list[str], list[Mask]]:
             file = unquote(file if local else urlsplit(file).path)
             if "/upload/" in file and not local:
                 file = re.sub("^.*/([0-9a-f]{8}-)?", "", file)  # Label Studio puts a key before the name of a file that was uploaded
-            if parts:
-                masks.append(Mask.of(file.lstrip("/"), lambda _, parts=parts: _brushed(parts), bool(local)))
+            if given:
+                masks.append(Mask.of(file.lstrip("/"), lambda size, parts=parts: _brushed(parts, size), bool(local)))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: no export of Label Studio with brush masks ({error!r}); export it as JSON or as COCO") from error
     return list(names), masks
 
 
-def _brushed(parts: Sequence[tuple[int, tuple[int, int], Sequence[int]]]) -> np.ndarray:
-    labels = np.full(parts[0][1], IGNORED, np.int32)
+def _brushed(parts: Sequence[tuple[int, tuple[int, int], Sequence[int]]], size: tuple[int, int]) -> np.ndarray:
+    """size: that of an image without a brush mask."""
+    labels = np.full(parts[0][1] if parts else size, IGNORED, np.int32)
     for k, size, codes in parts:
         labels[brush_mask(codes, size)] = k
     return labels
@@ -251,7 +253,7 @@ def _yolo(folder: Path) -> tuple[list[str], list[Mask]]:
                 raise DataError(f"{path}: {line[:40]!r} is no class and polygon ({error}); correct it") from error
         return np.array(labels)
 
-    paths = [path for path in sorted(folder.rglob("labels/**/*.txt")) if path.stat().st_size]
+    paths = sorted(folder.rglob("labels/**/*.txt"))
     return names, [Mask(_inside(path, folder, "labels"), lambda size, path=path: read(path, size)) for path in paths]
 
 
@@ -291,6 +293,8 @@ def _maps(folder: Path) -> tuple[list[str], list[Mask]]:
     verdicts, results = review.verdicts(folder), review.results(folder)
     accepted = [name for name in results if (folder / f"{name}.labels.png").is_file()]  # not one of a tiled image
     accepted = [name for name in accepted if not (folder / review.VERDICTS).is_file() or verdicts.get(name) == "accept"]
+    if not accepted and (folder / review.VERDICTS).is_file():
+        raise DataError(f"{folder}: {review.VERDICTS} accepts no result that is there; accept some on the page of fmbseg review")
     names, prompts = zip(*map(_class, lines))
     for name in accepted:
         if results[name].get("words_key", key := files.digest(names, prompts)) != key:
