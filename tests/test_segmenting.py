@@ -187,3 +187,25 @@ def test_a_file_name_need_not_be_utf_8(at_home, tmp_path):
     ):
         assert made() == [image] and os.fsencode(image) in (tmp_path / folder / segmenting.SUMMARY).read_bytes()
         assert "caf%E9.overlay.png" in review.write(tmp_path / folder).read_text()
+
+
+def test_results_of_labels_keep_the_collections_folders_and_say_what_failed(at_home, tmp_path):
+    found = []
+    for sample, name in zip(at_home.samples, ("monday/x.png", "tuesday/y.png", "wednesday/x.png")):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(sample.image.read_bytes())
+        found.append(Sample(sample.name, path))
+    broken, waiting = Sample("broken", tmp_path / "in/broken.png"), Sample("waiting", tmp_path / "in/waiting.png")
+    for one in (broken, waiting):
+        one.image.write_bytes(b"no image")
+    at_home.store.fail(broken, f"{broken.image}: cannot be read as an image")
+    for given in (found[:2], [*found, broken, waiting]):  # another image of the same name moves no result
+        assert look(at_home, given, tmp_path / "looked", collection=str(tmp_path / "in")) == [one.image for one in given if one in found]
+    assert sorted(review.results(tmp_path / "looked")) == ["monday/x", "tuesday/y", "wednesday/x"]
+    table = pd.read_csv(tmp_path / "looked" / segmenting.SUMMARY).dropna(subset="failed")
+    assert dict(zip(table["image"], table["failed"])) == {
+        str(broken.image): "cannot be read as an image",
+        str(waiting.image): "has no pseudo label yet",
+    }
+    at_home.store.succeed(broken)

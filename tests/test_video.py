@@ -165,7 +165,12 @@ def test_a_folder_of_frames_is_a_video_where_that_is_asked(shown, tmp_path, caps
     assert cli.main([*arguments, "--video", "--average", "1"]) == 0
     told = capsys.readouterr()
     assert "--format coco: is of images alone, so nothing was written; give frames as a folder without --video" in told.out
-    assert "1 of 1 images segmented" in told.out and not (tmp_path / "cut/fmbseg-export").exists() and "3/3" in told.err and "0image" not in told.err  # no bar of no images
+    assert (
+        "1 of 1 images segmented" in told.out
+        and not (tmp_path / "cut/fmbseg-export").exists()
+        and "3/3" in told.err
+        and "0image" not in told.err
+    )  # no bar of no images
     assert list(maps(tmp_path / "cut/walk")) == ["f0", "f1", "f2"] and len(decoded(tmp_path / "cut/walk.overlay.mp4")[0]) == 3
     assert "walk" in (tmp_path / "cut/fmbseg-summary.csv").read_text()
     run(tmp_path / "walk", tmp_path / "again", every=2)

@@ -203,6 +203,10 @@ class LabelStore:
     def fail(self, sample: Sample, reason: str) -> None:
         files.write_json(self._failed(sample), {"image": str(sample.image), "reason": reason})
 
+    def reason(self, sample: Sample) -> str:
+        """Why an image has no pseudo label."""
+        return cache.kept(self._failed(sample), lambda failed: files.read_json(failed)["reason"]) or "has no pseudo label yet"
+
     def succeed(self, sample: Sample) -> None:
         if (failed := self._failed(sample)).is_file():
             failed.unlink()

@@ -40,12 +40,14 @@ EXPORT, SUMMARY, CLASSES = "fmbseg-export", "fmbseg-summary.csv", "fmbseg-classe
 """In a folder of results: the folder for the formats of other tools, the table of all images and classes, and the classes, one a line."""
 
 
-def find(given: Sequence[str], out: Path, as_video: bool = False) -> dict[Path, Path]:
+def find(given: Sequence[str], out: Path, as_video: bool = False, root: Path | None = None) -> dict[Path, Path]:
     """The images and videos that a command line names, each with the path of its results under ``out``, without suffix.
 
     given: files, folders, and patterns such as "photos/*.jpg". An image that is named twice counts once; images that
     ``fmbseg segment`` wrote do not count. Results of a folder keep its sub-folders. Where images of several folders have the same
     name, all results keep their folders, below the folder that all images share. as_video: a folder is one video, its images the frames.
+    root: a folder that all images lie in; results keep their folders below it, whatever their names.
+
     Raises ParameterError for a pattern without an image, and where a result would replace a file of the user's or of another image.
     """
     found: dict[str, tuple[Path, Path]] = {}  # of an absolute path, the path as it was given and the short name
@@ -64,11 +66,11 @@ def find(given: Sequence[str], out: Path, as_video: bool = False) -> dict[Path, 
         for path in paths:
             whole = Path(os.path.abspath(path))  # the folder of a video may be given as "." or ".."
             if not (files.is_result(whole) or path.resolve().is_relative_to(exported)):
-                found.setdefault(str(whole), (path, path.relative_to(name) if is_folder else Path(whole.name)))
+                found.setdefault(str(whole), (path, path.relative_to(root or name) if root or is_folder else Path(whole.name)))
     if not found:
         raise ParameterError(f"{', '.join(given)}: only results of fmbseg segment; give the images themselves")
     short = [name for _, name in found.values()]
-    if len({files.folded(str(name)) for name in short}) < len(short):
+    if not root and len({files.folded(str(name)) for name in short}) < len(short):
         common = os.path.commonpath([os.path.dirname(path) for path in found])
         short = [Path(path).relative_to(common) for path in found]
     names = files.distinct_names(short)
@@ -197,16 +199,20 @@ def _write(place: Path, path: Path, image: np.ndarray, result: Segmentation, key
 def of_labels(samples: Sequence[Sample], store: LabelStore, params: LabelParams, overlay: Overlay, out: Path) -> list[Path]:
     """The same files of the pseudo labels of images, for people to look at and for ``review``; returns the images that have them.
 
-    A pixel's similarity and margin are those of CLIP's dense features to the words, from which Stage 1 queried SAM. Images
-    without a label are left out. Raises ParameterError where none has one, and as ``find``.
+    A pixel's similarity and margin are those of CLIP's dense features to the words, from which Stage 1 queried SAM. Results
+    keep the sub-folders of the collection's folder. Images without a label are in the summary alone, with the reason. Raises
+    ParameterError where none has one, and as ``find``.
     """
     sample_of = {sample.image: sample for sample in samples if store.has(sample)}
     if not sample_of:
         raise ParameterError(f"{store.folder}: holds no label of these images; the reasons are in {store.failed}")
-    places = find([str(path) for path in sample_of], out)
+    folder = Path(params.collection).expanduser()
+    root = folder if all(path.is_relative_to(folder) for path in sample_of) else None  # else it is the name of a collection
+    places = find([str(path) for path in sample_of], out, root=root)
     given = {"sample_of": sample_of, "places": places, "store": store, "models": Models.of(params), "params": params, "overlay": overlay}
     workers = 1 if parallel.on_gpu(params.device) else params.workers
     failures = parallel.each(functools.partial(_of_label, **given), list(places), "results of labels", workers).failures
+    failures += [Failure(str(one), store.reason(one)) for one in samples if one.image not in sample_of]
     return _summarised(places, failures, store.space, out)
 
 
