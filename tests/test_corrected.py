@@ -275,3 +275,19 @@ def test_what_tools_write_otherwise_is_said(toy, exported):
     (exported / "yolo" / "data.yaml").write_text("train: images\n")
     with pytest.raises(DataError, match="data.yaml: has no names of classes"):
         corrected.take(exported / "yolo", toy.samples, SPACE)
+
+
+def test_names_with_signs_of_addresses_come_back_from_label_studio(own_home, tmp_path):
+    samples = []
+    for name in ("a#1 & b", "50%25", "c=e+f", "ü"):
+        (tmp_path / "x y").mkdir(exist_ok=True)
+        samples.append(Sample(name, tmp_path / "x y" / f"{name}.png"))
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(samples[-1].image)
+    samples.append(Sample("z", tmp_path / "z.png"))
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(samples[-1].image)
+    drawn = [export.Labelled(s.name, s.image, lambda: np.ones((4, 4), np.int16)) for s in samples]
+    export.export(drawn, SPACE, ["label-studio"], tmp_path)
+    tasks = files.read_json(tmp_path / "label-studio/tasks.json")
+    assert tasks[0]["data"]["image"] == "/data/local-files/?d=x%20y/a%231%20%26%20b.png"
+    files.write_json(tmp_path / "tasks.json", [task | {"annotations": task["predictions"]} for task in tasks])
+    assert set(corrected.take(tmp_path / "tasks.json", samples, SPACE)) == {s.name for s in samples}

@@ -192,7 +192,7 @@ def _label_studio(path: Path, tasks: list[Any]) -> tuple[list[str], list[Mask]]:
                 size, (name,) = (one["original_height"], one["original_width"]), one["value"]["brushlabels"]
                 parts.append((names.setdefault(name, len(names)), size, one["value"]["rle"]))
             where, local, file = task["data"]["image"].rpartition("?d=")
-            file = unquote(file if local else urlsplit(file).path)
+            file = unquote(file if local else urlsplit(file).path, errors="surrogateescape")
             if "/upload/" in file and not local:
                 file = re.sub("^.*/([0-9a-f]{8}-)?", "", file)  # Label Studio puts a key before the name of a file that was uploaded
             if given:

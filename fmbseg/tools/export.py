@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import yaml
@@ -221,7 +222,7 @@ def label_studio(items: Sequence[Labelled], space: LabelSpace, folder: Path, way
         if scores := [one["score"] for one in result if "score" in one]:
             prediction["score"] = min(scores)  # the least certain first
         where = os.path.relpath(item.image.absolute(), root).replace(os.sep, "/")
-        tasks.append({"data": {"image": f"/data/local-files/?d={where}"}, "predictions": [prediction]})
+        tasks.append({"data": {"image": f"/data/local-files/?d={quote(os.fsencode(where))}"}, "predictions": [prediction]})
     files.write_json(folder / "tasks.json", tasks)
     view = ET.Element("View")
     ET.SubElement(view, "Image", name="image", value="$image", zoom="true")
