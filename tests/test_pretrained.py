@@ -67,6 +67,18 @@ def test_no_path_of_the_machine_is_written(folder, tmp_path):
         Segmenter.from_pretrained(written).save_pretrained(written)
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_a_file_of_the_users_is_not_replaced(tmp_path, name):
+    made = Segmenter.load(modules.SHIPPED)
+    (tmp_path / name).write_text("of mine")
+    with pytest.raises(ParameterError, match=f"{name}: is there without a module, .*; give another folder"):
+        made.save_pretrained(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of mine"]
+    (tmp_path / name).unlink()
+    for _ in range(2):  # those of a module are replaced by another's
+        made.save_pretrained(tmp_path)
+
+
 def test_push_uploads_that_folder(folder, monkeypatch):
     made, uploaded = [], {}
 

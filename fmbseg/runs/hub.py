@@ -25,12 +25,16 @@ def write(module: Path, described: dict[str, Any], folder: str | Path, name: str
     """Write a module's file as such a folder, less the paths of this machine in its metadata; returns the folder.
 
     described: its metadata, which is config.json too; name: what the card calls it; licence: as the hub spells it. A model card
-    beside the module (NAME.md) is a part of the card.
+    beside the module (NAME.md) is a part of the card. Raises ParameterError for the module's own folder, and where a README.md or
+    config.json is there without a module.
     """
     folder, described = Path(folder), _without_paths(described)
     if (folder / WEIGHTS).exists() and (folder / WEIGHTS).samefile(module):
         raise ParameterError(f"{folder}: this module was loaded from there; give another folder")
     files.check_place(folder, folder=True, name="folder")
+    for file in (folder / CONFIG, folder / CARD):
+        if file.exists() and not (folder / WEIGHTS).exists():
+            raise ParameterError(f"{file}: is there without a module, and that of this one would replace it; give another folder")
     files.write_tensors(folder / WEIGHTS, files.read_tensors(module)[0], {"fmbseg": json.dumps(described, allow_nan=False)})
     files.write_json(folder / CONFIG, described)
     own = module.with_suffix(".md")
