@@ -71,7 +71,8 @@ def test_labels_of_tiles_are_those_of_the_whole_image_with_its_reference(geotiff
         assert made.crs == rasterio.CRS.from_epsg(32631)
     described = segmenter.describe(expected)
     described["mean_margin"] = pytest.approx(described["mean_margin"], abs=2e-4)
-    assert said == {"image": str(geotiff), "key": said["key"]} | described | {"classes": said["classes"]}
+    added = {"image": str(geotiff), "labels_sha256": files.file_sha256(tmp_path / "cut/land.labels.tif")}
+    assert said == described | added | {name: said[name] for name in ("key", "words_key", "classes")}
     assert [(c["name"], c["pixels"]) for c in said["classes"]] == [
         (WORDS.names[k], int((labels == k).sum())) for k in sorted(set(np.unique(labels)) - {255}, key=lambda k: -(labels == k).sum())
     ]
