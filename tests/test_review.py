@@ -47,6 +47,7 @@ def test_verdicts_are_kept_in_the_browser_and_saved_as_csv(folder, browser):  # 
     page.keyboard.press("a")
     assert page.text_content("#count") == "2 of 3 reviewed."
     page.screenshot(path=SCREENS / "review.png")
+    page.wait_for_timeout(500)  # the browser keeps it a moment later
     page.reload()
     assert page.eval_on_selector_all("article", "all => all.map((a) => a.className)") == ["reject", "", "accept"]
     with page.expect_download() as download:
