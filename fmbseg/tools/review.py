@@ -70,7 +70,8 @@ def _shown(name: str) -> str:
 def verdicts(folder: Path) -> dict[str, str]:
     """The verdict, "accept" or "reject", of each reviewed result; empty where there is no ``VERDICTS``.
 
-    A verdict on a result that was made again since, in another way, does not count; a file without keys, from before, is believed. Raises DataError for a file that the page did not write.
+    A verdict on a result that was made again since, in another way, does not count; a file without keys, from before, is
+    believed. Raises DataError for a file that the page did not write.
     """
     path = Path(folder) / VERDICTS
     if not path.is_file():
