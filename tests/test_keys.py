@@ -199,7 +199,8 @@ def key_of(product, world, **changed):
             elif product == "prealigned module":
                 train.prealign(params)
             elif product.startswith("module"):
-                store = SimpleNamespace(sha256=lambda sample: files.sha256_of(world.mask), has=lambda sample: True, space=world.space)
+                label_map = lambda sample: files.sha256_of(world.mask)  # noqa: E731
+                store = SimpleNamespace(sha256=label_map, has=lambda sample: True, space=world.space, notes=())
                 train.fit([sample], store, params, world.tmp / "made.safetensors", world.tmp / "initial.safetensors")
             else:
                 method = Method(product, str(world.tmp / "module.safetensors") if product == "fmbseg" else "")
