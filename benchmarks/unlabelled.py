@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from fmbseg import profiles
 from fmbseg.data import benchmarks, images
-from fmbseg.data.images import IGNORED, resampling
+from fmbseg.data.images import IGNORED
 from fmbseg.runs import cache, label, modules
 from fmbseg.runs.cache import Models
-from fmbseg.stage1 import features, query_sam
+from fmbseg.stage1 import features, pseudo_labels, query_sam
 from fmbseg.stage1.detection import detect
 from fmbseg.stage2.segmenter import Placed, best_class, confidence
 
@@ -91,12 +91,9 @@ def margins_of_labels(name: str, data_root: str, every: int) -> str:
     for sample in tqdm(sorted(found.samples, key=lambda sample: str(sample.image))[::every], desc=name):
         made, truth = label.label_cached(sample.image, found.space, models, params), sample.truth()
         maps = query_sam.class_similarity(cache.clip_features(sample.image, models, params), texts)
-        down, across = (resampling(n, m) for n, m in zip(made.labels.shape, maps.shape[1:]))
-        of_mask = np.full(made.labels.shape, np.nan)
-        for mask in sorted(made.query_masks, key=lambda one: -int(one.mask.sum())):
-            of_mask[mask.mask] = mask.margin
+        _, of_mask = pseudo_labels.paint([replace(mask, similarity=mask.margin) for mask in made.query_masks], made.labels.shape)
         known = (made.labels != IGNORED) & (truth != IGNORED)
-        margins = {"dense": confidence(Placed(maps, down, across), made.labels).margin, "masks": of_mask}
+        margins = {"dense": confidence(Placed.whole(maps, made.labels.shape), made.labels).margin, "masks": of_mask}
         frame = {key: value[known] for key, value in margins.items()} | {"right": (made.labels == truth)[known], "image": sample.name}
         frames.append(pd.DataFrame(frame))
     pixels, right = pd.concat(frames, ignore_index=True), pd.concat(frames)["right"].to_numpy()

@@ -114,6 +114,13 @@ class Placed:
     across: torch.Tensor
     owner: torch.Tensor | None = None
 
+    @classmethod
+    def whole(
+        cls, similarity: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear", owner: torch.Tensor | None = None
+    ) -> Placed:
+        """(K, h, w) similarities of a whole image, interpolated to its (height, width) = ``size``."""
+        return cls(similarity, *(resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:])), owner)
+
     def at(self, size: tuple[int, int], interpolation: str) -> Placed:
         """The same, interpolated once more: to (height, width) = ``size``."""
         height, width = (resampling(n, len(m), interpolation) for n, m in zip(size, (self.down, self.across)))
@@ -393,8 +400,7 @@ def label_map(
 
     owner: the class of each of the K, as in ``Placed``; rule: how class 0 is found.
     """
-    down, across = (resampling(n, m, interpolation) for n, m in zip(size, similarity.shape[1:]))
-    return best_class(Placed(similarity, down, across, owner), rule).cpu().numpy()
+    return best_class(Placed.whole(similarity, size, interpolation, owner), rule).cpu().numpy()
 
 
 TILE = 96

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from fmbseg import files
 from fmbseg.data import images
-from fmbseg.data.images import resampling
 from fmbseg.data.label_spaces import LabelSpace
 from fmbseg.data.samples import Sample
 from fmbseg.errors import DataError, ParameterError
@@ -231,8 +230,7 @@ def _of_label(
         return
     image, labels = images.read_image(path), store.read(sample)
     similarity = query_sam.class_similarity(cache.clip_features(path, models, params), models.texts(store.space))
-    down, across = (resampling(n, m, "bilinear") for n, m in zip(labels.shape, similarity.shape[1:]))
-    placed = Placed(similarity, down, across)
+    placed = Placed.whole(similarity, labels.shape)
     result = Segmentation(labels, store.space, placed, functools.cache(lambda: segmenter.confidence(placed, labels)))
     _write(place, path, image, result, key, overlay)
 
